@@ -1,0 +1,94 @@
+// What a KV cache costs and how its bytes lie: one description (KVCacheSpec) in, one answer (KVCacheLayout) out.
+// Everything is in bytes. Pages, allocators and engines ask here; no other place computes the size of a row.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "quire/mode.h"
+#include "quire/status.h"
+#include "quire/tensor.h"
+
+namespace quire {
+
+enum class CacheOrder : std::uint8_t {
+  kNHD,  // a page is [block_size, num_kv_heads, row]: a token's heads are neighbours
+  kHND,  // a page is [num_kv_heads, block_size, row]: a head's tokens are neighbours
+};
+
+enum class KVPacking : std::uint8_t {
+  kSeparate,   // a K tensor and a V tensor
+  kKVInBlock,  // one tensor [num_blocks, 2, ...]: a page holds its K plane, then its V plane
+  kKVInRow,    // one tensor: K row, then V row, per token and head (DiffKV, TurboQuant slots)
+};
+
+enum class ScalePlacement : std::uint8_t {
+  kSeparate,  // fp32 scale caches [num_blocks, block_size, num_kv_heads]
+  kInline,    // the fp32 scale right after its row's data
+};
+
+struct KVCacheSpec {
+  ModeId mode{};
+  int head_size = 128;
+  int head_size_v = 0;  // 0: same as head_size
+  int num_kv_heads = 8;
+  int num_layers = 1;
+  int block_size = 16;
+  DType model_dtype = DType::kBFloat16;  // what "auto" stores
+  CacheOrder order = CacheOrder::kNHD;
+  KVPacking packing = KVPacking::kSeparate;  // modes whose K and V share a slot always use kKVInRow
+  ScalePlacement scales = ScalePlacement::kSeparate;
+  std::int64_t page_alignment = 1;  // a page's bytes are rounded up to a multiple of this
+};
+
+struct KVCacheLayout {
+  KVCacheSpec spec;  // with defaults resolved
+
+  // One (token, head).
+  std::int64_t k_data_bytes = 0;  // codes, and the metadata a format keeps inside its row
+  std::int64_t v_data_bytes = 0;
+  std::int64_t k_scale_bytes = 0;  // 4 where the format has a scale cache, else 0
+  std::int64_t v_scale_bytes = 0;
+  std::int64_t k_row_bytes = 0;  // distance from a K row to what follows it: data, plus the scale when inline
+  std::int64_t v_row_bytes = 0;
+  std::int64_t bytes_per_token_head = 0;  // K + V + scales (+ slot rounding)
+
+  // Sums.
+  std::int64_t bytes_per_token = 0;  // all heads of all layers, padding not counted
+  std::int64_t bytes_per_block = 0;  // one layer's page, K and V and scales, padding counted
+  std::int64_t tokens_per_gib = 0;   // 2^30 over the padded cost of a token in all layers
+
+  // Where things are, from the base of the tensor they live in. kSeparate: V has its own tensor with v_* strides and
+  // v_offset 0; otherwise K and V share a base. Strides in bytes.
+  std::int64_t k_block_stride = 0, k_slot_stride = 0, k_head_stride = 0;
+  std::int64_t v_block_stride = 0, v_slot_stride = 0, v_head_stride = 0;
+  std::int64_t v_offset = 0;
+  // Inline scales: offset of a row's scale from the row's first byte (same strides as the row), else -1.
+  std::int64_t k_scale_offset = -1, v_scale_offset = -1;
+
+  // vLLM's page accounting: elements of the cache dtype that a (token, head) of K takes, inline scale included.
+  std::int64_t effective_head_size = 0;
+  std::int64_t effective_head_size_v = 0;
+
+  DType cache_dtype = DType::kUInt8;  // the dtype of the row tensors
+};
+
+// kInvalidArgument where the mode's packing does not divide a head size or a field is out of range.
+Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
+
+// The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);
+// `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode has none).
+struct KVCacheViews {
+  Tensor key_cache, value_cache;        // [num_blocks, block_size, num_kv_heads, row elements]
+  Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, num_kv_heads] float32, or not defined
+};
+KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base, void* v_base = nullptr,
+                        void* k_scale_base = nullptr, void* v_scale_base = nullptr, Device device = Device::kCpu);
+
+// Bytes each buffer of make_views needs for num_blocks pages.
+struct KVCacheBytes {
+  std::int64_t base = 0, v_base = 0, k_scales = 0, v_scales = 0;
+};
+KVCacheBytes cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks);
+
+}  // namespace quire

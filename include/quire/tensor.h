@@ -1,0 +1,132 @@
+// A non-owning view of a strided array: pointer, dtype, device, shape, strides. Strides are int64, counted in
+// elements of the dtype, and always read, never derived from the shape: NHD, HND, padded pages, K and V packed in one
+// tensor and inline scales are all only strides. The fields correspond one to one to DLPack's DLTensor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+
+namespace quire {
+
+enum class DType : std::uint8_t {
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kFloat8E4M3,  // e4m3fn: no infinities, NaN is 0x7f and 0xff, largest value 448
+  kFloat8E5M2,
+  kInt8,
+  kUInt8,
+  kInt32,
+  kInt64,
+};
+
+enum class Device : std::uint8_t { kCpu, kCuda };
+
+constexpr std::size_t dtype_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+constexpr std::string_view dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3fn";
+    case DType::kFloat8E5M2:
+      return "float8_e5m2";
+    case DType::kInt8:
+      return "int8";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
+  }
+  return "unknown";
+}
+
+constexpr std::string_view device_name(Device device) { return device == Device::kCpu ? "cpu" : "cuda"; }
+
+struct Tensor {
+  static constexpr int kMaxDims = 6;
+
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  Device device = Device::kCpu;
+  int ndim = 0;
+  std::int64_t shape[kMaxDims] = {};
+  std::int64_t strides[kMaxDims] = {};  // in elements
+
+  // A default-constructed Tensor stands for "not given". A tensor of zero elements may have a null pointer and is
+  // given.
+  bool defined() const { return data != nullptr || ndim > 0; }
+
+  std::int64_t numel() const {
+    std::int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+
+  template <class T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+
+  // A dense row-major view.
+  static Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                           Device device = Device::kCpu) {
+    Tensor t;
+    t.data = data;
+    t.dtype = dtype;
+    t.device = device;
+    for (std::int64_t extent : shape) t.shape[t.ndim++] = extent;
+    std::int64_t stride = 1;
+    for (int i = t.ndim - 1; i >= 0; --i) {
+      t.strides[i] = stride;
+      stride *= t.shape[i];
+    }
+    return t;
+  }
+
+  // A view with explicit strides (in elements); both lists have the same length.
+  static Tensor strided(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                        std::initializer_list<std::int64_t> strides, Device device = Device::kCpu) {
+    Tensor t = contiguous(data, dtype, shape, device);
+    int i = 0;
+    for (std::int64_t stride : strides) t.strides[i++] = stride;
+    return t;
+  }
+
+  // Elements [begin, end) of the last dimension: how K and V are viewed inside one packed tensor.
+  Tensor slice_last(std::int64_t begin, std::int64_t end) const {
+    Tensor t = *this;
+    const int last = ndim - 1;
+    t.data = static_cast<std::uint8_t*>(data) + begin * strides[last] * static_cast<std::int64_t>(dtype_bytes(dtype));
+    t.shape[last] = end - begin;
+    return t;
+  }
+};
+
+// "[3, 16, 2, 64] float16", for messages.
+std::string to_string(const Tensor& tensor);
+
+}  // namespace quire

@@ -1,0 +1,106 @@
+// Conversions between fp32 and the storage floats, by integer arithmetic only, so that host and device agree on every
+// bit. Encoding rounds to nearest, ties to even. Decoding is exact. All functions are branch-free selects and
+// vectorize.
+//
+//            sign exp man  bias  largest  infinities  NaN            on overflow
+//   half       1   5   10   15    65504   yes         payload kept   infinity   (a cast)
+//   bfloat16   1   8    7  127   3.39e38  yes         payload kept   infinity   (a cast)
+//   e4m3fn     1   4    3    7      448   no          0x7f, 0xff     saturates  (NaN stays NaN)
+//   e5m2       1   5    2   15    57344   yes         0x7f, 0xff     saturates  (NaN stays NaN)
+//
+// A NaN's payload is kept as far as it fits, so half -> fp32 -> half and bfloat16 -> fp32 -> bfloat16 return every bit.
+#pragma once
+
+#include <cstdint>
+
+#include "format/exact.h"
+
+namespace quire::format {
+
+// The magnitude (bit pattern with the sign cleared) of a finite fp32 value, rounded to a float of kMantissaBits and
+// kExponentBias with gradual underflow. The caller has limited it to the target's range.
+template <int kMantissaBits, int kExponentBias>
+QUIRE_HD std::uint32_t round_magnitude(std::uint32_t magnitude) {
+  constexpr int kShift = 23 - kMantissaBits;
+  constexpr std::uint32_t kRebias = static_cast<std::uint32_t>(127 - kExponentBias) << 23;
+  constexpr std::uint32_t kMinNormal = kRebias + (1U << 23);
+  // Normal: drop the low bits; the carry of rounding up may move into the exponent, as it should.
+  const std::uint32_t rebased = magnitude - kRebias;
+  const std::uint32_t normal = (rebased + ((1U << (kShift - 1)) - 1) + ((rebased >> kShift) & 1U)) >> kShift;
+  // Subnormal: adding 2^(23 + exponent of the target's smallest step) makes the FPU round at that step.
+  constexpr std::uint32_t kAnchor = static_cast<std::uint32_t>(127 + 24 - kExponentBias - kMantissaBits) << 23;
+  const std::uint32_t subnormal = exact::bits_of(exact::from_bits(magnitude) + exact::from_bits(kAnchor)) - kAnchor;
+  return magnitude < kMinNormal ? subnormal : normal;
+}
+
+// The inverse, for a finite code without its sign.
+template <int kMantissaBits, int kExponentBias>
+QUIRE_HD std::uint32_t widen_magnitude(std::uint32_t code) {
+  constexpr int kShift = 23 - kMantissaBits;
+  constexpr std::uint32_t kRebias = static_cast<std::uint32_t>(127 - kExponentBias) << 23;
+  constexpr std::uint32_t kAnchor = kRebias + (1U << 23);
+  const std::uint32_t normal = (code << kShift) + kRebias;
+  const std::uint32_t subnormal =
+      exact::bits_of(exact::from_bits((code << kShift) + kAnchor) - exact::from_bits(kAnchor));
+  return code < (1U << kMantissaBits) ? subnormal : normal;
+}
+
+QUIRE_HD float bfloat16_to_float(std::uint16_t code) {
+  return exact::from_bits(static_cast<std::uint32_t>(code) << 16);
+}
+
+QUIRE_HD std::uint16_t float_to_bfloat16(float x) {
+  const std::uint32_t bits = exact::bits_of(x);
+  const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+  const std::uint32_t nan = (bits >> 16) | ((bits & 0x007f0000U) == 0 ? 0x40U : 0U);
+  return static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? nan : rounded);
+}
+
+QUIRE_HD float half_to_float(std::uint16_t code) {
+  const std::uint32_t magnitude = code & 0x7fffU;
+  const std::uint32_t special = (magnitude << 13) | 0x7f800000U;
+  const std::uint32_t bits = magnitude >= 0x7c00U ? special : widen_magnitude<10, 15>(magnitude);
+  return exact::from_bits(bits | (static_cast<std::uint32_t>(code & 0x8000U) << 16));
+}
+
+QUIRE_HD std::uint16_t float_to_half(float x) {
+  const std::uint32_t bits = exact::bits_of(x);
+  const std::uint32_t magnitude = bits & 0x7fffffffU;
+  const std::uint32_t payload = (magnitude >> 13) & 0x3ffU;
+  const std::uint32_t nan = 0x7c00U | payload | (payload == 0 ? 0x200U : 0U);
+  const std::uint32_t limited = magnitude < 0x47800000U ? magnitude : 0x47800000U;  // 65536 rounds to infinity
+  const std::uint32_t code = magnitude > 0x7f800000U ? nan : round_magnitude<10, 15>(limited);
+  return static_cast<std::uint16_t>(code | ((bits >> 16) & 0x8000U));
+}
+
+struct E4M3 {
+  static constexpr float kMax = 448.0F;
+  static QUIRE_HD std::uint8_t encode(float x) {
+    const std::uint32_t bits = exact::bits_of(x);
+    const std::uint32_t magnitude = bits & 0x7fffffffU;
+    const std::uint32_t limited = magnitude < 0x43e00000U ? magnitude : 0x43e00000U;
+    const std::uint32_t code = magnitude > 0x7f800000U ? 0x7fU : round_magnitude<3, 7>(limited);
+    return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
+  }
+  static QUIRE_HD float decode(std::uint8_t code) {
+    const std::uint32_t magnitude = code & 0x7fU;
+    const std::uint32_t bits = magnitude == 0x7fU ? 0x7fc00000U : widen_magnitude<3, 7>(magnitude);
+    return exact::from_bits(bits | (static_cast<std::uint32_t>(code & 0x80U) << 24));
+  }
+};
+
+struct E5M2 {
+  static constexpr float kMax = 57344.0F;
+  static QUIRE_HD std::uint8_t encode(float x) {
+    const std::uint32_t bits = exact::bits_of(x);
+    const std::uint32_t magnitude = bits & 0x7fffffffU;
+    const std::uint32_t limited = magnitude < 0x47600000U ? magnitude : 0x47600000U;
+    const std::uint32_t code = magnitude > 0x7f800000U ? 0x7fU : round_magnitude<2, 15>(limited);
+    return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
+  }
+  static QUIRE_HD float decode(std::uint8_t code) {
+    return half_to_float(static_cast<std::uint16_t>(static_cast<std::uint16_t>(code) << 8));
+  }
+};
+
+}  // namespace quire::format

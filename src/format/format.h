@@ -1,0 +1,175 @@
+// The contract of a format: what the bytes of one row mean. A row is one token of one KV head, x[0 .. head_size).
+//
+//     value[i] = affine.scale * level(code[i]) + affine.offset        (in the rotated domain, where there is one)
+//
+// A format is a struct of constants and static host+device functions; docs/formats/README.md shows how to add one.
+// Nothing outside src/format knows how many bytes a row takes, what a code means or where a zero point hides.
+//
+// WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/row.cuh are the two
+// drivers):
+//
+//     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree
+//     encoder = finish(stats, shape, tensor_scale)
+//     pack(encoder, y, bytes)                      kUnit elements at a time into kUnitBytes bytes
+//     write_meta(encoder, meta)                    kMetaBytes bytes, once per row
+//
+//   y is x, rotated where kRotation asks for it. kStatsOf says whether the statistics are those of y (kRotated: the
+//   usual case), of x before the rotation (kInput: such a format also has normalize(encoder, x), applied to x before it
+//   is rotated; TurboQuant keys), or whether there are none.
+//
+// READING a row:
+//
+//     unpack(bytes, level)                         kUnit levels at a time
+//     affine = read_meta(meta, shape)              one (scale, offset) per row
+//
+//   kLevelNorm: the reader divides affine.scale by the Euclidean norm of the row's levels, which it sums while
+//   unpacking (TurboQuant's norm correction). A rotated format is never rotated back element by element: dot(q, x) =
+//   unrotate(shape) * dot(H s q, y') and x = unrotate(shape) * s H y', so attention rotates the query once and the
+//   output once.
+//
+// WHERE metadata lives: kScaleCache is one fp32 at an address of its own (separate tensor or inline, that is strides);
+// kInRow follows the row's codes directly, 2-byte aligned. K and V are two independent rows; when they share a slot the
+// value row simply starts where the key row ends.
+//
+// NON-FINITE input: a format with statistics of its own stores codes 0 and a NaN scale for a row with any non-finite
+// element, so attention shows NaN and never a plausible number. finish() yields poisoned(), whose `inverse` is NaN, and
+// pack() maps a NaN product to code 0.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+
+#include "format/exact.h"
+#include "format/rotation.h"
+#include "quire/tensor.h"
+
+namespace quire::format {
+
+enum class Rotation : std::uint8_t { kNone, kHadamard, kSignedHadamard };
+enum class MetaPlace : std::uint8_t { kNone, kScaleCache, kInRow };
+enum class StatsOf : std::uint8_t { kNothing, kInput, kRotated };
+
+struct RowShape {
+  int head_size;
+  int block;  // of the rotation: rotation_block(head_size)
+};
+
+QUIRE_HD constexpr RowShape row_shape(int head_size) { return {head_size, rotation_block(head_size)}; }
+
+struct Affine {
+  float scale;
+  float offset;
+};
+
+// The statistics of a format that needs none.
+struct NoStats {};
+
+// Defaults, inherited by every format; a format overrides what differs.
+struct FormatDefaults {
+  static constexpr int kUnit = 1;
+  static constexpr int kUnitBytes = 1;
+  static constexpr MetaPlace kMetaPlace = MetaPlace::kNone;
+  static constexpr int kMetaBytes = 0;
+  static constexpr Rotation kRotation = Rotation::kNone;
+  static constexpr StatsOf kStatsOf = StatsOf::kNothing;
+  static constexpr bool kTensorScale = false;  // finish() divides by the per-tensor scale it is given
+  static constexpr bool kLevelNorm = false;
+  static constexpr DType kCacheDType = DType::kUInt8;
+
+  using Stats = NoStats;
+  static QUIRE_HD NoStats stat(float) { return {}; }
+  static QUIRE_HD NoStats merge(NoStats, NoStats) { return {}; }
+  static QUIRE_HD constexpr float unrotate(RowShape) { return 1.0F; }
+  static QUIRE_HD Affine read_meta(const std::uint8_t*, RowShape) { return {1.0F, 0.0F}; }
+  template <class Encoder>
+  static QUIRE_HD void write_meta(const Encoder&, std::uint8_t*) {}
+};
+
+// clang-format off
+template <class F>
+concept Format = requires(const float* y, float* level, std::uint8_t* bytes, const std::uint8_t* const_bytes,
+                          typename F::Stats stats, typename F::Encoder encoder, RowShape shape) {
+  { F::kName } -> std::convertible_to<std::string_view>;
+  { F::stat(0.0F) } -> std::same_as<typename F::Stats>;
+  { F::merge(stats, stats) } -> std::same_as<typename F::Stats>;
+  { F::finish(stats, shape, 1.0F) } -> std::same_as<typename F::Encoder>;
+  { F::pack(encoder, y, bytes) } -> std::same_as<void>;
+  { F::write_meta(encoder, bytes) } -> std::same_as<void>;
+  { F::unpack(const_bytes, level) } -> std::same_as<void>;
+  { F::read_meta(const_bytes, shape) } -> std::same_as<Affine>;
+  { F::unrotate(shape) } -> std::same_as<float>;
+  // How far a row of Gaussian noise may move: ||decoded - x||^2 <= kMaxNmse * ||x||^2. Checked by a test.
+  { F::kMaxNmse } -> std::convertible_to<double>;
+};
+// clang-format on
+
+// Bytes of a row's codes, and of the row in its cache tensor.
+template <Format F>
+QUIRE_HD constexpr std::int64_t code_bytes(std::int64_t head_size) {
+  return head_size / F::kUnit * F::kUnitBytes;
+}
+template <Format F>
+QUIRE_HD constexpr std::int64_t row_bytes(std::int64_t head_size) {
+  return code_bytes<F>(head_size) + (F::kMetaPlace == MetaPlace::kInRow ? F::kMetaBytes : 0);
+}
+
+// Metadata is read and written through memcpy: it may be only 2-byte aligned.
+template <class T>
+QUIRE_HD T load_as(const std::uint8_t* bytes) {
+  T value;
+  memcpy(&value, bytes, sizeof(T));
+  return value;
+}
+template <class T>
+QUIRE_HD void store_as(std::uint8_t* bytes, T value) {
+  memcpy(bytes, &value, sizeof(T));
+}
+
+// ---- the parts that several formats share
+// ----------------------------------------------------------------------------
+
+// max |x|, and whether every element was finite.
+struct AbsMax {
+  float value;
+  bool finite;
+  static QUIRE_HD AbsMax of(float x) { return {exact::abs(x), exact::is_finite(x)}; }
+  static QUIRE_HD AbsMax merge(AbsMax a, AbsMax b) { return {exact::max(a.value, b.value), a.finite && b.finite}; }
+};
+
+// min and max with 0 counted in, and whether every element was finite.
+struct Range {
+  float low, high;
+  bool finite;
+  static QUIRE_HD Range of(float x) { return {exact::min(x, 0.0F), exact::max(x, 0.0F), exact::is_finite(x)}; }
+  static QUIRE_HD Range merge(Range a, Range b) {
+    return {exact::min(a.low, b.low), exact::max(a.high, b.high), a.finite && b.finite};
+  }
+};
+
+// Sum of squares. Not order-free: the tree of the contract fixes its bits.
+struct SquareSum {
+  float value;
+  static QUIRE_HD SquareSum of(float x) { return {x * x}; }
+  static QUIRE_HD SquareSum merge(SquareSum a, SquareSum b) { return {a.value + b.value}; }
+};
+
+// The encoder of the *_per_token_head formats.
+struct ScaledEncoder {
+  float scale;    // what a reader multiplies by
+  float inverse;  // 1 / scale, once per row; NaN for a poisoned row
+  float zero;     // zero point, in codes
+  static QUIRE_HD ScaledEncoder poisoned() { return {exact::quiet_nan(), exact::quiet_nan(), 0.0F}; }
+};
+
+// A 4-byte fp32 scale in a scale cache.
+struct ScaleCacheDefaults : FormatDefaults {
+  static constexpr MetaPlace kMetaPlace = MetaPlace::kScaleCache;
+  static constexpr int kMetaBytes = 4;
+  using Encoder = ScaledEncoder;
+  static QUIRE_HD void write_meta(const ScaledEncoder& encoder, std::uint8_t* meta) { store_as(meta, encoder.scale); }
+  static QUIRE_HD Affine read_meta(const std::uint8_t* meta, RowShape) { return {load_as<float>(meta), 0.0F}; }
+};
+
+}  // namespace quire::format

@@ -1,0 +1,122 @@
+// Every format as a type list, and the bridge from a run-time FormatId to a type. Expanded from core/modes.def.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "core/modes.def"
+#include "format/build_config.h"
+#include "format/format.h"
+
+namespace quire::format {
+
+template <class... Fs>
+struct TypeList {
+  static constexpr int kSize = sizeof...(Fs);
+};
+
+namespace detail {
+template <class Ignored, class... Fs>
+struct DropFirst {
+  using type = TypeList<Fs...>;
+};
+}  // namespace detail
+
+#define QUIRE_FORMAT(Type) , Type
+using AllFormats = detail::DropFirst<void
+#include "core/modes.def"
+                                     >::type;
+#undef QUIRE_FORMAT
+
+// A format's position in modes.def.
+enum class FormatId : std::int32_t { kNone = -1 };
+
+template <class F, class... Fs>
+constexpr FormatId index_in(TypeList<Fs...>) {
+  int index = 0;
+  int found = -1;
+  ((std::is_same_v<F, Fs> ? found = index : 0, ++index), ...);
+  return static_cast<FormatId>(found);
+}
+template <class F>
+inline constexpr FormatId format_id = index_in<F>(AllFormats{});
+
+// Calls visit.template operator()<F>() for every format, in table order.
+template <class Visit, class... Fs>
+constexpr void for_each_in(TypeList<Fs...>, Visit&& visit) {
+  (visit.template operator()<Fs>(), ...);
+}
+template <class Visit>
+constexpr void for_each_format(Visit&& visit) {
+  for_each_in(AllFormats{}, std::forward<Visit>(visit));
+}
+
+// What the run time needs to know of a format without its type.
+struct FormatInfo {
+  std::string_view name;
+  DType cache_dtype;
+  int unit;  // elements packed together: head sizes must be multiples of it
+  int unit_bytes;
+  MetaPlace meta_place;
+  int meta_bytes;
+  Rotation rotation;
+  bool tensor_scale;
+  double max_nmse;
+  float (*unrotate)(RowShape);
+
+  constexpr std::int64_t code_bytes(std::int64_t head_size) const { return head_size / unit * unit_bytes; }
+  constexpr std::int64_t row_bytes(std::int64_t head_size) const {
+    return code_bytes(head_size) + (meta_place == MetaPlace::kInRow ? meta_bytes : 0);
+  }
+};
+
+template <Format F>
+constexpr FormatInfo make_format_info() {
+  return {
+      F::kName,      F::kCacheDType, F::kUnit,        F::kUnitBytes, F::kMetaPlace,
+      F::kMetaBytes, F::kRotation,   F::kTensorScale, F::kMaxNmse,   [](RowShape shape) { return F::unrotate(shape); }};
+}
+template <class... Fs>
+constexpr auto make_format_table(TypeList<Fs...>) {
+  return std::array<FormatInfo, sizeof...(Fs)>{make_format_info<Fs>()...};
+}
+inline constexpr auto kFormatTable = make_format_table(AllFormats{});
+
+inline const FormatInfo& format_info(FormatId id) { return kFormatTable[static_cast<std::size_t>(id)]; }
+
+inline FormatId find_format(std::string_view name) {
+  for (std::size_t i = 0; i < kFormatTable.size(); ++i) {
+    if (kFormatTable[i].name == name) return static_cast<FormatId>(i);
+  }
+  return FormatId::kNone;
+}
+
+// ---- which modes this build holds (CMake's QUIRE_MODES)
+// --------------------------------------------------------------
+
+constexpr bool mode_enabled(std::string_view name) {
+  constexpr std::string_view enabled[] = {QUIRE_ENABLED_MODES};
+  for (std::string_view mode : enabled) {
+    if (mode == "all" || mode == name) return true;
+  }
+  return false;
+}
+
+// A format is compiled where an enabled mode uses it. "auto" uses the three floats.
+template <class F>
+constexpr bool format_enabled() {
+  bool enabled = false;
+#define QUIRE_MODE(name, enum_value, Key, Value)                                          \
+  enabled = enabled ||                                                                    \
+            (mode_enabled(name) && (std::is_same_v<Key, F> || std::is_same_v<Value, F> || \
+                                    (std::is_same_v<Key, AutoFloat> && std::is_base_of_v<FloatCastDefaults, F>)));
+#include "core/modes.def"
+#undef QUIRE_MODE
+  return enabled;
+}
+
+}  // namespace quire::format

@@ -1,0 +1,92 @@
+// One row by one thread: the loop driver of the contract in format.h. The CPU's store compiles it once per SIMD target
+// (the loops vectorize); the reference, the tests and the tools call it as it stands.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "format/format.h"
+
+namespace quire::format {
+
+// Sign bits of the RHT as masks to XOR into an fp32.
+inline constexpr auto kRhtSignMasks = [] {
+  std::array<std::uint32_t, kMaxHeadSize> masks{};
+  for (int i = 0; i < kMaxHeadSize; ++i) masks[i] = ((rht_sign_word(i / 32) >> (i % 32)) & 1U) << 31;
+  return masks;
+}();
+
+QUIRE_HD void flip_signs(float* y, int head_size) {
+  for (int i = 0; i < head_size; ++i) y[i] = exact::from_bits(exact::bits_of(y[i]) ^ kRhtSignMasks[i]);
+}
+
+QUIRE_HD void hadamard(float* y, RowShape shape) {
+  for (int h = 1; h < shape.block; h *= 2) {
+    for (int j = 0; j < shape.head_size; j += 2 * h) {
+      for (int i = j; i < j + h; ++i) {
+        const float a = y[i];
+        const float b = y[i + h];
+        y[i] = a + b;
+        y[i + h] = a - b;
+      }
+    }
+  }
+}
+
+// y = H y or H (s .* y): what a format stores, and what attention does to a query once.
+QUIRE_HD void rotate(Rotation rotation, float* y, RowShape shape) {
+  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape.head_size);
+  if (rotation != Rotation::kNone) hadamard(y, shape);
+}
+
+// y = H y or s .* (H y): the way back, up to unrotate().
+QUIRE_HD void rotate_back(Rotation rotation, float* y, RowShape shape) {
+  if (rotation != Rotation::kNone) hadamard(y, shape);
+  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape.head_size);
+}
+
+// stat() of every element, merged by the contract's tree.
+template <Format F>
+QUIRE_HD typename F::Stats row_stats(const float* y, int head_size) {
+  typename F::Stats stats[kMaxHeadSize];
+  for (int i = 0; i < head_size; ++i) stats[i] = F::stat(y[i]);
+  for (int h = 1; h < head_size; h *= 2) {
+    for (int i = 0; i + h < head_size; i += 2 * h) stats[i] = F::merge(stats[i], stats[i + h]);
+  }
+  return stats[0];
+}
+
+// Encodes y[0 .. head_size), which is overwritten. `data` receives code_bytes, `meta` kMetaBytes.
+template <Format F>
+QUIRE_HD void encode_row(float* y, RowShape shape, float tensor_scale, std::uint8_t* data, std::uint8_t* meta) {
+  typename F::Stats stats{};
+  if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F>(y, shape.head_size);
+  if constexpr (F::kStatsOf != StatsOf::kInput) {
+    rotate(F::kRotation, y, shape);
+    if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F>(y, shape.head_size);
+  }
+  const typename F::Encoder encoder = F::finish(stats, shape, tensor_scale);
+  if constexpr (F::kStatsOf == StatsOf::kInput) {
+    for (int i = 0; i < shape.head_size; ++i) y[i] = F::normalize(encoder, y[i]);
+    rotate(F::kRotation, y, shape);
+  }
+  const int num_units = shape.head_size / F::kUnit;
+  for (int u = 0; u < num_units; ++u) F::pack(encoder, y + u * F::kUnit, data + u * F::kUnitBytes);
+  F::write_meta(encoder, meta);
+}
+
+// Levels of a row, and its affine map with any norm correction applied.
+template <Format F>
+QUIRE_HD Affine decode_levels(const std::uint8_t* data, const std::uint8_t* meta, RowShape shape, float* levels) {
+  const int num_units = shape.head_size / F::kUnit;
+  for (int u = 0; u < num_units; ++u) F::unpack(data + u * F::kUnitBytes, levels + u * F::kUnit);
+  Affine affine = F::read_meta(meta, shape);
+  if constexpr (F::kLevelNorm) {
+    float squares = 0.0F;
+    for (int i = 0; i < shape.head_size; ++i) squares += levels[i] * levels[i];
+    affine.scale = exact::divide(affine.scale, exact::sqrt(squares));
+  }
+  return affine;
+}
+
+}  // namespace quire::format
