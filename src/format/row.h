@@ -49,7 +49,8 @@ QUIRE_HD void rotate_back(Rotation rotation, float* y, RowShape shape) {
 template <Format F>
 QUIRE_HD typename F::Stats row_stats(const float* y, int head_size) {
   typename F::Stats stats[kMaxHeadSize];
-  for (int i = 0; i < head_size; ++i) stats[i] = F::stat(y[i]);
+  stats[0] = F::stat(y[0]);
+  for (int i = 1; i < head_size; ++i) stats[i] = F::stat(y[i]);
   for (int h = 1; h < head_size; h *= 2) {
     for (int i = 0; i + h < head_size; i += 2 * h) stats[i] = F::merge(stats[i], stats[i + h]);
   }
