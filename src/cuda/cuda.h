@@ -1,7 +1,8 @@
 // The CUDA device as the rest of the library sees it: both ops on device pointers and a stream. No CUDA types appear
 // here; `stream` is a cudaStream_t (null: the default stream). Callers (core/ops.cc, core/plan.cc) have validated the
-// arguments against the public contract; what is checked here is only what depends on the device build: whether the
-// kernels for a pair of formats were compiled, and what the driver answers.
+// arguments against the public contract and hand over what they found (StoreProblem, AttentionShape); what is checked
+// here is only what depends on the device build: whether the kernels for a pair of formats were compiled, and what the
+// driver answers.
 //
 // run and reshape_and_cache allocate nothing, synchronize nothing and read nothing back, so both can be captured in a
 // CUDA graph and replayed with other lengths, tables and slots inside the plan's bounds.
@@ -9,6 +10,7 @@
 
 #include <cstddef>
 
+#include "attention/problem.h"
 #include "quire/ops.h"
 #include "quire/status.h"
 
@@ -16,16 +18,18 @@ namespace quire::cuda {
 
 // One launch that stores K and V. Tokens with a negative slot are skipped; a slot outside the cache is skipped and
 // counted in args.error_counter where one is given.
-Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream);
+Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream);
 
 // A pure function of the problem: it asks no device, so it answers alike with and without one.
 Result<AttentionPlan> plan(const AttentionProblem& problem);
 
 // `workspace` holds plan.workspace_bytes on the device (may be null where that is 0).
-Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace, void* stream);
+Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
+           void* stream);
 
 // run with a workspace allocated and freed in stream order.
-Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* stream);
+Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+                               void* stream);
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream);
 
