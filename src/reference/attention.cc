@@ -329,7 +329,7 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
 
 namespace {
 
-// Writes rows of one input into one cache. kHeadMajor caches are [num_blocks, Hk, d/x, block_size, x] for keys and
+// Writes the rows of one input into one cache. Head-major caches are [num_blocks, Hk, d/x, block_size, x] for keys and
 // [num_blocks, Hk, d, block_size] for values.
 void store_rows(format::FormatId format, const Tensor& input, const Tensor& slots, const Tensor& cache,
                 const Tensor& scale_cache, const Tensor& tensor_scale, bool head_major) {
