@@ -1,0 +1,67 @@
+// What a cache mode costs a model, measured. For every mode the same tokens go through the same weights, and every key
+// and value that attention sees has gone through the cache in that mode (fp8 per tensor with scale 1):
+//
+//   perplexity     exp of the mean of -log p(next token), over windows of the model's context, each alone
+//   KL divergence  mean over all positions of  sum_v p_ref(v) log(p_ref(v) / p_mode(v)),  in nats, where p_ref is the
+//                  same model over an fp32 cache
+//   recall, arithmetic   share of prompts whose greedy continuation is the answer, token for token
+//
+// A greedy continuation equals the answer exactly where each answer token is the largest logit after the prompt and the
+// answer tokens before it: prompt and answer run as one prefill, and nothing is decoded step by step.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llm/model.h"
+#include "quire/mode.h"
+#include "quire/status.h"
+
+namespace quire::llm {
+
+struct EvalPrompt {
+  std::vector<std::int32_t> prompt, answer;
+  std::int64_t context = 0;  // nominal length, the key that recall is reported under; 0 where the file has none
+};
+
+// One JSON object {"prompt": [ids], "answer": [ids], "context": n} per line.
+Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config);
+
+struct EvalSets {
+  std::vector<std::int32_t> tokens;  // cut into windows
+  std::vector<EvalPrompt> recall, arithmetic;
+};
+
+// Reads the files that are named; an empty path is a set that is not measured.
+struct EvalPaths {
+  std::string tokens, recall, arithmetic;
+};
+Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& config);
+
+struct EvalOptions {
+  std::vector<ModeInfo> modes;
+  std::int64_t max_windows = -1;                             // -1: all
+  std::int64_t max_prompts = -1;                             // of each set and context length; -1: all
+  std::function<void(double, const std::string&)> progress;  // fraction done, mode; may be empty
+};
+
+struct EvalScore {
+  std::string mode;
+  std::int64_t bytes_per_token_head = 0;  // K + V + scales
+  std::int64_t bytes_per_token = 0;       // all heads of all layers
+  std::optional<double> perplexity, kl_divergence, same_top_token;
+  std::map<std::int64_t, double> recall;  // by context length
+  std::optional<double> arithmetic;
+  double tokens_per_second = 0.0;  // of the model's forward passes, prefill
+};
+
+Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, const EvalOptions& options);
+
+// {"model", "device", "modes": {name: {..}}}; what was not measured is null.
+std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name);
+
+}  // namespace quire::llm

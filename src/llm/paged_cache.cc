@@ -1,0 +1,167 @@
+#include "llm/paged_cache.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace quire::llm {
+
+Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions& options) {
+  const auto num_layers = static_cast<std::size_t>(config.num_layers);
+  if (options.layer_modes.size() != 1 && options.layer_modes.size() != num_layers) {
+    return invalid_argument("layer_modes has " + std::to_string(options.layer_modes.size()) +
+                            " entries, expected 1 or one for each of the " + std::to_string(num_layers) + " layers");
+  }
+  if (options.block_size < 1 || options.num_blocks < 1 ||
+      options.num_blocks > std::numeric_limits<std::int32_t>::max()) {
+    return invalid_argument("a cache of " + std::to_string(options.num_blocks) + " blocks of " +
+                            std::to_string(options.block_size) + " tokens is not possible");
+  }
+  KVCache cache;
+  cache.block_size_ = options.block_size;
+  cache.num_blocks_ = options.num_blocks;
+  for (std::size_t i = 0; i < num_layers; ++i) {
+    KVCacheSpec spec;
+    spec.mode = options.layer_modes.size() == 1 ? options.layer_modes[0] : options.layer_modes[i];
+    spec.head_size = config.head_size;
+    spec.num_kv_heads = config.num_kv_heads;
+    spec.block_size = options.block_size;
+    spec.model_dtype = config.dtype;
+    Result<KVCacheLayout> layout = make_layout(spec);
+    if (!layout.ok()) return layout.status();
+
+    Layer layer;
+    layer.layout = *layout;
+    const KVCacheBytes bytes = cache_bytes(layer.layout, options.num_blocks);
+    layer.base.resize(static_cast<std::size_t>(bytes.base));
+    layer.v_base.resize(static_cast<std::size_t>(bytes.v_base));
+    layer.k_scales.resize(static_cast<std::size_t>(bytes.k_scales) / sizeof(float));
+    layer.v_scales.resize(static_cast<std::size_t>(bytes.v_scales) / sizeof(float));
+    const auto or_null = [](auto& memory) { return memory.empty() ? nullptr : memory.data(); };
+    layer.views = make_views(layer.layout, options.num_blocks, layer.base.data(), or_null(layer.v_base),
+                             or_null(layer.k_scales), or_null(layer.v_scales));
+    cache.layers_.push_back(std::move(layer));  // moving a vector keeps its memory, so the views stay true
+  }
+  return cache;
+}
+
+Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
+  const Layer& l = layers_[static_cast<std::size_t>(layer)];
+  args.mode = l.layout.spec.mode;
+  args.key_cache = l.views.key_cache;
+  args.value_cache = l.views.value_cache;
+  args.k_scale_cache = l.views.k_scale_cache;
+  args.v_scale_cache = l.views.v_scale_cache;
+  return quire::reshape_and_cache(args);
+}
+
+Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
+  const Layer& l = layers_[static_cast<std::size_t>(layer)];
+  args.mode = l.layout.spec.mode;
+  args.key_cache = l.views.key_cache;
+  args.value_cache = l.views.value_cache;
+  args.k_scale_cache = l.views.k_scale_cache;
+  args.v_scale_cache = l.views.v_scale_cache;
+
+  Result<AttentionProblem> problem = problem_of(args);
+  if (!problem.ok()) return problem.status();
+  problem->batch_invariant = true;  // a sequence's output does not depend on its neighbours in the step
+  Result<AttentionPlan> plan = plan_unified_attention(*problem);
+  if (!plan.ok()) return plan.status();
+  const std::size_t words = (plan->workspace_bytes + 15) / 16 * 2;
+  if (workspace_.size() < words) workspace_.resize(words);
+  return run_unified_attention(*plan, args, workspace_.data(), workspace_.size() * sizeof(std::uint64_t));
+}
+
+std::int64_t KVCache::bytes_per_token() const {
+  std::int64_t sum = 0;
+  for (const Layer& layer : layers_) sum += layer.layout.bytes_per_token;
+  return sum;
+}
+
+std::int64_t KVCache::bytes() const {
+  std::int64_t sum = 0;
+  for (const Layer& layer : layers_) sum += layer.layout.bytes_per_block * num_blocks_;
+  return sum;
+}
+
+BlockAllocator::BlockAllocator(std::int64_t num_blocks, int block_size, bool share_prefixes)
+    : block_size_(block_size), share_prefixes_(share_prefixes), blocks_(static_cast<std::size_t>(num_blocks)) {
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(num_blocks); ++i) free_.emplace(++clock_, i);
+  for (const auto& [time, block] : free_) blocks_[static_cast<std::size_t>(block)].freed_at = time;
+}
+
+const BlockAllocator::Prefix* BlockAllocator::find(std::uint64_t parent, const std::vector<std::int32_t>& tokens,
+                                                   std::int64_t block_index) const {
+  const auto begin = tokens.begin() + block_index * block_size_;
+  const auto found = prefixes_.find(PrefixKey(parent, {begin, begin + block_size_}));
+  return found == prefixes_.end() ? nullptr : &found->second;
+}
+
+std::int32_t BlockAllocator::take_oldest() {
+  const std::int32_t id = free_.begin()->second;
+  free_.erase(free_.begin());
+  Block& block = blocks_[static_cast<std::size_t>(id)];
+  if (block.key != nullptr) prefixes_.erase(prefixes_.find(*block.key));
+  block = {.use_count = 1};
+  return id;
+}
+
+bool BlockAllocator::reserve(Sequence& sequence, std::int64_t num_tokens) {
+  const std::int64_t needed = (num_tokens + block_size_ - 1) / block_size_;
+  std::vector<std::int32_t> shared;
+  if (share_prefixes_) {
+    const std::int64_t full = (static_cast<std::int64_t>(sequence.tokens.size()) - 1) / block_size_;
+    std::uint64_t parent = 0;
+    for (std::int64_t i = 0; i < std::min(full, needed); ++i) {
+      const Prefix* prefix = find(parent, sequence.tokens, i);
+      if (prefix == nullptr) break;
+      shared.push_back(prefix->block);
+      parent = prefix->id;
+    }
+  }
+  // Shared blocks that nobody uses at the moment leave the free list too.
+  const auto from_free =
+      needed - std::count_if(shared.begin(), shared.end(), [&](auto id) { return use_count(id) > 0; });
+  if (from_free > num_free()) return false;
+
+  for (std::int32_t id : shared) {
+    Block& block = blocks_[static_cast<std::size_t>(id)];
+    if (block.use_count++ == 0) free_.erase(block.freed_at);
+  }
+  sequence.blocks = std::move(shared);
+  sequence.num_stored = static_cast<std::int64_t>(sequence.blocks.size()) * block_size_;
+  while (static_cast<std::int64_t>(sequence.blocks.size()) < needed) sequence.blocks.push_back(take_oldest());
+  return true;
+}
+
+void BlockAllocator::publish(const Sequence& sequence) {
+  if (!share_prefixes_) return;
+  std::uint64_t parent = 0;
+  for (std::int64_t i = 0; i < sequence.num_stored / block_size_; ++i) {
+    Block& block = blocks_[static_cast<std::size_t>(sequence.blocks[static_cast<std::size_t>(i)])];
+    const Prefix* prefix = find(parent, sequence.tokens, i);
+    if (prefix == nullptr) {
+      if (block.key != nullptr) return;  // known under another parent that was forgotten: leave it
+      const auto begin = sequence.tokens.begin() + i * block_size_;
+      const Prefix fresh{++last_prefix_id_, sequence.blocks[static_cast<std::size_t>(i)]};
+      const auto inserted = prefixes_.emplace(PrefixKey(parent, {begin, begin + block_size_}), fresh).first;
+      block.key = &inserted->first;
+      prefix = &inserted->second;
+    }
+    parent = prefix->id;
+  }
+}
+
+void BlockAllocator::release(Sequence& sequence) {
+  // The end of a sequence is less likely to be shared than its beginning: it is to be reused first.
+  for (auto id = sequence.blocks.rbegin(); id != sequence.blocks.rend(); ++id) {
+    Block& block = blocks_[static_cast<std::size_t>(*id)];
+    if (--block.use_count > 0) continue;
+    block.freed_at = ++clock_;
+    free_.emplace(block.freed_at, *id);
+  }
+  sequence.blocks.clear();
+  sequence.num_stored = 0;
+}
+
+}  // namespace quire::llm
