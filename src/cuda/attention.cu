@@ -1,0 +1,328 @@
+// The host side of attention.cuh, the merge of its partial results, and merge_attn_states.
+#include "cuda/attention.cuh"
+
+#include <algorithm>
+#include <limits>
+
+#include "cuda/cuda.h"
+#include "cuda/launch.h"
+
+namespace quire::cuda {
+
+#define QUIRE_CUDA_PAIR(Key, Value)                                                                                   \
+  extern template cudaError_t launch_attention<format::Key, format::Value>(const AttentionParams&, std::int64_t, int, \
+                                                                           cudaStream_t);
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_PAIR
+
+namespace {
+
+using AttentionLauncher = cudaError_t(const AttentionParams&, std::int64_t, int, cudaStream_t);
+
+constexpr PairEntry<AttentionLauncher> kAttentionLaunchers[] = {
+#define QUIRE_CUDA_PAIR(Key, Value) \
+  {format::format_id<format::Key>, format::format_id<format::Value>, &launch_attention<format::Key, format::Value>},
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_PAIR
+};
+
+// Folds the splits of one (token, head) in key order and finishes the row. One block per row.
+__global__ void __launch_bounds__(kAttentionThreads) merge_splits(const __grid_constant__ AttentionParams p) {
+  __shared__ float row[format::kMaxHeadSize];
+  const std::int64_t index = blockIdx.x;
+  const std::int64_t token = index / p.num_q_heads;
+  const int head = static_cast<int>(index - token * p.num_q_heads);
+  if (token >= p.cu_seqlens_q[p.batch * p.cu_stride]) return;
+  const float2* states = p.partials.state + index * p.max_splits;
+  const float* partial = p.partials.acc + index * p.max_splits * p.head_size_v;
+
+  attention::SoftmaxState state;
+  for (int s = 0; s < p.max_splits; ++s) state.max = exact::max(state.max, states[s].x);
+  float acc[kMaxColumns] = {};
+  for (int s = 0; s < p.max_splits; ++s) {
+    if (states[s].y == 0.0F) continue;  // no visible key: its accumulator is not looked at
+    const float factor = attention::rescale(states[s].x, state.max);
+    state.sum = fmaf(states[s].y, factor, state.sum);
+#pragma unroll
+    for (int i = 0; i < kMaxColumns; ++i) {
+      const int column = static_cast<int>(threadIdx.x) + i * kAttentionThreads;
+      if (column < p.head_size_v) acc[i] = fmaf(partial[s * p.head_size_v + column], factor, acc[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxColumns; ++i) {
+    const int column = static_cast<int>(threadIdx.x) + i * kAttentionThreads;
+    if (column < p.head_size_v) row[column] = acc[i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) finish_row(p.output, row, state, token, head, static_cast<int>(threadIdx.x));
+}
+
+// A part of merge_attn_states. Strides in bytes for out, in elements for lse.
+struct MergePart {
+  std::uint8_t* out = nullptr;  // [num_tokens, num_heads, head_size_v]
+  std::int64_t token_stride = 0, head_stride = 0, element_stride = 0;
+  DType dtype = DType::kFloat32;
+  float* lse = nullptr;  // [num_tokens, num_heads]
+  std::int64_t lse_token_stride = 0, lse_head_stride = 0;
+};
+struct MergeParams {
+  MergePart prefix, suffix, merged;
+  std::int64_t num_rows = 0;
+  int num_heads = 0, head_size_v = 0;
+};
+
+// One warp per row: it has read both LSEs before it writes one, so the result may alias a part.
+__global__ void __launch_bounds__(kAttentionThreads) merge_states(const __grid_constant__ MergeParams p) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (index >= p.num_rows) return;
+  const std::int64_t token = index / p.num_heads;
+  const std::int64_t head = index - token * p.num_heads;
+  const auto lse_at = [&](const MergePart& part) {
+    return part.lse + token * part.lse_token_stride + head * part.lse_head_stride;
+  };
+  const auto out_at = [&](const MergePart& part, int i) {
+    return part.out + token * part.token_stride + head * part.head_stride + i * part.element_stride;
+  };
+  const float a = *lse_at(p.prefix);
+  const float b = *lse_at(p.suffix);
+  __syncwarp();
+  const float max = fmaxf(a, b);
+  const float weight_a = a == -INFINITY ? 0.0F : expf(a - max);
+  const float weight_b = b == -INFINITY ? 0.0F : expf(b - max);
+  const float sum = weight_a + weight_b;
+  const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;
+  for (int i = lane; i < p.head_size_v; i += 32) {
+    float x = 0.0F;
+    if (a != -INFINITY) x = weight_a * inverse * load_float(out_at(p.prefix, i), p.prefix.dtype);
+    if (b != -INFINITY) x += weight_b * inverse * load_float(out_at(p.suffix, i), p.suffix.dtype);
+    std::uint8_t* to = out_at(p.merged, i);
+    if (p.merged.dtype == DType::kFloat32) {
+      *reinterpret_cast<float*>(to) = x;
+    } else {
+      *reinterpret_cast<std::uint16_t*>(to) =
+          p.merged.dtype == DType::kFloat16 ? format::float_to_half(x) : format::float_to_bfloat16(x);
+    }
+  }
+  if (lane == 0 && p.merged.lse != nullptr) *lse_at(p.merged) = sum == 0.0F ? -INFINITY : max + logf(sum);
+}
+
+MergePart make_part(const Tensor& out, const Tensor& lse) {
+  const auto bytes = static_cast<std::int64_t>(dtype_bytes(out.dtype));
+  MergePart part;
+  part.out = out.ptr<std::uint8_t>();
+  part.token_stride = out.strides[0] * bytes;
+  part.head_stride = out.strides[1] * bytes;
+  part.element_stride = out.strides[2] * bytes;
+  part.dtype = out.dtype;
+  if (lse.defined()) {
+    part.lse = lse.ptr<float>();
+    part.lse_token_stride = lse.strides[0];
+    part.lse_head_stride = lse.strides[1];
+  }
+  return part;
+}
+
+CacheSide make_cache_side(const Tensor& cache, const Tensor& scale_cache, format::FormatId id, int head_size) {
+  const auto bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+  const format::FormatInfo& info = format::format_info(id);
+  CacheSide side;
+  side.data = cache.ptr<const std::uint8_t>();
+  side.block_stride = cache.strides[0] * bytes;
+  side.slot_stride = cache.strides[1] * bytes;
+  side.head_stride = cache.strides[2] * bytes;
+  side.access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride,
+                                          info.code_bytes(head_size), info.code_bytes(kChunk)});
+  if (scale_cache.defined()) {
+    side.scales = scale_cache.ptr<const std::uint8_t>();
+    side.scale_block_stride = scale_cache.strides[0] * 4;
+    side.scale_slot_stride = scale_cache.strides[1] * 4;
+    side.scale_head_stride = scale_cache.strides[2] * 4;
+  }
+  return side;
+}
+
+AttentionParams make_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape) {
+  AttentionParams p;
+  p.query = args.query.ptr<const std::uint8_t>();
+  p.query_dtype = args.query.dtype;
+  p.query_element_bytes = static_cast<int>(dtype_bytes(args.query.dtype));
+  p.query_token_stride = args.query.strides[0] * p.query_element_bytes;
+  p.query_head_stride = args.query.strides[1] * p.query_element_bytes;
+  p.key = make_cache_side(args.key_cache, args.k_scale_cache, shape.key_format, shape.head_size);
+  p.value = make_cache_side(args.value_cache, args.v_scale_cache, shape.value_format, shape.head_size_v);
+
+  p.cu_seqlens_q = args.cu_seqlens_q.ptr<const std::int32_t>();
+  p.cu_stride = args.cu_seqlens_q.strides[0];
+  p.seq_lens = args.seq_lens.ptr<const std::int32_t>();
+  p.seq_stride = args.seq_lens.strides[0];
+  p.block_table = args.block_table.ptr<const std::int32_t>();
+  p.table_batch_stride = args.block_table.strides[0];
+  p.table_block_stride = args.block_table.strides[1];
+
+  p.mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.mm_prefix_clamp_window);
+  p.causal = args.causal;
+  if (args.causal_per_seq.defined()) {
+    p.causal_per_seq = args.causal_per_seq.ptr<const std::uint8_t>();
+    p.causal_stride = args.causal_per_seq.strides[0];
+  }
+  if (args.mm_prefix_range.defined()) {
+    p.ranges = args.mm_prefix_range.ptr<const std::int32_t>();
+    p.ranges_batch_stride = args.mm_prefix_range.strides[0];
+    p.range_stride = args.mm_prefix_range.strides[1];
+    p.bound_stride = args.mm_prefix_range.strides[2];
+    p.num_ranges = shape.num_mm_ranges;
+  }
+
+  p.softcap = args.softcap;
+  if (args.alibi_slopes.defined()) {
+    p.alibi_slopes = args.alibi_slopes.ptr<const float>();
+    p.alibi_stride = args.alibi_slopes.strides[0];
+  }
+  p.alibi_sqrt = args.use_alibi_sqrt;
+  if (args.qq_bias.defined()) {
+    p.qq_bias = args.qq_bias.ptr<const float>();
+    p.qq_row_stride = args.qq_bias.strides[0];
+    p.qq_column_stride = args.qq_bias.strides[1];
+    p.qq_size = shape.qq_bias_size;
+  }
+  p.softmax_scale = args.softmax_scale;
+  p.q_scale = make_scale_view(args.q_scale);
+  p.k_scale = make_scale_view(args.k_scale);
+  p.v_scale = make_scale_view(args.v_scale);
+
+  p.num_tokens = shape.num_tokens;
+  p.batch = shape.batch;
+  p.num_q_heads = shape.num_q_heads;
+  p.group_size = shape.group_size();
+  p.head_size = shape.head_size;
+  p.head_size_v = shape.head_size_v;
+  p.num_blocks = shape.num_blocks;
+  p.max_blocks = shape.max_blocks;
+  p.block_size = shape.block_size;
+  p.split_size = plan.split_size;
+  p.max_splits = static_cast<int>(plan.max_splits);
+
+  const auto out_bytes = static_cast<std::int64_t>(dtype_bytes(args.out.dtype));
+  p.output.out = args.out.ptr<std::uint8_t>();
+  p.output.dtype = args.out.dtype;
+  p.output.token_stride = args.out.strides[0] * out_bytes;
+  p.output.head_stride = args.out.strides[1] * out_bytes;
+  p.output.output_scale = args.output_scale.ptr<const float>();
+  if (args.lse.defined()) {
+    p.output.lse = args.lse.ptr<float>();
+    p.output.lse_token_stride = args.lse.strides[0];
+    p.output.lse_head_stride = args.lse.strides[1];
+  }
+  if (args.sinks.defined()) {
+    p.output.sinks = args.sinks.ptr<const float>();
+    p.output.sink_stride = args.sinks.strides[0];
+  }
+  p.output.shape = format::row_shape(shape.head_size_v);
+  p.output.rotation = format::format_info(shape.value_format).rotation;
+  p.output.unrotate = format::format_info(shape.value_format).unrotate(p.output.shape);
+  p.error_counter = args.error_counter.ptr<unsigned long long>();
+  return p;
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Row tiles that cover any batch of `num_tokens` query tokens in `batch` sequences.
+std::int64_t num_row_tiles(std::int64_t num_tokens, std::int64_t group_size, std::int64_t batch) {
+  return num_tokens * group_size / kRows + batch;
+}
+
+}  // namespace
+
+Result<AttentionPlan> plan(const AttentionProblem& problem) {
+  // Enough blocks for every multiprocessor of a large GPU a few times over, but no split so short that its partial
+  // result costs more than its keys. The batch-invariant split depends on nothing but itself.
+  constexpr std::int64_t kTargetBlocks = 1024;
+  constexpr std::int64_t kMinSplit = 256;
+  constexpr std::int64_t kInvariantSplit = 2048;
+  constexpr std::int64_t kMaxSplits = 1024;
+
+  AttentionPlan plan;
+  plan.problem = problem;
+  plan.kernel = "cuda attend_split (" + std::to_string(kRows) + " rows x " + std::to_string(kKeys) + " keys, fp32)";
+  const std::int64_t group_size = problem.num_q_heads / std::max(problem.num_kv_heads, 1);
+  plan.query_tile = static_cast<int>(std::max<std::int64_t>(1, kRows / std::max<std::int64_t>(group_size, 1)));
+
+  const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
+  const std::int64_t tiles = num_row_tiles(problem.max_num_tokens, group_size, problem.max_batch);
+  if (problem.batch_invariant) {
+    plan.split_size = kInvariantSplit;
+  } else {
+    std::int64_t splits = problem.num_splits;
+    if (splits <= 0) {
+      splits = std::min(ceil_div(kTargetBlocks, std::max<std::int64_t>(tiles * problem.num_kv_heads, 1)),
+                        ceil_div(max_keys, kMinSplit));
+    }
+    splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
+    plan.split_size = ceil_div(ceil_div(max_keys, splits), kKeys) * kKeys;
+  }
+  plan.max_splits = ceil_div(max_keys, plan.split_size);
+  constexpr std::int64_t kMaxGridX = std::numeric_limits<std::int32_t>::max();
+  constexpr std::int64_t kMaxGridYZ = 65535;
+  const std::int64_t rows = problem.max_num_tokens * problem.num_q_heads;
+  if (plan.max_splits > kMaxGridYZ || problem.num_kv_heads > kMaxGridYZ || tiles > kMaxGridX || rows > kMaxGridX) {
+    return unsupported("max_num_tokens " + std::to_string(problem.max_num_tokens) + " with " +
+                       std::to_string(problem.num_q_heads) + " query heads and max_seq_len " +
+                       std::to_string(problem.max_seq_len) + " do not fit one CUDA grid (2^31 rows, " +
+                       std::to_string(kMaxGridYZ) + " KV heads, " + std::to_string(kMaxGridYZ) + " splits)");
+  }
+  if (plan.max_splits > 1) {
+    plan.workspace_bytes = static_cast<std::size_t>(rows) * static_cast<std::size_t>(plan.max_splits) *
+                           (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(problem.head_size_v));
+  }
+  return plan;
+}
+
+Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
+           void* stream) {
+  AttentionLauncher* launch = find_pair(kAttentionLaunchers, shape.key_format, shape.value_format);
+  if (launch == nullptr) return pair_not_built(shape.key_format, shape.value_format);
+  if (shape.num_tokens == 0 || shape.batch == 0) return {};
+
+  AttentionParams params = make_params(plan, args, shape);
+  const std::int64_t rows = shape.num_tokens * shape.num_q_heads;
+  if (params.max_splits > 1) {
+    params.partials.state = static_cast<float2*>(workspace);
+    params.partials.acc = reinterpret_cast<float*>(params.partials.state + rows * params.max_splits);
+  }
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const std::int64_t tiles = num_row_tiles(shape.num_tokens, shape.group_size(), shape.batch);
+  const cudaError_t error = launch(params, tiles, shape.num_kv_heads, cuda_stream);
+  if (error != cudaSuccess || params.max_splits == 1) return cuda_status(error, "unified_attention");
+  merge_splits<<<static_cast<unsigned>(rows), kAttentionThreads, 0, cuda_stream>>>(params);
+  return cuda_status(cudaGetLastError(), "unified_attention (merge)");
+}
+
+Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+                               void* stream) {
+  if (plan.workspace_bytes == 0) return run(plan, args, shape, nullptr, stream);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  void* workspace = nullptr;
+  Status status = cuda_status(cudaMallocAsync(&workspace, plan.workspace_bytes, cuda_stream), "workspace");
+  if (!status) return status;
+  status = run(plan, args, shape, workspace, stream);
+  const Status freed = cuda_status(cudaFreeAsync(workspace, cuda_stream), "workspace");
+  return status.ok() ? freed : status;
+}
+
+Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
+  MergeParams params;
+  params.prefix = make_part(args.prefix_out, args.prefix_lse);
+  params.suffix = make_part(args.suffix_out, args.suffix_lse);
+  params.merged = make_part(args.out, args.lse);
+  params.num_heads = static_cast<int>(args.out.shape[1]);
+  params.num_rows = args.out.shape[0] * args.out.shape[1];
+  params.head_size_v = static_cast<int>(args.out.shape[2]);
+  if (params.num_rows == 0) return {};
+  const auto blocks = static_cast<unsigned>(ceil_div(params.num_rows, kWarps));
+  merge_states<<<blocks, kAttentionThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
+  return cuda_status(cudaGetLastError(), "merge_attn_states");
+}
+
+}  // namespace quire::cuda

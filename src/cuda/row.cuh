@@ -1,0 +1,262 @@
+// One row by the lanes of a warp: the second driver of the contract in format/format.h (format/row.h is the first).
+//
+//   A row of head_size elements lies over kLanes neighbouring lanes (8, 16 or 32; a warp holds 32 / kLanes rows), lane
+//   l holding the kElements contiguous elements from l * kElements on:
+//
+//     butterflies   h < kElements between a lane's registers, h >= kElements by a shuffle with lane l ^ (h / kElements)
+//     statistics    the contract's tree, element i with i + h, h ascending: first inside a lane, then across lanes
+//     pack          a lane packs its own units and writes its own bytes; lane 0 writes the metadata
+//
+// Elements past head_size hold zeros and never enter the statistics. Where head_size is not a multiple of kElements
+// (kRagged) one lane is partly filled; the rotation's block is then smaller than kElements, so it never crosses lanes.
+// Every lane of the warp takes part in every shuffle, also lanes whose row is skipped.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "format/float_types.h"
+#include "format/format.h"
+#include "quire/tensor.h"
+
+namespace quire::cuda {
+
+inline constexpr unsigned kFullWarp = 0xffffffffU;
+
+template <int kElementsPerLane, int kLanesPerRow, bool kIsRagged>
+struct RowTile {
+  static constexpr int kElements = kElementsPerLane;
+  static constexpr int kLanes = kLanesPerRow;
+  static constexpr bool kRagged = kIsRagged;
+  static_assert((kElements & (kElements - 1)) == 0 && kElements >= 8,
+                "a power of two that every format's unit divides");
+  static_assert(kLanes >= 8 && kLanes <= 32 && (kLanes & (kLanes - 1)) == 0);
+
+  static __host__ __device__ constexpr bool holds(int head_size) {
+    return head_size <= kElements * kLanes && (kRagged || head_size % kElements == 0);
+  }
+};
+
+// A trivially copyable value of lane `lane ^ lane_mask`.
+template <int kLanes, class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  constexpr int kWords = (sizeof(T) + 3) / 4;
+  unsigned words[kWords] = {};
+  memcpy(words, &value, sizeof(T));
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = __shfl_xor_sync(kFullWarp, words[w], lane_mask, kLanes);
+  T other;
+  memcpy(&other, words, sizeof(T));
+  return other;
+}
+
+// `bytes` bytes from or to global memory, in pieces of `access` bytes (1, 2, 4, 8 or 16, dividing the address).
+template <class Word, int kBytes>
+__device__ __forceinline__ void load_words(const std::uint8_t* from, std::uint8_t (&to)[kBytes], int bytes) {
+  if constexpr (sizeof(Word) <= kBytes) {
+#pragma unroll
+    for (int i = 0; i < kBytes / static_cast<int>(sizeof(Word)); ++i) {
+      if (i * static_cast<int>(sizeof(Word)) < bytes) {
+        const Word word = reinterpret_cast<const Word*>(from)[i];
+        memcpy(to + i * sizeof(Word), &word, sizeof(Word));
+      }
+    }
+  }
+}
+template <int kBytes>
+__device__ __forceinline__ void load_bytes(const std::uint8_t* from, std::uint8_t (&to)[kBytes], int bytes,
+                                           int access) {
+  if (kBytes % 16 == 0 && access >= 16) return load_words<uint4>(from, to, bytes);
+  if (kBytes % 8 == 0 && access >= 8) return load_words<uint2>(from, to, bytes);
+  if (kBytes % 4 == 0 && access >= 4) return load_words<std::uint32_t>(from, to, bytes);
+  if (kBytes % 2 == 0 && access >= 2) return load_words<std::uint16_t>(from, to, bytes);
+  load_words<std::uint8_t>(from, to, bytes);
+}
+
+template <class Word, int kBytes>
+__device__ __forceinline__ void store_words(const std::uint8_t (&from)[kBytes], std::uint8_t* to, int bytes) {
+  if constexpr (sizeof(Word) <= kBytes) {
+#pragma unroll
+    for (int i = 0; i < kBytes / static_cast<int>(sizeof(Word)); ++i) {
+      if (i * static_cast<int>(sizeof(Word)) < bytes) {
+        Word word;
+        memcpy(&word, from + i * sizeof(Word), sizeof(Word));
+        reinterpret_cast<Word*>(to)[i] = word;
+      }
+    }
+  }
+}
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(const std::uint8_t (&from)[kBytes], std::uint8_t* to, int bytes,
+                                            int access) {
+  if (kBytes % 16 == 0 && access >= 16) return store_words<uint4>(from, to, bytes);
+  if (kBytes % 8 == 0 && access >= 8) return store_words<uint2>(from, to, bytes);
+  if (kBytes % 4 == 0 && access >= 4) return store_words<std::uint32_t>(from, to, bytes);
+  if (kBytes % 2 == 0 && access >= 2) return store_words<std::uint16_t>(from, to, bytes);
+  store_words<std::uint8_t>(from, to, bytes);
+}
+
+// One element of a float tensor, widened. float8 reads its code's value.
+__device__ __forceinline__ float load_float(const std::uint8_t* at, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return format::half_to_float(*reinterpret_cast<const std::uint16_t*>(at));
+    case DType::kBFloat16:
+      return format::bfloat16_to_float(*reinterpret_cast<const std::uint16_t*>(at));
+    case DType::kFloat8E4M3:
+      return format::E4M3::decode(*at);
+    case DType::kFloat8E5M2:
+      return format::E5M2::decode(*at);
+    default:
+      return *reinterpret_cast<const float*>(at);
+  }
+}
+
+// The kElements elements of a lane from a dense row of 16- or 32-bit floats.
+template <class Tile>
+__device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, int access, int lane, int head_size,
+                                          float (&y)[Tile::kElements]) {
+  constexpr int kE = Tile::kElements;
+  const int first = lane * kE;
+  const int count = Tile::kRagged ? min(max(head_size - first, 0), kE) : (first < head_size ? kE : 0);
+  if (dtype == DType::kFloat32) {
+    alignas(16) std::uint8_t bytes[kE * 4] = {};
+    load_bytes(row + first * 4, bytes, count * 4, access);
+#pragma unroll
+    for (int j = 0; j < kE; ++j) y[j] = format::load_as<float>(bytes + 4 * j);
+    return;
+  }
+  alignas(16) std::uint8_t bytes[kE * 2] = {};
+  load_bytes(row + first * 2, bytes, count * 2, access);
+#pragma unroll
+  for (int j = 0; j < kE; ++j) {
+    const auto code = format::load_as<std::uint16_t>(bytes + 2 * j);
+    y[j] = dtype == DType::kFloat16 ? format::half_to_float(code) : format::bfloat16_to_float(code);
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void flip_signs(float (&y)[Tile::kElements], int lane) {
+  constexpr int kE = Tile::kElements;
+  const int first = lane * kE;
+  const std::uint32_t word = format::rht_sign_word(first / 32) >> (first % 32);
+#pragma unroll
+  for (int j = 0; j < kE; ++j) y[j] = format::apply_sign(y[j], word, j);
+}
+
+template <class Tile>
+__device__ __forceinline__ void hadamard(float (&y)[Tile::kElements], int lane, int block) {
+  constexpr int kE = Tile::kElements;
+#pragma unroll
+  for (int h = 1; h < kE; h *= 2) {
+    if (!Tile::kRagged || h < block) {
+#pragma unroll
+      for (int j = 0; j < kE; j += 2 * h) {
+#pragma unroll
+        for (int i = j; i < j + h; ++i) {
+          const float a = y[i];
+          const float b = y[i + h];
+          y[i] = a + b;
+          y[i + h] = a - b;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < Tile::kLanes; step *= 2) {
+    if (step * kE < block) {
+      const bool upper = (lane & step) != 0;
+#pragma unroll
+      for (int j = 0; j < kE; ++j) {
+        const float other = __shfl_xor_sync(kFullWarp, y[j], step, Tile::kLanes);
+        y[j] = upper ? other - y[j] : y[j] + other;
+      }
+    }
+  }
+}
+
+// y = H y or H (s .* y).
+template <class Tile>
+__device__ __forceinline__ void rotate(format::Rotation rotation, float (&y)[Tile::kElements], int lane, int block) {
+  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane);
+  if (rotation != format::Rotation::kNone) hadamard<Tile>(y, lane, block);
+}
+
+// y = H y or s .* (H y).
+template <class Tile>
+__device__ __forceinline__ void rotate_back(format::Rotation rotation, float (&y)[Tile::kElements], int lane,
+                                            int block) {
+  if (rotation != format::Rotation::kNone) hadamard<Tile>(y, lane, block);
+  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane);
+}
+
+// The statistics of the row, the same in every lane that holds a part of it.
+template <format::Format F, class Tile>
+__device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Tile::kElements], int lane, int head_size) {
+  constexpr int kE = Tile::kElements;
+  typename F::Stats stats[kE];
+#pragma unroll
+  for (int j = 0; j < kE; ++j) stats[j] = F::stat(y[j]);
+#pragma unroll
+  for (int h = 1; h < kE; h *= 2) {
+#pragma unroll
+    for (int j = 0; j < kE; j += 2 * h) {
+      if (!Tile::kRagged || lane * kE + j + h < head_size) stats[j] = F::merge(stats[j], stats[j + h]);
+    }
+  }
+  typename F::Stats total = stats[0];
+#pragma unroll
+  for (int step = 1; step < Tile::kLanes; step *= 2) {
+    const typename F::Stats other = shuffle_xor<Tile::kLanes>(total, step);
+    const bool upper = (lane & step) != 0;
+    const int upper_lane = (lane & ~(2 * step - 1)) + step;
+    const typename F::Stats low = upper ? other : total;
+    const typename F::Stats high = upper ? total : other;
+    total = upper_lane * kE < head_size ? F::merge(low, high) : low;
+  }
+  return total;
+}
+
+// Encodes the row whose lane `lane` holds y, which is overwritten, and writes it where `store` is set. `data_access`
+// divides the address of each lane's bytes. The bits are those of format::encode_row.
+template <format::Format F, class Tile>
+__device__ __forceinline__ void encode_row(float (&y)[Tile::kElements], int lane, format::RowShape shape,
+                                           float tensor_scale, bool store, std::uint8_t* data, int data_access,
+                                           std::uint8_t* meta) {
+  constexpr int kE = Tile::kElements;
+  using format::StatsOf;
+  typename F::Stats stats{};
+  if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F, Tile>(y, lane, shape.head_size);
+  if constexpr (F::kStatsOf != StatsOf::kInput) {
+    rotate<Tile>(F::kRotation, y, lane, shape.block);
+    if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F, Tile>(y, lane, shape.head_size);
+  }
+  const typename F::Encoder encoder = F::finish(stats, shape, tensor_scale);
+  if constexpr (F::kStatsOf == StatsOf::kInput) {
+#pragma unroll
+    for (int j = 0; j < kE; ++j) y[j] = F::normalize(encoder, y[j]);
+    rotate<Tile>(F::kRotation, y, lane, shape.block);
+  }
+  static_assert(kE % F::kUnit == 0, "a lane holds whole units");
+  constexpr int kLaneBytes = kE / F::kUnit * F::kUnitBytes;
+  alignas(16) std::uint8_t bytes[kLaneBytes];
+#pragma unroll
+  for (int u = 0; u < kE / F::kUnit; ++u) F::pack(encoder, y + u * F::kUnit, bytes + u * F::kUnitBytes);
+  if (!store) return;
+  const int held = static_cast<int>(format::code_bytes<F>(shape.head_size)) - lane * kLaneBytes;
+  const int count = min(max(held, 0), kLaneBytes);
+  store_bytes(bytes, data + lane * kLaneBytes, count, data_access);
+  if constexpr (F::kMetaBytes > 0) {
+    if (lane == 0) {
+      alignas(4) std::uint8_t meta_bytes[F::kMetaBytes];
+      F::write_meta(encoder, meta_bytes);
+      // In a scale cache metadata is one aligned fp32; in a row it may be only 2-byte aligned.
+      store_bytes(meta_bytes, meta, F::kMetaBytes, F::kMetaPlace == format::MetaPlace::kScaleCache ? 4 : 1);
+    }
+  }
+}
+
+}  // namespace quire::cuda

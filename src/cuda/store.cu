@@ -1,0 +1,120 @@
+// The host side of store.cuh: strides in bytes, access widths, and the pair's launcher.
+#include "cuda/store.cuh"
+
+#include <algorithm>
+#include <limits>
+
+#include "cuda/cuda.h"
+#include "cuda/launch.h"
+
+namespace quire::cuda {
+
+#define QUIRE_CUDA_PAIR(Key, Value) \
+  extern template cudaError_t launch_store<format::Key, format::Value>(const StoreParams&, bool, cudaStream_t);
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_PAIR
+
+namespace {
+
+using StoreLauncher = cudaError_t(const StoreParams&, bool, cudaStream_t);
+
+constexpr PairEntry<StoreLauncher> kStoreLaunchers[] = {
+#define QUIRE_CUDA_PAIR(Key, Value) \
+  {format::format_id<format::Key>, format::format_id<format::Value>, &launch_store<format::Key, format::Value>},
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_PAIR
+};
+
+bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
+
+StoreSide make_side(const Tensor& input, const Tensor& cache, const Tensor& scale_cache, const Tensor& scale,
+                    format::FormatId id, int head_size) {
+  const auto input_bytes = static_cast<std::int64_t>(dtype_bytes(input.dtype));
+  const auto cache_bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+  StoreSide side;
+  side.head_size = head_size;
+  side.input = input.ptr<const std::uint8_t>();
+  side.input_dtype = input.dtype;
+  side.input_token_stride = input.strides[0] * input_bytes;
+  side.input_head_stride = input.strides[1] * input_bytes;
+  side.input_element_stride = input.strides[2] * input_bytes;
+  if (input.strides[2] == 1 && input_bytes > 1) {
+    const int access =
+        access_bytes(input.data, {side.input_token_stride, side.input_head_stride, head_size * input_bytes});
+    side.input_access = access >= input_bytes ? access : 0;
+  }
+  side.cache = cache.ptr<std::uint8_t>();
+  side.block_stride = cache.strides[0] * cache_bytes;
+  side.slot_stride = cache.strides[1] * cache_bytes;
+  side.head_stride = cache.strides[2] * cache_bytes;
+  side.element_stride = cache_bytes;
+  // A lane's bytes are a multiple of 16 elements' or of 8 elements': the row's own length limits the width.
+  const format::FormatInfo& info = format::format_info(id);
+  const std::int64_t lane_bytes = 8 / info.unit * info.unit_bytes;
+  side.cache_access =
+      access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride, info.code_bytes(head_size),
+                                head_size > 64 ? 2 * lane_bytes : lane_bytes});
+  if (scale_cache.defined()) {
+    side.scales = scale_cache.ptr<std::uint8_t>();
+    side.scale_block_stride = scale_cache.strides[0] * 4;
+    side.scale_slot_stride = scale_cache.strides[1] * 4;
+    side.scale_head_stride = scale_cache.strides[2] * 4;
+  }
+  if (scale.defined()) {
+    side.tensor_scale = scale.ptr<const float>();
+    side.tensor_scale_stride = scale.numel() == 1 ? 0 : scale.strides[scale.ndim - 1];
+  }
+  side.copy_codes = is_float8(input.dtype);
+  return side;
+}
+
+}  // namespace
+
+Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream) {
+  StoreLauncher* launch = find_pair(kStoreLaunchers, problem.key_format, problem.value_format);
+  if (launch == nullptr) return pair_not_built(problem.key_format, problem.value_format);
+
+  StoreParams params;
+  params.key =
+      make_side(args.key, args.key_cache, args.k_scale_cache, args.k_scale, problem.key_format, problem.head_size);
+  params.value = make_side(args.value, args.value_cache, args.v_scale_cache, args.v_scale, problem.value_format,
+                           problem.head_size_v);
+  if (problem.head_major_x > 0) {
+    const auto bytes = static_cast<std::int64_t>(dtype_bytes(args.key_cache.dtype));
+    const auto bytes_v = static_cast<std::int64_t>(dtype_bytes(args.value_cache.dtype));
+    // K [num_blocks, Hk, d/x, block_size, x]
+    params.key.head_stride = args.key_cache.strides[1] * bytes;
+    params.key.group = problem.head_major_x;
+    params.key.group_stride = args.key_cache.strides[2] * bytes;
+    params.key.slot_stride = args.key_cache.strides[3] * bytes;
+    params.key.element_stride = args.key_cache.strides[4] * bytes;
+    // V [num_blocks, Hk, dv, block_size]
+    params.value.head_stride = args.value_cache.strides[1] * bytes_v;
+    params.value.group_stride = args.value_cache.strides[2] * bytes_v;
+    params.value.slot_stride = args.value_cache.strides[3] * bytes_v;
+  } else {
+    params.key.group = problem.head_size;
+    params.value.group = problem.head_size_v;
+  }
+  params.slot_mapping = args.slot_mapping.ptr<const std::uint8_t>();
+  params.slot_mapping_stride =
+      args.slot_mapping.strides[0] * static_cast<std::int64_t>(dtype_bytes(args.slot_mapping.dtype));
+  params.slots_are_int64 = args.slot_mapping.dtype == DType::kInt64;
+  params.num_tokens = problem.num_tokens;
+  params.num_heads = problem.num_kv_heads;
+  params.num_blocks = problem.num_blocks;
+  params.block_size = problem.block_size;
+  params.error_counter = args.error_counter.ptr<unsigned long long>();
+  if (params.num_tokens == 0 || params.num_heads == 0) return {};
+
+  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t items = params.num_tokens * params.num_heads * std::max(problem.head_size, problem.head_size_v);
+  if (items / kStoreThreads >= kMaxGrid) {
+    return unsupported("key holds " + std::to_string(params.num_tokens) + " tokens; one CUDA call stores at most " +
+                       std::to_string(kMaxGrid / 4 / params.num_heads) + " of them");
+  }
+  const bool by_element = problem.head_major_x > 0 || params.key.copy_codes || params.value.copy_codes;
+  return cuda_status(launch(params, by_element, static_cast<cudaStream_t>(stream)), "reshape_and_cache");
+}
+
+}  // namespace quire::cuda
