@@ -24,6 +24,9 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
   static constexpr StatsOf kStatsOf = StatsOf::kRotated;
   static constexpr double kMaxNmse = 2.5e-2;
 
+  // Levels are codes - 8: attention adds up levels and offsets separately, and centred levels leave little to cancel.
+  static constexpr std::int32_t kCenter = 8;
+
   using Stats = Range;
   static QUIRE_HD Stats stat(float y) { return Range::of(y); }
   static QUIRE_HD Stats merge(Stats a, Stats b) { return Range::merge(a, b); }
@@ -47,13 +50,13 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
     store_as(meta, (exact::bits_of(encoder.scale) & ~15U) | zero);
   }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) {
-    level[0] = static_cast<float>(static_cast<std::int32_t>(*bytes & 15U));
-    level[1] = static_cast<float>(static_cast<std::int32_t>(*bytes >> 4));
+    level[0] = static_cast<float>(static_cast<std::int32_t>(*bytes & 15U) - kCenter);
+    level[1] = static_cast<float>(static_cast<std::int32_t>(*bytes >> 4) - kCenter);
   }
   static QUIRE_HD Affine read_meta(const std::uint8_t* meta, RowShape) {
     const std::uint32_t bits = load_as<std::uint32_t>(meta);
     const float scale = exact::from_bits(bits & ~15U);
-    return {scale, -static_cast<float>(static_cast<std::int32_t>(bits & 15U)) * scale};
+    return {scale, static_cast<float>(kCenter - static_cast<std::int32_t>(bits & 15U)) * scale};
   }
   static QUIRE_HD constexpr float unrotate(RowShape shape) { return 1.0F / static_cast<float>(shape.block); }
 };

@@ -1,0 +1,219 @@
+// The public operations: validate, find who serves the mode, hand over to the device.
+#include "quire/ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "core/dispatch.h"
+#include "core/mode_table.h"
+#include "core/validate.h"
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "format/build_config.h"
+#include "quire/backend.h"
+
+namespace quire {
+namespace {
+
+std::atomic<LogHook> log_hook{nullptr};
+
+[[maybe_unused]] Status no_cuda() {
+  return unsupported(
+      "the tensors are on cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
+}
+
+// The backend of a registered mode, or null for a mode of the table.
+Result<const QuantKVBackend*> registered_backend(ModeId id) {
+  const Result<ModeInfo> mode = mode_info(id);
+  if (!mode) return mode.status();
+  if (!mode->registered) return static_cast<const QuantKVBackend*>(nullptr);
+  return get_backend(id);
+}
+
+AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
+  AttentionProblem problem;
+  problem.device = args.query.device;
+  problem.mode = args.mode;
+  problem.num_q_heads = shape.num_q_heads;
+  problem.num_kv_heads = shape.num_kv_heads;
+  problem.head_size = shape.head_size;
+  problem.head_size_v = shape.head_size_v;
+  problem.block_size = shape.block_size;
+  problem.max_num_tokens = shape.num_tokens;
+  problem.max_batch = shape.batch;
+  if (args.query.device == Device::kCpu) {
+    const auto at = [](const Tensor& t, std::int64_t i) { return t.ptr<const std::int32_t>()[i * t.strides[0]]; };
+    for (int b = 0; b < shape.batch; ++b) {
+      problem.max_query_len =
+          std::max<std::int64_t>(problem.max_query_len, at(args.cu_seqlens_q, b + 1) - at(args.cu_seqlens_q, b));
+      problem.max_seq_len = std::max<std::int64_t>(problem.max_seq_len, at(args.seq_lens, b));
+    }
+  } else {
+    problem.max_query_len = args.max_query_len > 0 ? args.max_query_len : shape.num_tokens;
+    problem.max_seq_len = args.max_seq_len > 0 ? args.max_seq_len : shape.max_blocks * shape.block_size;
+  }
+  return problem;
+}
+
+// The call must lie inside the bounds its plan was made for.
+Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
+  const AttentionProblem& p = plan.problem;
+  const struct {
+    const char* name;
+    std::int64_t planned, given;
+    bool bound;
+  } fields[] = {{"device", static_cast<int>(p.device), static_cast<int>(actual.device), false},
+                {"num_q_heads", p.num_q_heads, actual.num_q_heads, false},
+                {"num_kv_heads", p.num_kv_heads, actual.num_kv_heads, false},
+                {"head_size", p.head_size, actual.head_size, false},
+                {"head_size_v", p.head_size_v, actual.head_size_v, false},
+                {"block_size", p.block_size, actual.block_size, false},
+                {"mode", static_cast<int>(p.mode), static_cast<int>(actual.mode), false},
+                {"num_tokens", p.max_num_tokens, actual.max_num_tokens, true},
+                {"batch", p.max_batch, actual.max_batch, true},
+                {"query_len", p.max_query_len, actual.max_query_len, true},
+                {"seq_len", p.max_seq_len, actual.max_seq_len, true}};
+  for (const auto& field : fields) {
+    if (field.bound ? field.given > field.planned : field.given != field.planned) {
+      return invalid_argument(std::string(field.name) + " is " + std::to_string(field.given) +
+                              ", but the plan was made for " + (field.bound ? "at most " : "") +
+                              std::to_string(field.planned) + "; make a plan for this problem");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+void set_log_hook(LogHook hook) { log_hook = hook; }
+
+namespace core {
+
+void log(const char* message) {
+  if (LogHook hook = log_hook) hook(message);
+}
+
+Status store(const ReshapeAndCacheArgs& args, void* stream) {
+  Result<StoreProblem> problem = validate_store(args);
+  if (!problem) return problem.status();
+  if (args.key.device == Device::kCpu) return cpu::reshape_and_cache(args, *problem);
+#if quire_with_cuda
+  return cuda::reshape_and_cache(args, *problem, stream);
+#else
+  (void)stream;
+  return no_cuda();
+#endif
+}
+
+Status attend(const UnifiedAttentionArgs& args, const AttentionPlan* plan, void* workspace, std::size_t workspace_bytes,
+              const QuantKVBackend* decoder, void* stream) {
+  Result<AttentionShape> shape = validate_attention(args, decoder != nullptr);
+  if (!shape) return shape.status();
+  AttentionProblem problem = problem_for(args, *shape);
+  AttentionPlan own_plan;
+  if (plan == nullptr) {
+    Result<AttentionPlan> made = plan_unified_attention(problem);
+    if (!made) return made.status();
+    own_plan = *std::move(made);
+  } else {
+    if (args.query.device == Device::kCuda) {  // the device holds the lengths; the plan's bounds are what is known
+      if (args.max_query_len == 0) problem.max_query_len = plan->problem.max_query_len;
+      if (args.max_seq_len == 0) problem.max_seq_len = plan->problem.max_seq_len;
+    }
+    if (Status status = check_plan(*plan, problem); !status) return status;
+    if (plan->workspace_bytes > 0 && (workspace == nullptr || workspace_bytes < plan->workspace_bytes)) {
+      return invalid_argument("workspace has " + std::to_string(workspace == nullptr ? 0 : workspace_bytes) +
+                              " bytes; the plan needs " + std::to_string(plan->workspace_bytes));
+    }
+    if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0)
+      return invalid_argument("workspace is not aligned to 16 bytes");
+  }
+  if (args.query.device == Device::kCpu) {
+    std::unique_ptr<std::byte[]> own_workspace;
+    if (plan == nullptr && own_plan.workspace_bytes > 0) {
+      own_workspace.reset(new (std::nothrow) std::byte[own_plan.workspace_bytes]);
+      if (own_workspace == nullptr) {
+        return internal_error("no memory for a workspace of " + std::to_string(own_plan.workspace_bytes) + " bytes");
+      }
+      workspace = own_workspace.get();
+    }
+    return cpu::run(plan == nullptr ? own_plan : *plan, args, *shape, decoder, workspace);
+  }
+#if quire_with_cuda
+  if (decoder != nullptr) {
+    return unsupported(
+        "decode_row runs on the CPU; on cuda a registered mode must name a read_format or override unified_attention");
+  }
+  return plan == nullptr ? cuda::unified_attention_alloc(own_plan, args, *shape, stream)
+                         : cuda::run(*plan, args, *shape, workspace, stream);
+#else
+  (void)stream;
+  return no_cuda();
+#endif
+}
+
+}  // namespace core
+
+Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) {
+  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+  if (!backend) return backend.status();
+  return *backend != nullptr ? (*backend)->reshape_and_cache(args, stream) : core::store(args, stream);
+}
+
+Status unified_attention(const UnifiedAttentionArgs& args, void* stream) {
+  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+  if (!backend) return backend.status();
+  if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
+  return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
+}
+
+Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
+                             std::size_t workspace_bytes, void* stream) {
+  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+  if (!backend) return backend.status();
+  // A registered mode's backend plans for itself.
+  if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
+  return core::attend(args, &plan, workspace, workspace_bytes, nullptr, stream);
+}
+
+Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args) {
+  const Result<ModeInfo> mode = mode_info(args.mode);
+  if (!mode) return mode.status();
+  Result<AttentionShape> shape = core::validate_attention(args, mode->registered);
+  if (!shape) return shape.status();
+  return problem_for(args, *shape);
+}
+
+Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
+  if (Status status = core::validate_merge(args); !status) return status;
+  if (args.prefix_out.device == Device::kCpu) {
+    cpu::merge_attn_states(args);
+    return {};
+  }
+#if quire_with_cuda
+  return cuda::merge_attn_states(args, stream);
+#else
+  (void)stream;
+  return no_cuda();
+#endif
+}
+
+Status reshape_and_cache_infer_mode(ReshapeAndCacheArgs args, void* stream) {
+  core::log("quire: reshape_and_cache without a mode is deprecated; name the mode");
+  const char* name = nullptr;
+  if (args.key_cache.dtype == DType::kFloat8E4M3) name = "fp8_per_token_head";
+  if (args.key_cache.dtype == DType::kInt8) name = "int8_per_token_head";
+  if (name == nullptr) {
+    return invalid_argument(
+        "key_cache is " + std::string(dtype_name(args.key_cache.dtype)) +
+        "; without a mode only float8_e4m3fn (fp8_per_token_head) and int8 (int8_per_token_head) can be told apart");
+  }
+  const Result<ModeId> mode = parse_kv_cache_dtype(name);
+  if (!mode) return mode.status();
+  args.mode = *mode;
+  return reshape_and_cache(args, stream);
+}
+
+}  // namespace quire

@@ -1,0 +1,18 @@
+#include "quire/tensor.h"
+
+namespace quire {
+
+std::string to_string(const Tensor& tensor) {
+  if (!tensor.defined()) return "not given";
+  std::string text = "[";
+  for (int i = 0; i < tensor.ndim; ++i) {
+    if (i > 0) text += ", ";
+    text += std::to_string(tensor.shape[i]);
+  }
+  text += "] ";
+  text += dtype_name(tensor.dtype);
+  if (tensor.device == Device::kCuda) text += " on cuda";
+  return text;
+}
+
+}  // namespace quire

@@ -1,0 +1,21 @@
+// Everything that can be wrong with a call, found before anything is written: shapes, dtypes, strides, modes and, on
+// the CPU, the values of lengths, slots and block ids. Each refusal is one sentence: argument, what came, what is
+// supported.
+#pragma once
+
+#include "attention/problem.h"
+#include "quire/ops.h"
+
+namespace quire::core {
+
+Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args);
+
+// `own_rows`: the mode is served by a registered backend that decodes its own rows, so the caches' last dimension and
+// dtype are that backend's business.
+Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, bool own_rows = false);
+
+Status validate_merge(const MergeAttnStatesArgs& args);
+
+Status validate_problem(const AttentionProblem& problem);
+
+}  // namespace quire::core

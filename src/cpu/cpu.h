@@ -1,0 +1,29 @@
+// The CPU device: both ops, their plan, and the SIMD targets they dispatch to. Callers have validated the arguments.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attention/problem.h"
+#include "quire/backend.h"
+#include "quire/ops.h"
+
+namespace quire::cpu {
+
+// Threads share the work by slot, so two tokens of one call that name the same slot never interleave.
+Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem);
+
+AttentionPlan plan(const AttentionProblem& problem);
+
+// Reads rows through the formats of `shape`, or, where they are not known, through `backend`'s decode_row.
+Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+           const QuantKVBackend* backend, void* workspace);
+
+void merge_attn_states(const MergeAttnStatesArgs& args);
+
+// SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SSE2"), best first, and a switch between them for tests
+// and benchmarks: empty restores the best. Not thread-safe against running ops.
+std::vector<std::string> simd_targets();
+Status use_simd_target(const std::string& name);
+
+}  // namespace quire::cpu

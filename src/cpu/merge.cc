@@ -1,0 +1,54 @@
+// merge_attn_states on the CPU.
+#include <cmath>
+#include <cstdint>
+
+#include "attention/softmax.h"
+#include "cpu/cpu.h"
+#include "cpu/load.h"
+#include "format/rotation.h"
+
+namespace quire::cpu {
+
+void merge_attn_states(const MergeAttnStatesArgs& args) {
+  const std::int64_t tokens = args.prefix_out.shape[0];
+  const std::int64_t heads = args.prefix_out.shape[1];
+  const std::int64_t size = args.prefix_out.shape[2];
+  const auto lse_at = [](const Tensor& t, std::int64_t token, std::int64_t head) -> float& {
+    return t.ptr<float>()[token * t.strides[0] + head * t.strides[1]];
+  };
+  const auto row_at = [](const Tensor& t, std::int64_t token, std::int64_t head) {
+    return t.ptr<std::uint8_t>() +
+           (token * t.strides[0] + head * t.strides[1]) * static_cast<std::int64_t>(dtype_bytes(t.dtype));
+  };
+#pragma omp parallel for
+  for (std::int64_t token = 0; token < tokens; ++token) {
+    for (std::int64_t head = 0; head < heads; ++head) {
+      const float a = lse_at(args.prefix_lse, token, head);
+      const float b = lse_at(args.suffix_lse, token, head);
+      const float max = exact::max(a, b);
+      const float weight_a = max == -INFINITY ? 0.0F : std::exp(a - max);
+      const float weight_b = max == -INFINITY ? 0.0F : std::exp(b - max);
+      const float sum = weight_a + weight_b;
+      const float factor = sum == 0.0F ? 0.0F : 1.0F / sum;
+      constexpr int kChunk = format::kMaxHeadSize;
+      for (std::int64_t first = 0; first < size; first += kChunk) {
+        const int count = static_cast<int>(size - first < kChunk ? size - first : kChunk);
+        const auto at = [&](const Tensor& t) {
+          return row_at(t, token, head) + first * static_cast<std::int64_t>(dtype_bytes(t.dtype));
+        };
+        float x[kChunk];
+        float y[kChunk];
+        load_floats(at(args.prefix_out), args.prefix_out.dtype, count, x);
+        load_floats(at(args.suffix_out), args.suffix_out.dtype, count, y);
+        // A part without weight is left out rather than multiplied by 0: it may be unwritten memory.
+        for (int i = 0; i < count; ++i) {
+          x[i] = ((weight_a == 0.0F ? 0.0F : x[i] * weight_a) + (weight_b == 0.0F ? 0.0F : y[i] * weight_b)) * factor;
+        }
+        store_floats(x, count, args.out.dtype, at(args.out));
+      }
+      if (args.lse.defined()) lse_at(args.lse, token, head) = sum == 0.0F ? -INFINITY : max + std::log(sum);
+    }
+  }
+}
+
+}  // namespace quire::cpu
