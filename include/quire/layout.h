@@ -70,10 +70,12 @@ struct KVCacheLayout {
   std::int64_t effective_head_size = 0;
   std::int64_t effective_head_size_v = 0;
 
-  DType cache_dtype = DType::kUInt8;  // the dtype of the row tensors
+  DType key_cache_dtype = DType::kUInt8;  // the dtypes of the row tensors
+  DType value_cache_dtype = DType::kUInt8;
 };
 
-// kInvalidArgument where the mode's packing does not divide a head size or a field is out of range.
+// kInvalidArgument where the mode's packing does not divide a head size, a field is out of range, or rows and inline scales
+// would not fall on multiples of their own element size.
 Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
 
 // The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);
