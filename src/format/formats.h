@@ -39,7 +39,7 @@ template <class F, class... Fs>
 constexpr FormatId index_in(TypeList<Fs...>) {
   int index = 0;
   int found = -1;
-  ((std::is_same_v<F, Fs> ? found = index : 0, ++index), ...);
+  ((found = std::is_same_v<F, Fs> ? index : found, ++index), ...);
   return static_cast<FormatId>(found);
 }
 template <class F>

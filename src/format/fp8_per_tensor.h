@@ -19,7 +19,9 @@ struct Fp8PerTensorOf : FormatDefaults {
   };
   static QUIRE_HD Encoder finish(NoStats, RowShape, float tensor_scale) { return {tensor_scale}; }
   static QUIRE_HD void pack(Encoder encoder, const float* y, std::uint8_t* bytes) {
-    *bytes = Fp8::encode(exact::divide(*y, encoder.tensor_scale));
+    const float scaled = exact::divide(*y, encoder.tensor_scale);
+    // A processor may give the NaN of a division either sign: the code is always 0x7f.
+    *bytes = Fp8::encode(scaled == scaled ? scaled : exact::quiet_nan());
   }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) { *level = Fp8::decode(*bytes); }
 };
