@@ -180,13 +180,11 @@ Result<std::int64_t> SafetensorsFile::parse_header(std::string_view text) {
     if (overflow) return refuse(tensor_name + " has a shape whose size overflows 63 bits");
     if (empty) bytes = 0;
     const json& offsets = value["data_offsets"];
-    const auto begin = offsets.size() == 2 ? as_count(offsets[0]) : std::nullopt;
-    const auto end = offsets.size() == 2 ? as_count(offsets[1]) : std::nullopt;
-    if (!begin || !end || *begin > *end) {
+    entry.begin = offsets.size() == 2 ? as_count(offsets[0]).value_or(-1) : -1;
+    entry.end = offsets.size() == 2 ? as_count(offsets[1]).value_or(-1) : -1;
+    if (entry.begin < 0 || entry.begin > entry.end) {
       return refuse(tensor_name + " needs data_offsets [begin, end] with 0 <= begin <= end");
     }
-    entry.begin = *begin;
-    entry.end = *end;
     if (type != nullptr && entry.end - entry.begin != bytes) {
       return refuse(tensor_name + " spans " + std::to_string(entry.end - entry.begin) + " bytes, its shape and dtype " +
                     entry.dtype + " need " + std::to_string(bytes));

@@ -1,0 +1,58 @@
+#include "quire/cli.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "verbs.h"
+
+namespace quire {
+namespace cli {
+namespace {
+
+constexpr int kBadInput = 2;
+
+using AddVerb = void (*)(CLI::App& app, int& exit_status);
+constexpr AddVerb kVerbs[] = {
+    add_modes,
+    add_layout,
+    add_check,
+    add_generate,
+    add_eval,
+    add_demo,
+};
+
+int report_sentence(std::string sentence) {
+  std::replace(sentence.begin(), sentence.end(), '\n', ' ');
+  fmt::print(stderr, "quire: {}\n", sentence);
+  return kBadInput;
+}
+
+}  // namespace
+
+int report(const Status& status) { return report_sentence(status.message()); }
+
+}  // namespace cli
+
+int cli_main(int argc, const char* const* argv) try {
+  CLI::App app("quire: a KV cache stored in 2 to 16 bits, and attention that reads it", "quire");
+  app.set_version_flag("--version", "quire " QUIRE_VERSION);
+  app.require_subcommand(1);
+  int exit_status = 0;
+  for (cli::AddVerb add_verb : cli::kVerbs) add_verb(app, exit_status);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& request) {  // --help, --version: printed on stdout
+    return app.exit(request);
+  } catch (const CLI::ParseError& error) {
+    return cli::report_sentence(error.what());
+  }
+  return exit_status;
+} catch (const std::exception& error) {
+  return cli::report_sentence(error.what());
+}
+
+}  // namespace quire
