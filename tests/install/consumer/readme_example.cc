@@ -11,7 +11,7 @@ int main() {
     return quire::Tensor::contiguous(data.data(), quire::DType::kFloat32, {rows, heads, kHeadSize});
   };
   quire::KVCacheSpec spec;  // 8 KV heads of size 128, pages of 16 tokens
-  spec.mode = *quire::parse_kv_cache_dtype("int4_per_token_head");
+  spec.mode = *quire::parse_kv_cache_dtype("int8_per_token_head");
   const quire::KVCacheLayout layout = *quire::make_layout(spec);
   const quire::KVCacheBytes bytes = quire::cache_bytes(layout, kBlocks);
   std::vector<std::uint8_t> k(bytes.base), v(bytes.v_base), k_scales(bytes.k_scales), v_scales(bytes.v_scales);
