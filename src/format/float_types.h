@@ -7,6 +7,7 @@
 //   bfloat16   1   8    7  127   3.39e38  yes         payload kept   infinity   (a cast)
 //   e4m3fn     1   4    3    7      448   no          0x7f, 0xff     saturates  (NaN stays NaN)
 //   e5m2       1   5    2   15    57344   yes         0x7f, 0xff     saturates  (NaN stays NaN)
+//   e4b15      1   4    3   15    1.875   no          none           saturates  (NaN becomes 1.875)
 //
 // A NaN's payload is kept as far as it fits, so half -> fp32 -> half and bfloat16 -> fp32 -> bfloat16 return every bit.
 #pragma once
@@ -100,6 +101,19 @@ struct E5M2 {
   }
   static QUIRE_HD float decode(std::uint8_t code) {
     return half_to_float(static_cast<std::uint16_t>(static_cast<std::uint16_t>(code) << 8));
+  }
+};
+
+struct E4B15 {
+  static constexpr float kMax = 1.875F;
+  static QUIRE_HD std::uint8_t encode(float x) {
+    const std::uint32_t bits = exact::bits_of(x);
+    const std::uint32_t magnitude = bits & 0x7fffffffU;
+    const std::uint32_t limited = magnitude < 0x3ff00000U ? magnitude : 0x3ff00000U;
+    return static_cast<std::uint8_t>(round_magnitude<3, 15>(limited) | ((bits >> 24) & 0x80U));
+  }
+  static QUIRE_HD float decode(std::uint8_t code) {
+    return exact::from_bits(widen_magnitude<3, 15>(code & 0x7fU) | (static_cast<std::uint32_t>(code & 0x80U) << 24));
   }
 };
 
