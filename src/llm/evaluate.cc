@@ -89,7 +89,8 @@ void score_chunk(const std::vector<float>& logits, const Distributions& referenc
     const float* p = reference.p.data() + row * vocab_size;
     const double lse = log_sum_exp(x, vocab_size);
     double kl = 0.0;
-    for (int i = 0; i < vocab_size; ++i) kl += p[i] * (log_p[i] - (x[i] - lse));
+    // Rounded as the reference's log_p is, so that equal logits give exactly 0.
+    for (int i = 0; i < vocab_size; ++i) kl += p[i] * (log_p[i] - static_cast<float>(x[i] - lse));
     kl_sum += kl;
     num_same_top += argmax(x, vocab_size) == reference.top[static_cast<std::size_t>(row)] ? 1 : 0;
     const std::int32_t token = next[static_cast<std::size_t>(row)];

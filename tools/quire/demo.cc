@@ -1,0 +1,131 @@
+// quire demo: every mode on a small language model in a few minutes: a table, then one paragraph in two modes.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "evaluation.h"
+#include "llm/engine.h"
+#include "llm/tokenizer.h"
+#include "verbs.h"
+
+namespace quire::cli {
+namespace {
+
+// Sized for under three minutes on two cores with all modes.
+constexpr std::int64_t kWindows = 1;
+constexpr std::int64_t kPromptsPerContext = 4;
+constexpr std::int64_t kNewTokens = 96;
+constexpr const char* kPrompt = "The kernel keeps a list of free pages. When a process asks for memory,";
+constexpr const char* kSampleModes[2] = {"auto", "int4_per_token_head"};
+
+struct Options {
+  std::string model_dir = "models/tiny-lm", json_path;
+};
+
+Result<std::string> continuation(llm::Model& model, const llm::Tokenizer& tokenizer, const char* mode_name) {
+  const auto mode = parse_kv_cache_dtype(mode_name);
+  if (!mode.ok()) return mode.status();
+  llm::Request request{.prompt = tokenizer.encode(kPrompt), .max_new_tokens = kNewTokens, .sampling = {}};
+  if (model.config().bos_token_id >= 0) request.prompt.insert(request.prompt.begin(), model.config().bos_token_id);
+  auto engine = llm::Engine::create(model, {.cache = {.layer_modes = {*mode}, .num_blocks = 16}});
+  if (!engine.ok()) return engine.status();
+  if (auto id = engine->add(request); !id.ok()) return id.status();
+  std::vector<std::int32_t> tokens;
+  while (engine->busy()) {
+    const auto outputs = engine->step();
+    if (!outputs.ok()) return outputs.status();
+    for (const auto& output : *outputs) tokens.push_back(output.token);
+  }
+  return tokenizer.decode(tokens);
+}
+
+// Lines of at most `width` bytes, broken between words.
+std::vector<std::string> wrapped(const std::string& text, std::size_t width) {
+  std::vector<std::string> lines(1);
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    if (!lines.back().empty() && lines.back().size() + 1 + word.size() > width) lines.emplace_back();
+    lines.back() += (lines.back().empty() ? "" : " ") + word.substr(0, width);
+  }
+  return lines;
+}
+
+Status print_samples(llm::Model& model, const std::string& model_dir) {
+  const auto tokenizer = llm::Tokenizer::load(model_dir);
+  if (!tokenizer.ok()) return tokenizer.status();
+  constexpr std::size_t kWidth = 56;
+  std::vector<std::string> columns[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto text = continuation(model, *tokenizer, kSampleModes[i]);
+    if (!text.ok()) return text.status();
+    columns[i] = wrapped(*text, kWidth);
+  }
+  fmt::print("\n\"{}\" continued greedily for {} tokens:\n\n", kPrompt, kNewTokens);
+  fmt::print("{:<{}}  {}\n", kSampleModes[0], kWidth, kSampleModes[1]);
+  for (std::size_t i = 0; i < std::max(columns[0].size(), columns[1].size()); ++i) {
+    const auto line = [&](int column) { return i < columns[column].size() ? columns[column][i] : std::string(); };
+    fmt::print("{:<{}}  {}\n", line(0), kWidth, line(1));
+  }
+  return {};
+}
+
+int run(const Options& options) {
+  auto model = llm::Model::load(options.model_dir);
+  if (!model.ok()) return report(model.status());
+  const llm::ModelConfig& config = model->config();
+  const auto sets = llm::load_eval_sets(sets_beside(options.model_dir), config);
+  if (!sets.ok()) return report(sets.status());
+  auto modes = parse_modes("all");
+  if (!modes.ok()) return report(modes.status());
+
+  fmt::print("{}: {} layers, {} query heads, {} KV heads of size {}\n", options.model_dir, config.num_layers,
+             config.num_q_heads, config.num_kv_heads, config.head_size);
+  fmt::print(
+      "Writing and reading its KV cache in every mode: {} x {} tokens of text, {} prompts per set and length.\n\n",
+      kWindows, std::min<std::int64_t>(config.max_position, 2048), kPromptsPerContext);
+  std::fflush(stdout);
+  const auto scores = llm::evaluate(*model, *sets,
+                                    {.modes = std::move(*modes),
+                                     .max_windows = kWindows,
+                                     .max_prompts = kPromptsPerContext,
+                                     .progress = progress_bar()});
+  if (!scores.ok()) return report(scores.status());
+  print_scores(*scores);
+  fmt::print(
+      "\nratio: bytes against bf16. KL: nats per token to the same model over an fp32 cache. Few prompts: recall "
+      "moves\n"
+      "by {:.2f} at a time here; docs/results/accuracy.md has the full measurement.\n",
+      1.0 / static_cast<double>(kPromptsPerContext));
+  if (Status status = print_samples(*model, options.model_dir); !status) return report(status);
+
+  if (!options.json_path.empty()) {
+    std::ofstream file(options.json_path);
+    file << llm::to_json(*scores, options.model_dir) << "\n";
+    if (!file.flush()) return report(not_found(options.json_path + ": cannot write the file"));
+  }
+  fmt::print(
+      "\nNext:\n"
+      "  quire generate --model {0} --kv-cache-dtype int4_per_token_head --prompt \"A regular expression\"\n"
+      "  quire eval --model {0} --kv-cache-dtype all      the full measurement\n"
+      "  quire modes                                      what the modes are; docs/formats/ has their bytes\n"
+      "  src/llm/model.cc, Model::attention_block         the two calls that put a cache behind a model\n",
+      options.model_dir);
+  return 0;
+}
+
+}  // namespace
+
+void add_demo(CLI::App& app, int& exit_status) {
+  CLI::App* verb = app.add_subcommand("demo", "Every mode on a small language model, in a few minutes");
+  auto options = std::make_shared<Options>();
+  verb->add_option("--model", options->model_dir, "Model folder with its evaluation sets")->capture_default_str();
+  verb->add_option("--json-out", options->json_path, "Also write the table as JSON to this file");
+  verb->callback([options, &exit_status] { exit_status = run(*options); });
+}
+
+}  // namespace quire::cli

@@ -1,0 +1,65 @@
+// quire eval: perplexity, KL divergence, recall and arithmetic of a model with its cache in each mode.
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "evaluation.h"
+#include "verbs.h"
+
+namespace quire::cli {
+namespace {
+
+struct Options {
+  std::string model_dir, kv_cache_dtype = "all";
+  llm::EvalPaths paths;
+  llm::EvalOptions eval;
+  bool as_json = false;
+};
+
+int run(Options& options) {
+  auto modes = parse_modes(options.kv_cache_dtype);
+  if (!modes.ok()) return report(modes.status());
+  options.eval.modes = std::move(*modes);
+  auto model = llm::Model::load(options.model_dir);
+  if (!model.ok()) return report(model.status());
+  llm::EvalPaths& paths = options.paths;
+  if (paths.tokens.empty() && paths.recall.empty() && paths.arithmetic.empty()) paths = sets_beside(options.model_dir);
+  const auto sets = llm::load_eval_sets(paths, model->config());
+  if (!sets.ok()) return report(sets.status());
+
+  options.eval.progress = progress_bar();
+  const auto scores = llm::evaluate(*model, *sets, options.eval);
+  if (!scores.ok()) return report(scores.status());
+  if (options.as_json) {
+    fmt::print("{}\n", llm::to_json(*scores, options.model_dir));
+  } else {
+    print_scores(*scores);
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_eval(CLI::App& app, int& exit_status) {
+  CLI::App* verb = app.add_subcommand("eval", "Measure a model's accuracy with its cache in each mode");
+  auto options = std::make_shared<Options>();
+  verb->add_option("--model", options->model_dir, "Folder with config.json and safetensors")->required();
+  verb->add_option("-m,--kv-cache-dtype", options->kv_cache_dtype, "Modes, separated by commas, or all")
+      ->capture_default_str();
+  verb->add_option("--tokens", options->paths.tokens, "Token ids for perplexity and KL divergence, .npy");
+  verb->add_option("--recall", options->paths.recall, "Prompts and answers, .jsonl, reported per context length");
+  verb->add_option("--arithmetic", options->paths.arithmetic, "Prompts and answers, .jsonl");
+  verb->add_option("--windows", options->eval.max_windows, "At most this many windows of tokens")
+      ->check(CLI::NonNegativeNumber);
+  verb->add_option("--limit", options->eval.max_prompts, "At most this many prompts per set and context length")
+      ->check(CLI::NonNegativeNumber);
+  verb->add_flag("--json", options->as_json, "Print JSON");
+  verb->footer("Without --tokens, --recall and --arithmetic: the sets that lie in the model's folder.");
+  verb->callback([options, &exit_status] { exit_status = run(*options); });
+}
+
+}  // namespace quire::cli

@@ -1,0 +1,97 @@
+#include "evaluation.h"
+
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <set>
+#include <sstream>
+
+#include "quire/backend.h"
+
+namespace quire::cli {
+namespace {
+
+std::string number(const std::optional<double>& value, const char* format) {
+  return value ? fmt::format(fmt::runtime(format), *value) : "-";
+}
+
+}  // namespace
+
+Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
+  std::vector<ModeInfo> modes;
+  if (list == "all") {
+    for (ModeInfo& mode : list_modes()) {
+      if (mode.compiled && (!mode.key_format.empty() || has_backend(mode.id))) modes.push_back(std::move(mode));
+    }
+    return modes;
+  }
+  std::istringstream names(list);
+  for (std::string name; std::getline(names, name, ',');) {
+    const auto mode = parse_kv_cache_dtype(name);
+    if (!mode.ok()) return mode.status();
+    auto info = mode_info(*mode);
+    if (!info.ok()) return info.status();
+    const bool seen = std::any_of(modes.begin(), modes.end(), [&](const ModeInfo& m) { return m.id == info->id; });
+    if (!seen) modes.push_back(std::move(*info));
+  }
+  if (modes.empty()) return invalid_argument("--kv-cache-dtype names no mode");
+  return modes;
+}
+
+llm::EvalPaths sets_beside(const std::string& model_dir) {
+  const auto if_there = [&](const char* name) {
+    const std::string path = model_dir + "/" + name;
+    std::error_code error;
+    return std::filesystem::is_regular_file(path, error) ? path : std::string();
+  };
+  return {if_there("heldout_tokens.npy"), if_there("recall.jsonl"), if_there("arithmetic.jsonl")};
+}
+
+std::function<void(double, const std::string&)> progress_bar() {
+  if (isatty(STDERR_FILENO) == 0) return {};
+  return [](double fraction, const std::string& mode) {
+    constexpr int kWidth = 40;
+    const int filled = std::clamp(static_cast<int>(fraction * kWidth), 0, kWidth);
+    fmt::print(stderr, "\r[{:#<{}}{:.<{}}] {:3.0f} % {:<24}", "", filled, "", kWidth - filled, fraction * 100.0, mode);
+    if (fraction >= 1.0) fmt::print(stderr, "\r{:<80}\r", "");
+    std::fflush(stderr);
+  };
+}
+
+void print_scores(const std::vector<llm::EvalScore>& scores) {
+  std::set<std::int64_t> contexts;
+  for (const auto& score : scores) {
+    for (const auto& [context, share] : score.recall) contexts.insert(context);
+  }
+  std::string recall_title = "recall";
+  for (std::int64_t context : contexts) recall_title += fmt::format(" {}", context);
+  const int recall_width =
+      std::max<int>(static_cast<int>(recall_title.size()), 4 * static_cast<int>(contexts.size()) + 3 * 3);
+  double bf16_bytes = 0.0;
+  for (const auto& score : scores) {
+    if (score.mode == "auto" || score.mode == "bfloat16") bf16_bytes = static_cast<double>(score.bytes_per_token);
+  }
+  fmt::print("{:<22} {:>11} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9}\n", "mode", "bytes/t-head",
+             "bytes/token", "ratio", "perplexity", "KL", "same top", recall_title, recall_width, "arithmetic",
+             "tokens/s");
+  for (const auto& score : scores) {
+    std::string recall;
+    for (std::int64_t context : contexts) {
+      const auto share = score.recall.find(context);
+      recall +=
+          (recall.empty() ? "" : " / ") + (share == score.recall.end() ? "-" : fmt::format("{:.2f}", share->second));
+    }
+    const std::string ratio =
+        bf16_bytes > 0.0 ? fmt::format("{:.2f}", static_cast<double>(score.bytes_per_token) / bf16_bytes) : "-";
+    fmt::print("{:<22} {:>12} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9.0f}\n", score.mode,
+               score.bytes_per_token_head, score.bytes_per_token, ratio, number(score.perplexity, "{:.4f}"),
+               number(score.kl_divergence, "{:.6f}"), number(score.same_top_token, "{:.3f}"),
+               recall.empty() ? "-" : recall, recall_width, number(score.arithmetic, "{:.3f}"),
+               score.tokens_per_second);
+  }
+}
+
+}  // namespace quire::cli

@@ -1,0 +1,27 @@
+// What `quire eval` and `quire demo` share around llm/evaluate.h: the modes of a command line, the sets of a model
+// folder, the progress bar and the table.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "llm/evaluate.h"
+#include "quire/mode.h"
+#include "quire/status.h"
+
+namespace quire::cli {
+
+// "int8_per_token_head,fp8" or "all": every mode of this build that has formats or a backend of its own.
+Result<std::vector<ModeInfo>> parse_modes(const std::string& list);
+
+// heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, where DIR has them.
+llm::EvalPaths sets_beside(const std::string& model_dir);
+
+// Draws on stderr where that is a terminal; otherwise empty.
+std::function<void(double, const std::string&)> progress_bar();
+
+// One line per mode on stdout.
+void print_scores(const std::vector<llm::EvalScore>& scores);
+
+}  // namespace quire::cli
