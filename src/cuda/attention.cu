@@ -304,11 +304,11 @@ Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttention
   if (plan.workspace_bytes == 0) return run(plan, args, shape, nullptr, stream);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   void* workspace = nullptr;
-  Status status = cuda_status(cudaMallocAsync(&workspace, plan.workspace_bytes, cuda_stream), "workspace");
-  if (!status) return status;
-  status = run(plan, args, shape, workspace, stream);
+  const Status allocated = cuda_status(cudaMallocAsync(&workspace, plan.workspace_bytes, cuda_stream), "workspace");
+  if (!allocated) return allocated;
+  const Status ran = run(plan, args, shape, workspace, stream);
   const Status freed = cuda_status(cudaFreeAsync(workspace, cuda_stream), "workspace");
-  return status.ok() ? freed : status;
+  return ran.ok() ? freed : ran;
 }
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {

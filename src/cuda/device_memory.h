@@ -1,11 +1,17 @@
-// Device memory for tests, tools and benchmarks: one owned allocation, copied in and out synchronously. No CUDA types.
+// Device memory for tests, tools and benchmarks, copied in and out synchronously. No CUDA types.
+//
+//   DeviceBuffer   one owned allocation
+//   DeviceMirror   the tensors of a call on the device: runs an op on a GPU with arguments that live on the host
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "quire/ops.h"
 #include "quire/status.h"
+#include "quire/tensor.h"
 
 namespace quire::cuda {
 
@@ -41,5 +47,31 @@ class DeviceBuffer {
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
+
+// Copies of the host memory that some tensors span. Tensors whose spans overlap (K and V of one buffer, inline scales)
+// share a copy, so every stride keeps its meaning; alignment up to 256 bytes is kept too.
+class DeviceMirror {
+ public:
+  // Points every defined host tensor of the list at its copy on the device.
+  static Result<DeviceMirror> upload(const std::vector<Tensor*>& tensors);
+
+  // Copies what `host`, one of the tensors as it was before upload, spans back to where it points.
+  Status download(const Tensor& host) const;
+
+ private:
+  struct Region {
+    std::uintptr_t begin = 0, end = 0;  // host addresses
+    DeviceBuffer copy;
+    std::size_t padding = 0;  // bytes before the copy of `begin`
+  };
+  const Region* find(const Tensor& host) const;
+
+  std::vector<Region> regions_;
+};
+
+// The tensors of a call, for DeviceMirror::upload.
+std::vector<Tensor*> tensors_of(ReshapeAndCacheArgs& args);
+std::vector<Tensor*> tensors_of(UnifiedAttentionArgs& args);
+std::vector<Tensor*> tensors_of(MergeAttnStatesArgs& args);
 
 }  // namespace quire::cuda
