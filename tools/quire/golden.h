@@ -8,7 +8,7 @@
 //   rht_signs/<d>       the sign vector of the randomized Hadamard transform
 //   turboquant/.., tq_centroids/..  skipped while no mode of this build stores them
 //
-// docs/golden.md states every gate and why it is what it is.
+// tests/golden/README.md describes the files and states every gate.
 #pragma once
 
 #include <string>
