@@ -347,7 +347,8 @@ void AttentionCase::build_cache(Random& random) {
   // Block 0 is never used: it stays poison, like the null block of a cache manager.
   std::vector<std::int64_t> pages;
   for (std::int64_t page = 1; page < cache_options.num_blocks; ++page) pages.push_back(page);
-  random.shuffle(pages);
+  Random page_order(options.seed * 1000 + options.page_seed);
+  page_order.shuffle(pages);
 
   // Every other seed has a table exactly as wide as the longest sequence.
   const std::int64_t batch = static_cast<std::int64_t>(options.sequences.size());

@@ -136,6 +136,7 @@ class AttentionCase {
     bool lse = true;
     bool garbage_out_of_window = true;  // garbage in the block table where no query can look
     std::uint64_t seed = 1;
+    std::uint64_t page_seed = 0;  // not 0: places pages differently, all values stay the same
 
     std::string describe() const;
   };

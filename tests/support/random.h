@@ -28,7 +28,18 @@ class Random {
   double uniform() { return (static_cast<double>(bits() >> 11) + 0.5) * 0x1p-53; }
   double uniform(double low, double high) { return low + (high - low) * uniform(); }
 
-  double normal() { return std::sqrt(-2.0 * std::log(uniform())) * std::cos(2.0 * std::numbers::pi * uniform()); }
+  // Box and Muller make two at a time.
+  double normal() {
+    if (has_spare_) {
+      has_spare_ = false;
+      return spare_;
+    }
+    const double radius = std::sqrt(-2.0 * std::log(uniform()));
+    const double angle = 2.0 * std::numbers::pi * uniform();
+    spare_ = radius * std::sin(angle);
+    has_spare_ = true;
+    return radius * std::cos(angle);
+  }
 
   template <class T>
   void shuffle(std::vector<T>& items) {
@@ -45,6 +56,8 @@ class Random {
 
  private:
   std::uint64_t state_;
+  bool has_spare_ = false;
+  double spare_ = 0.0;
 };
 
 }  // namespace quire::testing
