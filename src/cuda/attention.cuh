@@ -33,7 +33,7 @@ inline constexpr int kAttentionThreads = 128;
 inline constexpr int kWarps = kAttentionThreads / 32;
 inline constexpr int kRowsPerWarp = kRows / kWarps;
 inline constexpr int kChunk = 8;  // elements unpacked by a thread at a time: a multiple of every format's unit
-inline constexpr int kMaxColumns = format::kMaxHeadSize / kAttentionThreads;
+inline constexpr int kMaxColumns = format::kMaxHeadSize / kAttentionThreads;  // output columns of a thread
 
 // K or V of the cache. Strides in bytes.
 struct CacheSide {
@@ -275,8 +275,22 @@ __device__ __forceinline__ void divide_by_norm(float2& affine, const float* leve
   affine.x = affine.x / sqrtf(squares);
 }
 
-template <format::Format KeyF, format::Format ValueF>
-__global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_constant__ AttentionParams p) {
+// The biases of query row `i` of its sequence; i < 0 for a row past the end.
+__device__ __forceinline__ attention::LogitRule logit_rule(const AttentionParams& p, int head, int i) {
+  attention::LogitRule rule;
+  rule.softcap = p.softcap;
+  rule.has_alibi = p.alibi_slopes != nullptr;
+  rule.alibi_sqrt = p.alibi_sqrt;
+  if (rule.has_alibi && i >= 0) rule.alibi_slope = p.alibi_slopes[head * p.alibi_stride];
+  if (p.qq_bias != nullptr && i >= 0 && i < p.qq_size) rule.qq_bias = p.qq_bias + i * p.qq_row_stride;
+  rule.qq_stride = p.qq_column_stride;
+  rule.qq_size = p.qq_size;
+  return rule;
+}
+
+template <format::Format KeyF, format::Format ValueF, int kColumns>
+__global__ void __launch_bounds__(kAttentionThreads, kColumns == 1 ? 4 : 2)
+    attend_split(const __grid_constant__ AttentionParams p) {
   extern __shared__ float4 shared_bytes[];
   auto& shared = *reinterpret_cast<AttentionStorage*>(shared_bytes);
   const int pitch_k = padded_row(p.head_size);
@@ -311,8 +325,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
 
   // This warp's rows: query token (-1: past the end), query head, position.
   int token[kRowsPerWarp], head[kRowsPerWarp], position[kRowsPerWarp];
-  attention::LogitRule logit_rule[kRowsPerWarp];
-  float factor[kRowsPerWarp], query_sum[kRowsPerWarp], offset[kRowsPerWarp] = {};
+  float query_sum[kRowsPerWarp], offset[kRowsPerWarp] = {};
   attention::SoftmaxState state[kRowsPerWarp];
   const format::RowShape key_shape = format::row_shape(p.head_size);
   const float logit_factor =
@@ -325,14 +338,6 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
     token[r] = exists ? query_begin + i : -1;
     head[r] = kv_head * p.group_size + static_cast<int>(row % p.group_size);
     position[r] = exists ? sequence.context_len + i : -1;
-    factor[r] = logit_factor;
-    logit_rule[r].softcap = p.softcap;
-    logit_rule[r].has_alibi = p.alibi_slopes != nullptr;
-    logit_rule[r].alibi_sqrt = p.alibi_sqrt;
-    if (exists && p.alibi_slopes != nullptr) logit_rule[r].alibi_slope = p.alibi_slopes[head[r] * p.alibi_stride];
-    if (exists && p.qq_bias != nullptr && i < p.qq_size) logit_rule[r].qq_bias = p.qq_bias + i * p.qq_row_stride;
-    logit_rule[r].qq_stride = p.qq_column_stride;
-    logit_rule[r].qq_size = p.qq_size;
 
     // The query, rotated as the keys are.
     float* q = queries + (warp * kRowsPerWarp + r) * pitch_k;
@@ -373,7 +378,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
                                        ? static_cast<std::int64_t>(range.end)
                                        : min(static_cast<std::int64_t>(range.end), split_begin + p.split_size));
 
-  float acc[kMaxColumns][kRows] = {};
+  float acc[kColumns][kRows] = {};
   int turn = 0;
   for (int key0 = begin / kKeys * kKeys; key0 < end; key0 += kKeys) {
     // Who sees whom.
@@ -441,8 +446,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
       const int row = warp * kRowsPerWarp + r;
       sees[r] &= readable;
       const bool seen = (sees[r] >> lane & 1U) != 0;
-      float s = factor[r] * (key_affine.x * dot[r] + key_affine.y * query_sum[r]);
-      s = attention::logit(logit_rule[r], sequence, s, position[r], key);
+      float s = logit_factor * (key_affine.x * dot[r] + key_affine.y * query_sum[r]);
+      s = attention::logit(logit_rule(p, head[r], token[r] - query_begin), sequence, s, position[r], key);
       s = seen ? s : -INFINITY;
       const float new_max = exact::max(state[r].max, warp_max(s));
       const float correction = attention::rescale(state[r].max, new_max);
@@ -460,7 +465,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
 
     // Weighted values: a thread owns columns thread, thread + 128, ..
 #pragma unroll
-    for (int i = 0; i < kMaxColumns; ++i) {
+    for (int i = 0; i < kColumns; ++i) {
       const int column = thread + i * kAttentionThreads;
       if (column >= p.head_size_v) break;
 #pragma unroll
@@ -490,7 +495,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
   __syncthreads();
   const float value_scale = p.v_scale.at(b, kv_head);
 #pragma unroll
-  for (int i = 0; i < kMaxColumns; ++i) {
+  for (int i = 0; i < kColumns; ++i) {
     const int column = thread + i * kAttentionThreads;
     if (column >= p.head_size_v) break;
 #pragma unroll
@@ -516,7 +521,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attend_split(const __grid_c
 template <format::Format KeyF, format::Format ValueF>
 cudaError_t launch_attention(const AttentionParams& params, std::int64_t tiles, int num_kv_heads, cudaStream_t stream) {
   const std::size_t bytes = attention_storage_bytes(params.head_size, params.head_size_v);
-  const auto kernel = &attend_split<KeyF, ValueF>;
+  const auto kernel = params.head_size_v <= kAttentionThreads ? &attend_split<KeyF, ValueF, 1>
+                                                              : &attend_split<KeyF, ValueF, kMaxColumns>;
   if (bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));

@@ -14,6 +14,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -138,11 +139,18 @@ __device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, 
   }
 }
 
+// format::rht_sign_word in constant memory: a table inside a function would be built on each thread's stack.
+__constant__ constexpr std::array<std::uint32_t, format::kMaxHeadSize / 32> kSignWords = [] {
+  std::array<std::uint32_t, format::kMaxHeadSize / 32> words{};
+  for (int w = 0; w < format::kMaxHeadSize / 32; ++w) words[w] = format::rht_sign_word(w);
+  return words;
+}();
+
 template <class Tile>
 __device__ __forceinline__ void flip_signs(float (&y)[Tile::kElements], int lane) {
   constexpr int kE = Tile::kElements;
   const int first = lane * kE;
-  const std::uint32_t word = format::rht_sign_word(first / 32) >> (first % 32);
+  const std::uint32_t word = kSignWords[first / 32] >> (first % 32);
 #pragma unroll
   for (int j = 0; j < kE; ++j) y[j] = format::apply_sign(y[j], word, j);
 }
@@ -154,14 +162,12 @@ __device__ __forceinline__ void hadamard(float (&y)[Tile::kElements], int lane, 
   for (int h = 1; h < kE; h *= 2) {
     if (!Tile::kRagged || h < block) {
 #pragma unroll
-      for (int j = 0; j < kE; j += 2 * h) {
-#pragma unroll
-        for (int i = j; i < j + h; ++i) {
-          const float a = y[i];
-          const float b = y[i + h];
-          y[i] = a + b;
-          y[i + h] = a - b;
-        }
+      for (int pair = 0; pair < kE / 2; ++pair) {
+        const int i = pair / h * 2 * h + pair % h;
+        const float a = y[i];
+        const float b = y[i + h];
+        y[i] = a + b;
+        y[i + h] = a - b;
       }
     }
   }
