@@ -508,6 +508,7 @@ void AttentionCase::build_inputs(Random& random) {
 Status AttentionCase::run(int num_splits, bool batch_invariant) {
   std::fill(out.bytes.begin(), out.bytes.end(), 0xFF);
   std::fill(lse.bytes.begin(), lse.bytes.end(), 0xFF);
+  if (run_elsewhere != nullptr) return run_elsewhere(*this, num_splits, batch_invariant);
   if (num_splits == 0 && !batch_invariant) return unified_attention(args);
 
   Result<AttentionProblem> problem = problem_of(args);

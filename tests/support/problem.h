@@ -159,6 +159,9 @@ class AttentionCase {
   // The factor on the largest value row's norm that bounds ||out - oracle||_2 of a row.
   double tolerance() const;
 
+  // Where run() hands the case over instead, if set: the CUDA tests run the same cases on a GPU.
+  static inline Status (*run_elsewhere)(AttentionCase& problem, int num_splits, bool batch_invariant) = nullptr;
+
   Options options;
   std::int64_t num_tokens = 0;  // queries in use; the tensors have two rows more
   UnifiedAttentionArgs args;
