@@ -26,8 +26,9 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
       const float a = lse_at(args.prefix_lse, token, head);
       const float b = lse_at(args.suffix_lse, token, head);
       const float max = exact::max(a, b);
-      const float weight_a = max == -INFINITY ? 0.0F : std::exp(a - max);
-      const float weight_b = max == -INFINITY ? 0.0F : std::exp(b - max);
+      const bool empty = a == -INFINITY && b == -INFINITY;  // a NaN is not: it must show, next to an empty part too
+      const float weight_a = empty ? 0.0F : std::exp(a - max);
+      const float weight_b = empty ? 0.0F : std::exp(b - max);
       const float sum = weight_a + weight_b;
       const float factor = sum == 0.0F ? 0.0F : 1.0F / sum;
       constexpr int kChunk = format::kMaxHeadSize;

@@ -198,7 +198,6 @@ TEST_P(Features, LongContextInSplits) {
 }
 
 TEST_P(Features, AutoStoresTheCachesFloat) {
-
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     Options options;
     options.mode = "auto";

@@ -1,0 +1,303 @@
+// Relations that hold whatever the numbers are: where pages lie, how a batch is cut, how keys are split, what a factor
+// of two does; and determinism: the same bits from repeated runs, from any number of threads, next to any neighbours.
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "support/problem.h"
+
+namespace quire::testing {
+namespace {
+
+using Options = AttentionCase::Options;
+
+class Relation : public ::testing::TestWithParam<std::string> {
+ protected:
+  void TearDown() override {
+    omp_set_num_threads(threads_);
+    ASSERT_TRUE(cpu::use_simd_target("").ok());
+  }
+
+  Options base() const {
+    Options options;
+    options.mode = GetParam();
+    options.sequences = {{1, 200}, {6, 70}, {9, 9}, {1, 1300}};
+    return options;
+  }
+
+ private:
+  int threads_ = omp_get_max_threads();
+};
+
+// Queries [first, last) of sequence b alone, as a batch of one.
+UnifiedAttentionArgs one_sequence(const AttentionCase& problem, std::int64_t b, std::int32_t (&cu_seqlens)[2]) {
+  UnifiedAttentionArgs args = problem.args;
+  const std::int32_t* starts = problem.cu_seqlens_q.view.ptr<std::int32_t>();
+  cu_seqlens[0] = 0;
+  cu_seqlens[1] = starts[b + 1] - starts[b];
+  const auto rows = [&](Tensor& tensor) {
+    if (!tensor.defined()) return;
+    tensor.data = tensor.ptr<std::uint8_t>() +
+                  starts[b] * tensor.strides[0] * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+    tensor.shape[0] = cu_seqlens[1];
+  };
+  rows(args.query);
+  rows(args.out);
+  rows(args.lse);
+  const auto entry = [&](Tensor& tensor) {
+    if (!tensor.defined()) return;
+    tensor.data =
+        tensor.ptr<std::uint8_t>() + b * tensor.strides[0] * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+    tensor.shape[0] = 1;
+  };
+  entry(args.seq_lens);
+  entry(args.block_table);
+  args.cu_seqlens_q = Tensor::contiguous(cu_seqlens, DType::kInt32, {2});
+  return args;
+}
+
+TEST_P(Relation, WherePagesLieDoesNotMatter) {
+  Options options = base();
+  AttentionCase first(options);
+  ASSERT_TRUE(first.check());
+  for (std::uint64_t page_seed : {1, 2, 3}) {
+    options.page_seed = page_seed;
+    AttentionCase other(options);
+    ASSERT_NE(other.block_table.bytes, first.block_table.bytes);
+    ASSERT_TRUE(other.run().ok());
+    ASSERT_EQ(other.out.bytes, first.out.bytes);
+    ASSERT_EQ(other.lse.bytes, first.lse.bytes);
+  }
+}
+
+TEST_P(Relation, LayoutDoesNotMatter) {
+  Options options = base();
+  AttentionCase first(options);
+  ASSERT_TRUE(first.run().ok());
+  for (Layout layout : kAllLayouts) {
+    options.layout = layout;
+    AttentionCase other(options);
+    ASSERT_TRUE(other.run().ok());
+    ASSERT_EQ(other.out.bytes, first.out.bytes) << layout_name(layout);
+  }
+}
+
+TEST_P(Relation, RepeatsAndThreadsGiveTheSameBits) {
+  for (int num_splits : {0, 5}) {
+    Options options = base();
+    options.sinks = true;
+    AttentionCase problem(options);
+    ASSERT_TRUE(problem.run(num_splits).ok());
+    const std::vector<std::uint8_t> out = problem.out.bytes;
+    const std::vector<std::uint8_t> lse = problem.lse.bytes;
+    for (int threads : {1, 2, 3, 8}) {
+      omp_set_num_threads(threads);
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        ASSERT_TRUE(problem.run(num_splits).ok());
+        ASSERT_EQ(problem.out.bytes, out) << threads << " threads";
+        ASSERT_EQ(problem.lse.bytes, lse) << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(Relation, BatchInvariantBitsDoNotDependOnNeighbours) {
+  Options options = base();
+  options.window = 900;
+  options.sinks = true;
+  AttentionCase problem(options);
+  ASSERT_TRUE(problem.run(0, true).ok());
+  const std::vector<std::uint8_t> together = problem.out.bytes;
+  const std::vector<std::uint8_t> lse_together = problem.lse.bytes;
+  std::fill(problem.out.bytes.begin(), problem.out.bytes.end(), 0xFF);
+  std::fill(problem.lse.bytes.begin(), problem.lse.bytes.end(), 0xFF);
+  for (std::int64_t b = 0; b < 4; ++b) {
+    std::int32_t cu_seqlens[2];
+    const UnifiedAttentionArgs args = one_sequence(problem, b, cu_seqlens);
+    Result<AttentionProblem> alone = problem_of(args);
+    ASSERT_TRUE(alone.ok()) << alone.status().message();
+    alone->batch_invariant = true;
+    alone->num_splits = static_cast<int>(b);  // a hint the flag overrides
+    const Result<AttentionPlan> plan = plan_unified_attention(*alone);
+    ASSERT_TRUE(plan.ok());
+    std::vector<std::uint8_t> workspace(plan->workspace_bytes + 16);
+    const Status status = run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes);
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  EXPECT_EQ(problem.out.bytes, together);
+  EXPECT_EQ(problem.lse.bytes, lse_together);
+}
+
+// Prefill in pieces: the rows of a chunk are those of the whole.
+TEST_P(Relation, ChunkedPrefillIsTheWholePrefill) {
+  Options options = base();
+  options.sequences = {{150, 150}};
+  options.num_kv_heads = 1;
+  AttentionCase whole(options);
+  ASSERT_TRUE(whole.check());
+  for (int first : {0, 1, 15, 16, 17, 63, 64, 65, 149}) {
+    for (int count : {1, 16, 17, 64}) {
+      const int last = std::min(150, first + count);
+      UnifiedAttentionArgs args = whole.args;
+      std::int32_t cu_seqlens[2] = {0, last - first};
+      std::int32_t seq_len = last;
+      args.cu_seqlens_q = Tensor::contiguous(cu_seqlens, DType::kInt32, {2});
+      args.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
+      args.query.data = args.query.ptr<float>() + first * args.query.strides[0];
+      args.query.shape[0] = last - first;
+      OwnedTensor out(DType::kFloat32, {last - first, 2, options.head_size});
+      args.out = out.view;
+      args.lse = Tensor();
+      const Status status = unified_attention(args);
+      ASSERT_TRUE(status.ok()) << status.message();
+      for (std::int64_t t = 0; t < last - first; ++t) {
+        for (std::int64_t h = 0; h < 2; ++h) {
+          for (int i = 0; i < options.head_size; ++i) {
+            // Both are within tolerance() of the oracle.
+            ASSERT_NEAR(out.get(t, h, i), whole.out.get(first + t, h, i), 2 * whole.tolerance() * 24)
+                << first << " + " << t;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Keys cut anywhere into two calls and merged: what one call gives. Pages of one token let the cut fall anywhere.
+TEST_P(Relation, SplitAnywhereAndMerge) {
+  Options options = base();
+  options.block_size = 1;
+  options.sequences = {{3, 90}};
+  options.sinks = true;
+  options.causal = false;
+  options.softcap = 5.0F;
+  AttentionCase whole(options);
+  ASSERT_TRUE(whole.check());
+  for (int cut : {0, 1, 44, 63, 64, 65, 89, 90}) {
+    OwnedTensor outs[2], lses[2];
+    for (int part : {0, 1}) {
+      outs[part] = OwnedTensor(DType::kFloat32, {3, 4, options.head_size}, 4);
+      lses[part] = OwnedTensor(DType::kFloat32, {3, 4}, 1);
+      UnifiedAttentionArgs args = whole.args;
+      std::int32_t seq_len = part == 0 ? cut : 90 - cut;
+      args.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
+      // Three queries that see every key of the part, also where it has fewer keys than queries: positions come from
+      // seq_len, so each query is a sequence of its own.
+      std::int32_t cu_seqlens[] = {0, 1, 2, 3};
+      std::int32_t seq_lens[] = {seq_len, seq_len, seq_len};
+      args.cu_seqlens_q = Tensor::contiguous(cu_seqlens, DType::kInt32, {4});
+      args.seq_lens = Tensor::contiguous(seq_lens, DType::kInt32, {3});
+      args.query.shape[0] = 3;
+      args.block_table.shape[0] = 3;
+      args.block_table.strides[0] = 0;
+      if (part == 1) {
+        args.block_table.data = args.block_table.ptr<std::int32_t>() + cut;
+        args.block_table.shape[1] -= cut;
+        args.sinks = Tensor();  // counted once
+      }
+      args.out = outs[part].view;
+      args.lse = lses[part].view;
+      const Status status = unified_attention(args);
+      ASSERT_TRUE(status.ok()) << status.message();
+    }
+    OwnedTensor out(DType::kFloat32, {3, 4, options.head_size}, 2);
+    OwnedTensor lse(DType::kFloat32, {3, 4});
+    MergeAttnStatesArgs merge{.out = out.view,
+                              .lse = lse.view,
+                              .prefix_out = outs[0].view,
+                              .prefix_lse = lses[0].view,
+                              .suffix_out = outs[1].view,
+                              .suffix_lse = lses[1].view};
+    ASSERT_TRUE(merge_attn_states(merge).ok());
+    for (std::int64_t t = 0; t < 3; ++t) {
+      for (std::int64_t h = 0; h < 4; ++h) {
+        ASSERT_NEAR(lse.get(t, h), whole.expected_lse.get(t, h), 2 * whole.tolerance() + 1e-6) << "cut " << cut;
+        for (int i = 0; i < options.head_size; ++i) {
+          ASSERT_NEAR(out.get(t, h, i), whole.expected_out.get(t, h, i), 2 * whole.tolerance() * 24) << "cut " << cut;
+        }
+      }
+    }
+  }
+}
+
+// Powers of two commute with every rounding, so these hold bit for bit.
+TEST_P(Relation, DoubledScales) {
+  AttentionCase problem(base());
+  ASSERT_TRUE(problem.run().ok());
+  const OwnedTensor& out = problem.out;
+  std::vector<float> plain;
+  const auto collect = [&] {
+    std::vector<float> values;
+    for (std::int64_t t = 0; t < problem.num_tokens; ++t) {
+      for (std::int64_t h = 0; h < 4; ++h) {
+        for (int i = 0; i < problem.options.head_size; ++i) values.push_back(out.get(t, h, i));
+      }
+    }
+    return values;
+  };
+  plain = collect();
+  float two = 2.0F;
+  problem.args.v_scale = Tensor::contiguous(&two, DType::kFloat32, {1});
+  ASSERT_TRUE(problem.run().ok());
+  std::vector<float> doubled = collect();
+  for (std::size_t i = 0; i < plain.size(); ++i) ASSERT_EQ(doubled[i], 2.0F * plain[i]);
+
+  problem.args.v_scale = Tensor();
+  problem.args.k_scale = Tensor::contiguous(&two, DType::kFloat32, {1});
+  ASSERT_TRUE(problem.run().ok());
+  const std::vector<float> by_k_scale = collect();
+  ASSERT_NE(by_k_scale, plain);
+  problem.args.k_scale = Tensor();
+  problem.args.softmax_scale *= 2.0F;
+  ASSERT_TRUE(problem.run().ok());
+  ASSERT_EQ(collect(), by_k_scale);
+}
+
+TEST_P(Relation, SinkOfMinusInfinityIsNoSink) {
+  Options options = base();
+  AttentionCase problem(options);
+  ASSERT_TRUE(problem.run(3).ok());
+  const std::vector<std::uint8_t> out = problem.out.bytes;
+  const std::vector<std::uint8_t> lse = problem.lse.bytes;
+  OwnedTensor sinks(DType::kFloat32, {4});
+  sinks.fill(std::vector<float>(4, -std::numeric_limits<float>::infinity()));
+  problem.args.sinks = sinks.view;
+  ASSERT_TRUE(problem.run(3).ok());
+  EXPECT_EQ(problem.out.bytes, out);
+  EXPECT_EQ(problem.lse.bytes, lse);
+}
+
+// Every SIMD target meets the oracle.
+TEST_P(Relation, EveryTargetMatchesTheOracle) {
+  for (const std::string& target : cpu::simd_targets()) {
+    ASSERT_TRUE(cpu::use_simd_target(target).ok());
+    for (int head_size : {64, 80, 128, 112}) {
+      Options options = base();
+      options.head_size = head_size;
+      options.group = 5;
+      options.num_kv_heads = 1;
+      options.sinks = true;
+      options.window = 100;
+      AttentionCase problem(options);
+      ASSERT_TRUE(problem.check()) << target;
+    }
+    AttentionProblem problem;
+    problem.mode = mode_of(GetParam());
+    problem.num_q_heads = problem.num_kv_heads = problem.block_size = 1;
+    problem.head_size = problem.head_size_v = 64;
+    const Result<AttentionPlan> plan = plan_unified_attention(problem);
+    ASSERT_TRUE(plan.ok());
+    EXPECT_NE(plan->kernel.find(target), std::string::npos) << plan->kernel;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Modes, Relation, ::testing::ValuesIn(table_modes()),
+                         [](const auto& param) { return param.param; });
+
+}  // namespace
+}  // namespace quire::testing
