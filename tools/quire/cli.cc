@@ -17,12 +17,7 @@ constexpr int kBadInput = 2;
 
 using AddVerb = void (*)(CLI::App& app, int& exit_status);
 constexpr AddVerb kVerbs[] = {
-    add_modes,
-    add_layout,
-    add_check,
-    add_generate,
-    add_eval,
-    add_demo,
+    add_modes, add_layout, add_check, add_generate, add_eval, add_demo,
 };
 
 int report_sentence(std::string sentence) {
@@ -40,7 +35,7 @@ int report(const Status& status) { return report_sentence(status.message()); }
 int cli_main(int argc, const char* const* argv) try {
   CLI::App app("quire: a KV cache stored in 2 to 16 bits, and attention that reads it", "quire");
   app.set_version_flag("--version", "quire " QUIRE_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   int exit_status = 0;
   for (cli::AddVerb add_verb : cli::kVerbs) add_verb(app, exit_status);
   try {
@@ -49,6 +44,11 @@ int cli_main(int argc, const char* const* argv) try {
     return app.exit(request);
   } catch (const CLI::ParseError& error) {
     return cli::report_sentence(error.what());
+  }
+  if (app.get_subcommands().empty()) {
+    std::string verbs;
+    for (const CLI::App* verb : app.get_subcommands({})) verbs += (verbs.empty() ? "" : ", ") + verb->get_name();
+    return cli::report_sentence("a verb is needed; there are " + verbs);
   }
   return exit_status;
 } catch (const std::exception& error) {

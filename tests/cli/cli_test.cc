@@ -1,0 +1,231 @@
+// Verbs modes and layout, and how the tool treats bad usage.
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cli/cli.h"
+#include "quire/layout.h"
+#include "quire/mode.h"
+
+namespace quire::test {
+namespace {
+
+using nlohmann::json;
+
+TEST(Cli, BadUsageIsOneSentence) {
+  const struct {
+    std::vector<std::string> arguments;
+    const char* names;  // what the sentence must name
+  } calls[] = {
+      {{}, "there are modes, layout, check"},
+      {{"fly"}, "fly"},
+      {{"modes", "--xml"}, "--xml"},
+      {{"layout"}, "--mode"},
+      {{"layout", "--mode", "int5_per_token_head"}, "int5_per_token_head"},
+      {{"layout", "--mode", "int2_per_token_head", "--head-size", "66"}, "66"},
+      {{"layout", "--mode", "auto", "--head-size", "many"}, "many"},
+      {{"layout", "--mode", "auto", "--head-size", "0"}, "head_size"},
+      {{"layout", "--mode", "auto", "--head-size", "99999999999"}, "99999999999"},
+      {{"layout", "--mode", "auto", "--block-size", "-16"}, "block_size"},
+      {{"layout", "--mode", "auto", "--order", "dhn"}, "dhn"},
+      {{"layout", "--mode", "auto", "--packing", "tight"}, "tight"},
+      {{"layout", "--mode", "auto", "--scales", "none"}, "none"},
+      {{"layout", "--mode", "auto", "--model-dtype", "int8"}, "int8"},
+      {{"layout", "--mode", "auto", "--table"}, "--table"},
+      {{"layout", "--mode", "auto", "--markdown"}, "--markdown"},
+      {{"check"}, "files"},
+      {{"check", "/nowhere/golden.safetensors"}, "/nowhere/golden.safetensors"},
+      {{"check", "--device", "tpu", "x"}, "tpu"},
+  };
+  for (const auto& call : calls) {
+    const CliResult result = run_cli(call.arguments);
+    EXPECT_EQ(result.exit_status, 2) << call.names;
+    EXPECT_TRUE(result.one_sentence()) << call.names << ": " << result.err;
+    EXPECT_NE(result.err.find(call.names), std::string::npos) << result.err;
+    EXPECT_EQ(result.out, "") << call.names;
+  }
+}
+
+TEST(Cli, HelpAndVersion) {
+  const CliResult help = run_cli({"--help"});
+  EXPECT_EQ(help.exit_status, 0);
+  EXPECT_EQ(help.err, "");
+  for (const char* verb : {"modes", "layout", "check"}) EXPECT_NE(help.out.find(verb), std::string::npos) << verb;
+  EXPECT_EQ(run_cli({"layout", "--help"}).exit_status, 0);
+  EXPECT_EQ(run_cli({"--version"}).out.rfind("quire ", 0), 0U);
+}
+
+TEST(Cli, ModesListsTheTable) {
+  const CliResult result = run_cli({"modes", "--json"});
+  EXPECT_EQ(result.exit_status, 0);
+  const json answer = result.json();
+  ASSERT_TRUE(answer.is_object()) << result.out;
+  EXPECT_EQ(answer["head_size"], 128);
+  const auto modes = list_modes();
+  ASSERT_EQ(answer["modes"].size(), modes.size());
+  const std::string text = run_cli({"modes"}).out;
+  for (std::size_t i = 0; i < modes.size(); ++i) {
+    const json& row = answer["modes"][i];
+    for (const char* key : {"name", "aliases", "kv_quant_mode", "key_format", "value_format", "key_bits", "value_bits",
+                            "scale_caches", "bytes_per_token_head", "shared_slot", "compiled", "registered"}) {
+      EXPECT_TRUE(row.contains(key)) << key;
+    }
+    EXPECT_EQ(row["name"], modes[i].name);
+    EXPECT_EQ(row["aliases"], json(modes[i].aliases));
+    EXPECT_EQ(row["key_format"], modes[i].key_format);
+    EXPECT_EQ(row["compiled"], modes[i].compiled);
+    EXPECT_NE(text.find("\n" + modes[i].name + " "), std::string::npos) << modes[i].name;
+  }
+}
+
+// Widths, scales and costs that FORMATS fixes, written down here once more.
+TEST(Cli, ModesKnowsWhatAModeCosts) {
+  const struct {
+    const char* name;
+    const char* kv_quant_mode;
+    double bits;
+    bool scale_caches;
+    int bytes;  // of K, V and scales, head size 128
+  } expected[] = {
+      {"auto", "NONE", 16, false, 512},
+      {"float32", "NONE", 32, false, 1024},
+      {"fp8", "FP8_PER_TENSOR", 8, false, 256},
+      {"int8_per_token_head", "INT8_PER_TOKEN_HEAD", 8, true, 264},
+      {"fp8_per_token_head", "FP8_PER_TOKEN_HEAD", 8, true, 264},
+      {"int4_per_token_head", "INT4_PER_TOKEN_HEAD", 4, true, 136},
+      {"int2_per_token_head", "INT2_PER_TOKEN_HEAD", 2, true, 72},
+  };
+  const json answer = run_cli({"modes", "--json"}).json();
+  for (const auto& mode : expected) {
+    bool found = false;
+    for (const json& row : answer["modes"]) {
+      if (row["name"] != mode.name) continue;
+      found = true;
+      EXPECT_EQ(row["kv_quant_mode"], mode.kv_quant_mode) << mode.name;
+      EXPECT_EQ(row["key_bits"], mode.bits) << mode.name;
+      EXPECT_EQ(row["value_bits"], mode.bits) << mode.name;
+      EXPECT_EQ(row["scale_caches"], mode.scale_caches) << mode.name;
+      EXPECT_EQ(row["bytes_per_token_head"], mode.bytes) << mode.name;
+    }
+    EXPECT_TRUE(found) << mode.name;
+  }
+}
+
+TEST(Cli, LayoutPrintsWhatMakeLayoutAnswers) {
+  const CliResult result = run_cli({"layout",
+                                    "--mode",
+                                    "int4_per_token_head",
+                                    "--head-size",
+                                    "192",
+                                    "--head-size-v",
+                                    "128",
+                                    "--num-kv-heads",
+                                    "4",
+                                    "--num-layers",
+                                    "3",
+                                    "--block-size",
+                                    "32",
+                                    "--order",
+                                    "hnd",
+                                    "--packing",
+                                    "kv_in_block",
+                                    "--scales",
+                                    "inline",
+                                    "--page-alignment",
+                                    "4096",
+                                    "--model-dtype",
+                                    "float16",
+                                    "--json"});
+  EXPECT_EQ(result.exit_status, 0) << result.err;
+  const json answer = result.json();
+  ASSERT_TRUE(answer.is_object()) << result.out;
+
+  KVCacheSpec spec;
+  spec.mode = parse_kv_cache_dtype("int4_per_token_head").value();
+  spec.head_size = 192;
+  spec.head_size_v = 128;
+  spec.num_kv_heads = 4;
+  spec.num_layers = 3;
+  spec.block_size = 32;
+  spec.order = CacheOrder::kHND;
+  spec.packing = KVPacking::kKVInBlock;
+  spec.scales = ScalePlacement::kInline;
+  spec.page_alignment = 4096;
+  spec.model_dtype = DType::kFloat16;
+  const KVCacheLayout layout = make_layout(spec).value();
+  const json expected = {{"mode", "int4_per_token_head"},
+                         {"head_size", 192},
+                         {"head_size_v", 128},
+                         {"num_kv_heads", 4},
+                         {"num_layers", 3},
+                         {"block_size", 32},
+                         {"model_dtype", "float16"},
+                         {"order", "hnd"},
+                         {"packing", "kv_in_block"},
+                         {"scales", "inline"},
+                         {"page_alignment", 4096},
+                         {"key_cache_dtype", "uint8"},
+                         {"value_cache_dtype", "uint8"},
+                         {"k_data_bytes", 96},
+                         {"v_data_bytes", 64},
+                         {"k_scale_bytes", 4},
+                         {"v_scale_bytes", 4},
+                         {"k_row_bytes", 100},
+                         {"v_row_bytes", 68},
+                         {"bytes_per_token_head", 168},
+                         {"bytes_per_token", 168 * 4 * 3},
+                         {"bytes_per_block", 24576},  // 168 * 4 * 32 = 21504, padded to 4096
+                         {"tokens_per_gib", layout.tokens_per_gib},
+                         {"k_block_stride", 24576},
+                         {"k_slot_stride", 100},
+                         {"k_head_stride", 3200},
+                         {"v_block_stride", 24576},
+                         {"v_slot_stride", 68},
+                         {"v_head_stride", 2176},
+                         {"v_offset", 12800},
+                         {"k_scale_offset", 96},
+                         {"v_scale_offset", 64},
+                         {"effective_head_size", 100},
+                         {"effective_head_size_v", 68}};
+  EXPECT_EQ(answer, expected);
+}
+
+TEST(Cli, LayoutTakesAnAlias) {
+  const json answer = run_cli({"layout", "--mode", "fp8_e4m3", "--json"}).json();
+  EXPECT_EQ(answer["mode"], "fp8");
+}
+
+TEST(Cli, ByteTableIsTheOneInTheDocs) {
+  const CliResult table = run_cli({"layout", "--table", "--markdown"});
+  EXPECT_EQ(table.exit_status, 0);
+  std::ostringstream page;
+  page << std::ifstream(source_path("docs/formats/bytes.md")).rdbuf();
+  EXPECT_NE(page.str().find("\n" + table.out), std::string::npos)
+      << "docs/formats/bytes.md does not hold what `quire layout --table --markdown` prints:\n"
+      << table.out;
+}
+
+TEST(Cli, ByteTableAgreesWithLayout) {
+  const json table = run_cli({"layout", "--table", "--json"}).json();
+  ASSERT_EQ(table["table"].size(), list_modes().size());
+  const std::set<std::string> columns = {"64", "80", "96", "112", "128", "192", "256", "512", "192/128"};
+  for (const json& row : table["table"]) {
+    const std::string mode = row["mode"];
+    std::set<std::string> names;
+    for (const auto& [name, bytes] : row["bytes_per_token_head"].items()) names.insert(name);
+    EXPECT_EQ(names, columns);
+    const CliResult one = run_cli({"layout", "--mode", mode, "--head-size", "192", "--head-size-v", "128", "--json"});
+    if (one.exit_status == 0) {
+      EXPECT_EQ(row["bytes_per_token_head"]["192/128"], one.json()["bytes_per_token_head"]) << mode;
+    } else {
+      EXPECT_TRUE(row["bytes_per_token_head"]["192/128"].is_null()) << mode;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quire::test
