@@ -1,0 +1,27 @@
+// Runs the problems of tests/support on the GPU: the same host arguments, mirrored to the device and back.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include "cuda/device_memory.h"
+#include "support/problem.h"
+
+namespace quire::testing {
+
+#define QUIRE_ASSERT_OK(expression)                                               \
+  do {                                                                            \
+    const ::quire::Status quire_status = (expression);                            \
+    ASSERT_TRUE(quire_status.ok()) << #expression ": " << quire_status.message(); \
+  } while (false)
+
+// The store on the device; the caches (and the error counter) of `args`, which is on the host, are what it wrote.
+Status store_on_device(const ReshapeAndCacheArgs& args);
+
+// The attention of host arguments on the device; out, lse and the error counter are what it wrote. The workspace is
+// poisoned first.
+Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
+
+// AttentionCase::run on the device.
+Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invariant);
+
+}  // namespace quire::testing

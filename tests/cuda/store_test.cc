@@ -1,0 +1,339 @@
+// Stores on the GPU are held to the CPU's byte by byte, gaps and pages that are not written included.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "cuda/device_problem.h"
+#include "format/float_types.h"
+
+namespace quire::testing {
+namespace {
+
+struct HeadSizes {
+  int k, v;
+};
+
+// Every tile of row.cuh: 8 and 16 elements a lane, 8, 16 and 32 lanes, partly filled lanes, block-diagonal rotations.
+constexpr HeadSizes kHeadSizes[] = {{32, 32},   {36, 36},   {64, 64},   {72, 72},   {80, 80},   {96, 96},  {100, 100},
+                                    {112, 112}, {128, 128}, {192, 128}, {192, 192}, {256, 256}, {64, 320}, {512, 512}};
+
+constexpr DType kInputs[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
+// Rows that break arithmetic: one per token, the rest Gaussian.
+std::vector<float> hostile_rows(Random& random, std::int64_t tokens, std::int64_t heads, int head_size) {
+  std::vector<float> values = random.normals(tokens * heads * head_size);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (std::int64_t h = 0; h < heads; ++h) {
+      float* row = values.data() + (t * heads + h) * head_size;
+      const auto set_all = [&](float x) { std::fill(row, row + head_size, x); };
+      const auto at = static_cast<std::size_t>(random.below(head_size));
+      switch (t) {
+        case 0:
+          set_all(0.0F);
+          break;
+        case 1:
+          set_all(-0.0F);
+          break;
+        case 2:
+          set_all(0.7F);
+          break;
+        case 3:
+          set_all(0.0F);
+          row[at] = 1.0F;
+          break;
+        case 4:
+          set_all(0.0F);
+          row[at] = -3.5F;
+          break;
+        case 5:
+          set_all(1e-30F);
+          break;
+        case 6:
+          for (int i = 0; i < head_size; ++i) row[i] *= 1e-41F;
+          break;
+        case 7:
+          for (int i = 0; i < head_size; ++i) row[i] = i % 2 == 0 ? 65504.0F : -65504.0F;
+          break;
+        case 8:
+          row[at] = nan;
+          break;
+        case 9:
+          row[at] = -nan;
+          break;
+        case 10:
+          row[at] = kInf;
+          break;
+        case 11:
+          row[at] = -kInf;
+          break;
+        case 12:
+          set_all(3e38F);
+          break;
+        case 13:
+          for (int i = 0; i < head_size; ++i) row[i] = static_cast<float>(i % 16) - 7.5F;
+          break;
+        case 14:
+          for (int i = 0; i < head_size; ++i) row[i] = 5.0F + row[i] * 0.01F;
+          break;
+        default:
+          break;
+      }
+    }
+  }
+  return values;
+}
+
+// The same call on both devices, over caches that start alike.
+void expect_same_bytes(const PagedCache::Options& options, ReshapeAndCacheArgs args) {
+  const PagedCache on_cpu(options), on_gpu(options);
+  on_cpu.apply(args);
+  QUIRE_ASSERT_OK(reshape_and_cache(args));
+  on_gpu.apply(args);
+  QUIRE_ASSERT_OK(store_on_device(args));
+  for (std::size_t b = 0; b < on_cpu.bytes().size(); ++b) {
+    const auto& cpu = on_cpu.bytes()[b];
+    const auto& gpu = on_gpu.bytes()[b];
+    for (std::size_t i = 0; i < cpu.size(); ++i) {
+      ASSERT_EQ(static_cast<int>(gpu[i]), static_cast<int>(cpu[i])) << "buffer " << b << " byte " << i;
+    }
+  }
+}
+
+TEST(CudaStore, BytesEqualTheCpusInEveryModeHeadSizeAndInput) {
+  for (const std::string& mode : table_modes()) {
+    for (const HeadSizes head : kHeadSizes) {
+      for (const DType dtype : kInputs) {
+        SCOPED_TRACE(mode + " d" + std::to_string(head.k) + "/" + std::to_string(head.v) + " from " +
+                     std::string(dtype_name(dtype)));
+        PagedCache::Options options;
+        options.mode = mode;
+        options.head_size = head.k;
+        options.head_size_v = head.v;
+        options.num_kv_heads = 3;
+        options.num_blocks = 4;
+        Random random(static_cast<std::uint64_t>(head.k * 1000 + head.v));
+        constexpr std::int64_t kTokens = 41;
+        OwnedTensor key(dtype, {kTokens, 3, head.k}), value(dtype, {kTokens, 3, head.v});
+        key.fill(hostile_rows(random, kTokens, 3, head.k));
+        value.fill(hostile_rows(random, kTokens, 3, head.v));
+        std::vector<std::int64_t> slots(4 * 16);
+        for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
+        random.shuffle(slots);
+        slots.resize(kTokens);
+        slots[17] = -1;
+        slots[40] = -7;
+        OwnedTensor slot_mapping(DType::kInt64, {kTokens});
+        slot_mapping.fill_integers(slots);
+        ReshapeAndCacheArgs args;
+        args.key = key.view;
+        args.value = value.view;
+        args.slot_mapping = slot_mapping.view;
+        OwnedTensor scale(DType::kFloat32, {3});
+        scale.fill({0.37F, 1.0F, 12.5F});
+        if (mode.starts_with("fp8") && mode != "fp8_per_token_head") args.k_scale = args.v_scale = scale.view;
+        expect_same_bytes(options, args);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(CudaStore, BytesEqualTheCpusInEveryLayout) {
+  for (const std::string& mode : table_modes()) {
+    for (const Layout layout : kAllLayouts) {
+      for (const std::int64_t gap : {0, 1, 8}) {  // input rows at odd distances take narrower loads
+        SCOPED_TRACE(mode + " " + std::string(layout_name(layout)) + " gap " + std::to_string(gap));
+        PagedCache::Options options;
+        options.mode = mode;
+        options.head_size = 96;
+        options.head_size_v = 64;
+        options.num_kv_heads = 2;
+        options.num_blocks = 3;
+        options.block_size = 8;
+        options.layout = layout;
+        Random random(7);
+        OwnedTensor key(DType::kBFloat16, {20, 2, 96}, gap), value(DType::kFloat16, {20, 2, 64}, gap);
+        key.fill(random.normals(key.view.numel()));
+        value.fill(random.normals(value.view.numel()));
+        // Fewer slots than tokens: the rest of the rows is ignored.
+        OwnedTensor slot_mapping(DType::kInt32, {15});
+        slot_mapping.fill_integers({23, 1, 2, -1, 9, 8, 22, 14, 0, 3, 4, -1, 17, 6, 5});
+        ReshapeAndCacheArgs args;
+        args.key = key.view;
+        args.value = value.view;
+        args.slot_mapping = slot_mapping.view;
+        expect_same_bytes(options, args);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(CudaStore, AnyInputStrideGivesTheSameBytes) {
+  Random random(3);
+  PagedCache::Options options;
+  options.num_kv_heads = 2;
+  // K as [d, tokens, heads] seen as [tokens, heads, d], V with its heads reversed.
+  OwnedTensor key(DType::kFloat32, {64, 9, 2}), value(DType::kFloat32, {9, 2, 64});
+  key.fill(random.normals(key.view.numel()));
+  value.fill(random.normals(value.view.numel()));
+  OwnedTensor slot_mapping(DType::kInt64, {9});
+  slot_mapping.fill_integers({5, 4, 3, 2, 1, 0, 16, 17, 18});
+  ReshapeAndCacheArgs args;
+  args.key = Tensor::strided(key.view.data, DType::kFloat32, {9, 2, 64}, {2, 1, 18});
+  args.value = Tensor::strided(value.view.ptr<float>() + 64, DType::kFloat32, {9, 2, 64}, {128, -64, 1});
+  args.slot_mapping = slot_mapping.view;
+  expect_same_bytes(options, args);
+}
+
+TEST(CudaStore, HeadMajorLayout) {
+  for (const char* mode : {"auto", "float32", "fp8", "fp8_e5m2"}) {
+    SCOPED_TRACE(mode);
+    const DType dtype = std::string(mode) == "auto"      ? DType::kBFloat16
+                        : std::string(mode) == "float32" ? DType::kFloat32
+                        : std::string(mode) == "fp8"     ? DType::kFloat8E4M3
+                                                         : DType::kFloat8E5M2;
+    const std::int64_t x = 16 / static_cast<std::int64_t>(dtype_bytes(dtype));
+    Random random(5);
+    OwnedTensor key(DType::kBFloat16, {11, 3, 64}), value(DType::kBFloat16, {11, 3, 80});
+    key.fill(random.normals(key.view.numel()));
+    value.fill(random.normals(value.view.numel()));
+    OwnedTensor slot_mapping(DType::kInt64, {11});
+    slot_mapping.fill_integers({15, 0, 3, -1, 8, 9, 10, 11, 7, 31, 30});
+    OwnedTensor k_cpu(dtype, {2, 3, 64 / x, 16, x}), v_cpu(dtype, {2, 3, 80, 16});
+    OwnedTensor k_gpu(dtype, {2, 3, 64 / x, 16, x}), v_gpu(dtype, {2, 3, 80, 16});
+    ReshapeAndCacheArgs args;
+    args.mode = mode_of(mode);
+    args.key = key.view;
+    args.value = value.view;
+    args.slot_mapping = slot_mapping.view;
+    args.key_cache = k_cpu.view;
+    args.value_cache = v_cpu.view;
+    QUIRE_ASSERT_OK(reshape_and_cache(args));
+    args.key_cache = k_gpu.view;
+    args.value_cache = v_gpu.view;
+    QUIRE_ASSERT_OK(store_on_device(args));
+    EXPECT_EQ(k_gpu.bytes, k_cpu.bytes);
+    EXPECT_EQ(v_gpu.bytes, v_cpu.bytes);
+  }
+}
+
+TEST(CudaStore, Float8InputIsCopied) {
+  PagedCache::Options options;
+  options.mode = "fp8";
+  options.num_kv_heads = 4;
+  OwnedTensor key(DType::kFloat8E4M3, {4, 4, 64}), value(DType::kFloat8E4M3, {4, 4, 64});
+  for (std::size_t i = 0; i < key.bytes.size(); ++i) {
+    key.bytes[i] = static_cast<std::uint8_t>(i);  // every code, NaNs included
+    value.bytes[i] = static_cast<std::uint8_t>(255 - i);
+  }
+  OwnedTensor slot_mapping(DType::kInt64, {4});
+  slot_mapping.fill_integers({9, 2, 33, 4});
+  ReshapeAndCacheArgs args;
+  args.key = key.view;
+  args.value = value.view;
+  args.slot_mapping = slot_mapping.view;
+  expect_same_bytes(options, args);
+}
+
+TEST(CudaStore, SlotsOutsideTheCacheAreSkippedAndCounted) {
+  for (const std::string& mode : table_modes()) {
+    SCOPED_TRACE(mode);
+    PagedCache::Options options;
+    options.mode = mode;
+    options.num_blocks = 2;
+    const PagedCache on_cpu(options), on_gpu(options);
+    Random random(11);
+    OwnedTensor key(DType::kFloat32, {6, 2, 64}), value(DType::kFloat32, {6, 2, 64});
+    key.fill(random.normals(key.view.numel()));
+    value.fill(random.normals(value.view.numel()));
+    OwnedTensor good(DType::kInt64, {6}), bad(DType::kInt64, {6});
+    good.fill_integers({0, -1, 31, -1, -1, 7});
+    bad.fill_integers({0, 32, 31, std::int64_t{1} << 40, -1, 7});
+    std::int64_t counter = 100;
+    ReshapeAndCacheArgs args;
+    args.key = key.view;
+    args.value = value.view;
+    args.slot_mapping = good.view;
+    on_cpu.apply(args);
+    QUIRE_ASSERT_OK(reshape_and_cache(args));
+    args.slot_mapping = bad.view;
+    args.error_counter = Tensor::contiguous(&counter, DType::kInt64, {1});
+    on_gpu.apply(args);
+    QUIRE_ASSERT_OK(store_on_device(args));
+    EXPECT_EQ(counter, 102);
+    EXPECT_EQ(on_gpu.bytes(), on_cpu.bytes());
+  }
+}
+
+TEST(CudaStore, NoTokens) {
+  PagedCache::Options options;
+  OwnedTensor key(DType::kFloat32, {0, 2, 64}), value(DType::kFloat32, {0, 2, 64}), slot_mapping(DType::kInt64, {0});
+  ReshapeAndCacheArgs args;
+  args.key = key.view;
+  args.value = value.view;
+  args.slot_mapping = slot_mapping.view;
+  expect_same_bytes(options, args);
+}
+
+// Pages that lie gigabytes apart: an offset that loses its high bits would land inside the first 4 GiB.
+TEST(CudaStore, OffsetsPastFourGiB) {
+  for (const std::string& mode : table_modes()) {
+    SCOPED_TRACE(mode);
+    PagedCache::Options options;
+    options.mode = mode;
+    options.num_blocks = 3;
+    const PagedCache small(options);
+    Random random(13);
+    OwnedTensor key(DType::kFloat32, {48, 2, 64}), value(DType::kFloat32, {48, 2, 64});
+    key.fill(random.normals(key.view.numel()));
+    value.fill(random.normals(value.view.numel()));
+    OwnedTensor slot_mapping(DType::kInt64, {48});
+    std::vector<std::int64_t> slots(48);
+    for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
+    slot_mapping.fill_integers(slots);
+    ReshapeAndCacheArgs args;
+    args.key = key.view;
+    args.value = value.view;
+    args.slot_mapping = slot_mapping.view;
+    small.apply(args);
+    QUIRE_ASSERT_OK(reshape_and_cache(args));
+
+    constexpr std::int64_t kPageDistance = (std::int64_t{9} << 28) + 4096;  // 2.25 GiB: page 2 starts past 4.5 GiB
+    Tensor* const caches[] = {&args.key_cache, &args.value_cache, &args.k_scale_cache, &args.v_scale_cache};
+    const Tensor* const expected[] = {&small.key_cache, &small.value_cache, &small.k_scale_cache, &small.v_scale_cache};
+    Result<cuda::DeviceBuffer> pool =
+        cuda::DeviceBuffer::allocate(static_cast<std::size_t>(2 * kPageDistance + (1 << 20)));
+    ASSERT_TRUE(pool.ok()) << pool.status().message();
+    std::int64_t offset = 0;  // of each tensor in the first page
+    for (Tensor* cache : caches) {
+      if (!cache->defined()) continue;
+      cache->data = static_cast<std::uint8_t*>(pool->data()) + offset;
+      cache->device = Device::kCuda;
+      offset += cache->strides[0] * static_cast<std::int64_t>(dtype_bytes(cache->dtype));
+      cache->strides[0] = kPageDistance / static_cast<std::int64_t>(dtype_bytes(cache->dtype));
+    }
+    const std::vector<Tensor*> inputs = {&args.key, &args.value, &args.slot_mapping};
+    const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(inputs);
+    ASSERT_TRUE(mirror.ok()) << mirror.status().message();
+    QUIRE_ASSERT_OK(reshape_and_cache(args));
+    QUIRE_ASSERT_OK(cuda::synchronize());
+    for (int c = 0; c < 4; ++c) {
+      if (!expected[c]->defined()) continue;
+      const std::int64_t page_bytes =
+          expected[c]->strides[0] * static_cast<std::int64_t>(dtype_bytes(expected[c]->dtype));
+      const std::int64_t at = static_cast<std::uint8_t*>(caches[c]->data) - static_cast<std::uint8_t*>(pool->data());
+      for (std::int64_t page = 0; page < 3; ++page) {
+        std::vector<std::uint8_t> got(static_cast<std::size_t>(page_bytes));
+        QUIRE_ASSERT_OK(pool->copy_out(got.data(), got.size(), static_cast<std::size_t>(at + page * kPageDistance)));
+        EXPECT_EQ(std::memcmp(got.data(), expected[c]->ptr<std::uint8_t>() + page * page_bytes, got.size()), 0)
+            << "tensor " << c << " page " << page;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quire::testing
