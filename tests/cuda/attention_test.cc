@@ -240,6 +240,42 @@ TEST(CudaAttention, MergeAttnStates) {
   }
 }
 
+// Every kernel once on little data: what the sanitizers run (scripts/gpu-test).
+class CudaSmall : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CudaSmall, StoreAndAttend) {
+  Options wide;
+  wide.mode = GetParam();
+  wide.num_kv_heads = 1;
+  wide.group = 3;
+  wide.sequences = {{1, 600}, {5, 21}};  // long enough that the plan splits by itself
+  wide.sinks = wide.alibi = wide.qq_bias = true;
+  Options narrow = wide;
+  narrow.sequences = {{4, 40}, {0, 0}, {7, 3}};
+  narrow.head_size = 96;
+  narrow.head_size_v = 160;
+  narrow.layout = Layout::kPackedInline;
+  narrow.mm_prefix = true;
+  narrow.window = 9;
+  narrow.softcap = 5.0F;
+  for (const Options& options : {wide, narrow}) {
+    AttentionCase problem(options);
+    const PagedCache stored(problem.cache->options());
+    ReshapeAndCacheArgs store;
+    stored.apply(store);
+    store.key = problem.key.view;
+    store.value = problem.value.view;
+    store.slot_mapping = problem.slot_mapping.view;
+    QUIRE_ASSERT_OK(store_on_device(store));
+    EXPECT_EQ(stored.bytes(), problem.cache->bytes());
+    EXPECT_TRUE(problem.check());
+    EXPECT_TRUE(problem.check(1));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Modes, CudaSmall, ::testing::ValuesIn(table_modes()),
+                         [](const auto& param) { return param.param; });
+
 // The kernels that must have run.
 TEST(CudaAttention, ThePlanNamesItsKernel) {
   AttentionProblem problem;
