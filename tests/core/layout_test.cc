@@ -1,0 +1,302 @@
+// KVCacheSpec -> KVCacheLayout -> views: the numbers against vLLM's rules written out, and the bytes against a map of
+// who owns which: no two rows or scales overlap, nothing lies outside the buffers, and unpadded buffers are fully used.
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "support/problem.h"
+
+namespace quire::testing {
+namespace {
+
+struct Cost {
+  const char* mode;
+  double bytes_per_element;
+  int scale_bytes;
+};
+constexpr Cost kCosts[] = {
+    {"auto", 2, 0},
+    {"bfloat16", 2, 0},
+    {"float16", 2, 0},
+    {"float32", 4, 0},
+    {"fp8", 1, 0},
+    {"fp8_e5m2", 1, 0},
+    {"int8_per_token_head", 1, 4},
+    {"fp8_per_token_head", 1, 4},
+    {"int4_per_token_head", 0.5, 4},
+    {"int2_per_token_head", 0.25, 4},
+};
+
+struct Heads {
+  int k, v;
+};
+constexpr Heads kHeads[] = {{64, 64},   {80, 80},   {96, 96},   {112, 112}, {128, 128},
+                            {192, 192}, {256, 256}, {512, 512}, {192, 128}};
+
+KVCacheLayout layout_of(const KVCacheSpec& spec) {
+  const Result<KVCacheLayout> layout = make_layout(spec);
+  EXPECT_TRUE(layout.ok()) << layout.status().message();
+  return *layout;
+}
+
+TEST(Layout, BytesPerTokenOfEveryModeAndHeadSize) {
+  for (const Cost& cost : kCosts) {
+    for (const Heads& heads : kHeads) {
+      SCOPED_TRACE(std::string(cost.mode) + " " + std::to_string(heads.k) + "/" + std::to_string(heads.v));
+      KVCacheSpec spec;
+      spec.mode = mode_of(cost.mode);
+      spec.head_size = heads.k;
+      spec.head_size_v = heads.v;
+      spec.num_kv_heads = 8;
+      spec.num_layers = 3;
+      spec.block_size = 16;
+      const KVCacheLayout layout = layout_of(spec);
+      const auto k = static_cast<std::int64_t>(heads.k * cost.bytes_per_element);
+      const auto v = static_cast<std::int64_t>(heads.v * cost.bytes_per_element);
+      EXPECT_EQ(layout.k_data_bytes, k);
+      EXPECT_EQ(layout.v_data_bytes, v);
+      EXPECT_EQ(layout.k_scale_bytes, cost.scale_bytes);
+      EXPECT_EQ(layout.v_scale_bytes, cost.scale_bytes);
+      EXPECT_EQ(layout.bytes_per_token_head, k + v + 2 * cost.scale_bytes);
+      EXPECT_EQ(layout.bytes_per_token, layout.bytes_per_token_head * 8 * 3);
+      EXPECT_EQ(layout.bytes_per_block, layout.bytes_per_token_head * 8 * 16);
+      EXPECT_EQ(layout.tokens_per_gib, (std::int64_t{1} << 30) / (layout.bytes_per_block * 3) * 16);
+      const auto element = static_cast<std::int64_t>(dtype_bytes(layout.key_cache_dtype));
+      EXPECT_EQ(layout.effective_head_size, (k + cost.scale_bytes) / element);
+      EXPECT_EQ(layout.effective_head_size_v, (v + cost.scale_bytes) / element);
+      if (cost.scale_bytes == 0) {
+        EXPECT_EQ(layout.effective_head_size, heads.k);
+      }
+
+      spec.scales = ScalePlacement::kInline;
+      const KVCacheLayout inlined = layout_of(spec);
+      EXPECT_EQ(inlined.bytes_per_token_head, layout.bytes_per_token_head);
+      EXPECT_EQ(inlined.bytes_per_block, layout.bytes_per_block);
+      EXPECT_EQ(inlined.k_row_bytes, k + cost.scale_bytes);
+      EXPECT_EQ(inlined.effective_head_size, layout.effective_head_size);
+    }
+  }
+}
+
+TEST(Layout, KnownPages) {
+  KVCacheSpec spec;  // head 128, 8 heads, blocks of 16
+  spec.mode = mode_of("int4_per_token_head");
+  EXPECT_EQ(layout_of(spec).bytes_per_block, 16 * 8 * 136);
+  spec.mode = mode_of("int8_per_token_head");
+  EXPECT_EQ(layout_of(spec).effective_head_size, 132);
+  spec.mode = mode_of("auto");
+  spec.model_dtype = DType::kFloat32;
+  EXPECT_EQ(layout_of(spec).bytes_per_token_head, 1024);
+  EXPECT_EQ(layout_of(spec).key_cache_dtype, DType::kFloat32);
+  spec.page_alignment = 4096;
+  spec.block_size = 3;
+  EXPECT_EQ(layout_of(spec).bytes_per_block, 2 * 12288);  // K and V apart, each 3 * 8 * 512 = 12288
+  spec.block_size = 1;
+  spec.num_kv_heads = 1;
+  EXPECT_EQ(layout_of(spec).bytes_per_block, 2 * 4096);
+}
+
+// Buffers of a layout, and which row or scale owns each byte.
+struct OwnedBytes {
+  explicit OwnedBytes(const KVCacheLayout& layout, std::int64_t num_blocks) {
+    const KVCacheBytes bytes = cache_bytes(layout, num_blocks);
+    const std::int64_t sizes[] = {bytes.base, bytes.v_base, bytes.k_scales, bytes.v_scales};
+    for (int i = 0; i < 4; ++i) {
+      buffers[i].resize(static_cast<std::size_t>(sizes[i]), 0xFF);
+      owners[i].resize(static_cast<std::size_t>(sizes[i]), 0);
+    }
+    views = make_views(layout, num_blocks, pointer(0), pointer(1), pointer(2), pointer(3));
+  }
+  void* pointer(int i) { return buffers[i].empty() ? nullptr : buffers[i].data(); }
+
+  // Claims `size` bytes for `owner`; false where they are not in a buffer or are taken.
+  bool claim(const void* start, std::int64_t size, int owner) {
+    const auto* begin = static_cast<const std::uint8_t*>(start);
+    for (int i = 0; i < 4; ++i) {
+      if (buffers[i].empty() || begin < buffers[i].data() || begin >= buffers[i].data() + buffers[i].size()) continue;
+      const std::int64_t at = begin - buffers[i].data();
+      if (at + size > static_cast<std::int64_t>(buffers[i].size())) return false;
+      for (std::int64_t n = at; n < at + size; ++n) {
+        if (owners[i][static_cast<std::size_t>(n)] != 0) return false;
+        owners[i][static_cast<std::size_t>(n)] = owner;
+      }
+      return true;
+    }
+    return false;
+  }
+
+  std::int64_t unowned() const {
+    std::int64_t count = 0;
+    for (const std::vector<int>& bytes : owners) count += std::count(bytes.begin(), bytes.end(), 0);
+    return count;
+  }
+
+  std::vector<std::uint8_t> buffers[4];
+  std::vector<int> owners[4];
+  KVCacheViews views;
+};
+
+template <class Visit>
+void for_each_spec(Visit&& visit) {
+  for (const Cost& cost : kCosts) {
+    for (CacheOrder order : {CacheOrder::kNHD, CacheOrder::kHND}) {
+      for (KVPacking packing : {KVPacking::kSeparate, KVPacking::kKVInBlock, KVPacking::kKVInRow}) {
+        for (ScalePlacement scales : {ScalePlacement::kSeparate, ScalePlacement::kInline}) {
+          for (std::int64_t alignment : {1, 512}) {
+            for (const Heads& heads : {Heads{64, 64}, Heads{80, 112}}) {
+              KVCacheSpec spec;
+              spec.mode = mode_of(cost.mode);
+              spec.head_size = heads.k;
+              spec.head_size_v = heads.v;
+              spec.num_kv_heads = 3;
+              spec.block_size = 5;
+              spec.order = order;
+              spec.packing = packing;
+              spec.scales = scales;
+              spec.page_alignment = alignment;
+              SCOPED_TRACE(std::string(cost.mode) + " order " + std::to_string(static_cast<int>(order)) + " packing " +
+                           std::to_string(static_cast<int>(packing)) + " scales " +
+                           std::to_string(static_cast<int>(scales)) + " alignment " + std::to_string(alignment) +
+                           " heads " + std::to_string(heads.k) + "/" + std::to_string(heads.v));
+              visit(spec);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Layout, ViewsCoverTheirBytesWithoutOverlap) {
+  for_each_spec([](const KVCacheSpec& spec) {
+    const KVCacheLayout layout = layout_of(spec);
+    constexpr std::int64_t kBlocks = 4;
+    OwnedBytes memory(layout, kBlocks);
+    const KVCacheViews& views = memory.views;
+    int owner = 0;
+    for (const auto& [tensor, bytes] :
+         {std::pair{&views.key_cache, layout.k_data_bytes}, std::pair{&views.value_cache, layout.v_data_bytes},
+          std::pair{&views.k_scale_cache, layout.k_scale_bytes},
+          std::pair{&views.v_scale_cache, layout.v_scale_bytes}}) {
+      ASSERT_EQ(tensor->defined(), bytes > 0);
+      if (!tensor->defined()) continue;
+      ASSERT_EQ(tensor->shape[0], kBlocks);
+      ASSERT_EQ(tensor->shape[1], spec.block_size);
+      ASSERT_EQ(tensor->shape[2], spec.num_kv_heads);
+      const auto element = static_cast<std::int64_t>(dtype_bytes(tensor->dtype));
+      if (tensor->ndim == 4) {
+        ASSERT_EQ(tensor->shape[3] * element, bytes);
+        ASSERT_EQ(tensor->strides[3], 1);
+      }
+      for (std::int64_t b = 0; b < kBlocks; ++b) {
+        for (std::int64_t s = 0; s < spec.block_size; ++s) {
+          for (std::int64_t h = 0; h < spec.num_kv_heads; ++h) {
+            const std::uint8_t* row =
+                tensor->ptr<std::uint8_t>() +
+                (b * tensor->strides[0] + s * tensor->strides[1] + h * tensor->strides[2]) * element;
+            ASSERT_EQ(reinterpret_cast<std::uintptr_t>(row) % static_cast<std::uintptr_t>(element), 0U);
+            ASSERT_TRUE(memory.claim(row, bytes, ++owner)) << "block " << b << " slot " << s << " head " << h;
+          }
+        }
+      }
+    }
+    const KVCacheBytes bytes = cache_bytes(layout, kBlocks);
+    EXPECT_EQ(bytes.base + bytes.v_base + bytes.k_scales + bytes.v_scales, layout.bytes_per_block * kBlocks);
+    EXPECT_EQ(layout.bytes_per_token_head * spec.block_size * spec.num_kv_heads * kBlocks,
+              layout.bytes_per_block * kBlocks - memory.unowned());
+    if (spec.page_alignment == 1) {
+      EXPECT_EQ(memory.unowned(), 0);
+    }
+    EXPECT_EQ(layout.k_block_stride % spec.page_alignment, 0);
+    EXPECT_EQ(layout.v_block_stride % spec.page_alignment, 0);
+  });
+}
+
+// In NHD a token's heads are neighbours, in HND a head's tokens.
+TEST(Layout, OrderSaysWhatIsNextToWhat) {
+  for_each_spec([](const KVCacheSpec& spec) {
+    const KVCacheLayout layout = layout_of(spec);
+    if (spec.order == CacheOrder::kNHD) {
+      EXPECT_EQ(layout.k_slot_stride, spec.num_kv_heads * layout.k_head_stride);
+      EXPECT_EQ(layout.v_slot_stride, spec.num_kv_heads * layout.v_head_stride);
+    } else {
+      EXPECT_EQ(layout.k_head_stride, spec.block_size * layout.k_slot_stride);
+      EXPECT_EQ(layout.v_head_stride, spec.block_size * layout.v_slot_stride);
+    }
+  });
+}
+
+// Both ops through the views, padding and neighbours untouched.
+TEST(Layout, OpsWorkThroughTheViews) {
+  for_each_spec([](const KVCacheSpec& spec) {
+    AttentionCase::Options options;
+    options.mode = mode_info(spec.mode)->name;
+    options.head_size = spec.head_size;
+    options.head_size_v = spec.head_size_v;
+    options.num_kv_heads = spec.num_kv_heads;
+    options.block_size = spec.block_size;
+    options.sequences = {{1, 12}, {3, 9}};
+    AttentionCase problem(options);
+    ASSERT_TRUE(problem.run().ok());
+    const std::vector<std::uint8_t> expected = problem.out.bytes;
+
+    const std::int64_t num_blocks = problem.args.key_cache.shape[0];
+    const KVCacheLayout layout = layout_of(spec);
+    OwnedBytes memory(layout, num_blocks);
+    ReshapeAndCacheArgs store;
+    store.mode = spec.mode;
+    store.key = problem.key.view;
+    store.value = problem.value.view;
+    store.slot_mapping = problem.slot_mapping.view;
+    store.key_cache = problem.args.key_cache = memory.views.key_cache;
+    store.value_cache = problem.args.value_cache = memory.views.value_cache;
+    store.k_scale_cache = problem.args.k_scale_cache = memory.views.k_scale_cache;
+    store.v_scale_cache = problem.args.v_scale_cache = memory.views.v_scale_cache;
+    const Status status = reshape_and_cache(store);
+    ASSERT_TRUE(status.ok()) << status.message();
+    ASSERT_TRUE(problem.run().ok());
+    ASSERT_EQ(problem.out.bytes, expected);
+  });
+}
+
+TEST(Layout, RefusesWhatCannotBe) {
+  const struct {
+    const char* words;
+    void (*spoil)(KVCacheSpec& spec);
+  } cases[] = {
+      {"head_size is 31", [](KVCacheSpec& s) { s.head_size = 31; }},
+      {"head_size is 513", [](KVCacheSpec& s) { s.head_size = 513; }},
+      {"head_size_v is 16", [](KVCacheSpec& s) { s.head_size_v = 16; }},
+      {"head_size must be a multiple of 4, got 66", [](KVCacheSpec& s) { s.head_size = 66; }},
+      {"head_size_v must be a multiple of 4, got 70", [](KVCacheSpec& s) { s.head_size_v = 70; }},
+      {"num_kv_heads is 0", [](KVCacheSpec& s) { s.num_kv_heads = 0; }},
+      {"num_layers is -1", [](KVCacheSpec& s) { s.num_layers = -1; }},
+      {"block_size is 0", [](KVCacheSpec& s) { s.block_size = 0; }},
+      {"page_alignment is 0", [](KVCacheSpec& s) { s.page_alignment = 0; }},
+      {"mode id 999999", [](KVCacheSpec& s) { s.mode = static_cast<ModeId>(999999); }},
+      {"model_dtype is int8",
+       [](KVCacheSpec& s) {
+         s.mode = mode_of("auto");
+         s.model_dtype = DType::kInt8;
+       }},
+      // 36 / 4 = 9 bytes, then a scale that is not on a multiple of 4.
+      {"4-byte element",
+       [](KVCacheSpec& s) {
+         s.head_size = 36;
+         s.scales = ScalePlacement::kInline;
+       }},
+  };
+  for (const auto& entry : cases) {
+    KVCacheSpec spec;
+    spec.mode = mode_of("int2_per_token_head");
+    entry.spoil(spec);
+    const Result<KVCacheLayout> layout = make_layout(spec);
+    ASSERT_FALSE(layout.ok()) << entry.words;
+    EXPECT_NE(layout.status().message().find(entry.words), std::string::npos) << layout.status().message();
+  }
+}
+
+}  // namespace
+}  // namespace quire::testing
