@@ -40,6 +40,9 @@ namespace {
 constexpr std::string_view kReplacement = "\xef\xbf\xbd";
 }  // namespace
 
+TextStream::TextStream(const Tokenizer& tokenizer, std::vector<std::int32_t> prompt)
+    : tokenizer_(tokenizer), ids_(std::move(prompt)), emitted_bytes_(tokenizer.decode(ids_).size()) {}
+
 std::string TextStream::push(std::int32_t id) {
   ids_.push_back(id);
   std::string text = tokenizer_.decode(ids_);

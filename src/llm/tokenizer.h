@@ -32,10 +32,11 @@ class Tokenizer {
 };
 
 // Turns a growing list of ids into text piece by piece: a character whose bytes are split over several tokens is held
-// back until it is whole.
+// back until it is whole. `prompt` is what came before: it is not repeated, but it decides whether the first word is
+// preceded by a space.
 class TextStream {
  public:
-  explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  explicit TextStream(const Tokenizer& tokenizer, std::vector<std::int32_t> prompt = {});
   std::string push(std::int32_t id);  // the text that became final
   std::string finish();               // what was held back
 

@@ -35,13 +35,14 @@ Result<std::string> continuation(llm::Model& model, const llm::Tokenizer& tokeni
   auto engine = llm::Engine::create(model, {.cache = {.layer_modes = {*mode}, .num_blocks = 16}});
   if (!engine.ok()) return engine.status();
   if (auto id = engine->add(request); !id.ok()) return id.status();
-  std::vector<std::int32_t> tokens;
+  llm::TextStream stream(tokenizer, request.prompt);
+  std::string text;
   while (engine->busy()) {
     const auto outputs = engine->step();
     if (!outputs.ok()) return outputs.status();
-    for (const auto& output : *outputs) tokens.push_back(output.token);
+    for (const auto& output : *outputs) text += stream.push(output.token);
   }
-  return tokenizer.decode(tokens);
+  return text + stream.finish();
 }
 
 // Lines of at most `width` bytes, broken between words.

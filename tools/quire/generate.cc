@@ -57,7 +57,7 @@ int run(Options& options) {
   if (auto id = engine->add(request); !id.ok()) return report(id.status());
 
   std::optional<llm::TextStream> text;
-  if (tokenizer) text.emplace(*tokenizer);
+  if (tokenizer) text.emplace(*tokenizer, request.prompt);
   if (tokenizer) fmt::print("{}", options.prompt);
   std::fflush(stdout);
   auto begin = std::chrono::steady_clock::now();
