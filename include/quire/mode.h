@@ -35,9 +35,11 @@ struct ModeInfo {
   bool shared_slot = false;                  // K row and V row side by side in one slot of one tensor
   bool compiled = true;                      // false when left out of this build by QUIRE_MODES
   bool registered = false;                   // true when it came from register_mode
+  bool composed = false;                     // true when spelled k=<format>,v=<format> and not a row of the table
 };
 
-// The mode of a name or an alias. kNotFound lists the names that exist.
+// The mode of a name or an alias. Any pair of formats is a mode too, spelled "k=<format>,v=<format>"
+// (k=int8_per_token_head,v=turboquant_v3); a pair the table has is that mode. kNotFound lists the names that exist.
 Result<ModeId> parse_kv_cache_dtype(std::string_view name);
 
 // The mode of an enum value. kInvalidArgument where several modes share the value (NONE, FP8_PER_TENSOR).
@@ -45,7 +47,7 @@ Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value);
 
 Result<ModeInfo> mode_info(ModeId mode);
 
-// Every mode, those of the table first, in table order.
+// Every mode with a name of its own: those of the table in table order, then the registered ones.
 std::vector<ModeInfo> list_modes();
 
 // Adds a mode that is not in the table, to be served by a backend registered for it (quire/backend.h).

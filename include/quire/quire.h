@@ -7,3 +7,4 @@
 #include "quire/ops.h"
 #include "quire/status.h"
 #include "quire/tensor.h"
+#include "quire/turboquant.h"

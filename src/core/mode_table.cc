@@ -1,6 +1,7 @@
 #include "core/mode_table.h"
 
 #include <algorithm>
+#include <iterator>
 #include <mutex>
 #include <shared_mutex>
 
@@ -9,14 +10,17 @@ namespace {
 
 using format::AutoFloat;
 
-// Whether two formats put K and V into one slot of one tensor: both keep their metadata in the row.
+// K and V go into one slot of one tensor where the value keeps its metadata in its row and the key needs no scale
+// cache.
+constexpr bool shares_slot(format::MetaPlace key, format::MetaPlace value) {
+  return value == format::MetaPlace::kInRow && key != format::MetaPlace::kScaleCache;
+}
+
+// The same for a row of the table, whose formats may be "auto".
 template <class Key, class Value>
 constexpr bool shares_slot() {
-  if constexpr (format::Format<Key> && format::Format<Value>) {
-    return Key::kMetaPlace == format::MetaPlace::kInRow || Value::kMetaPlace == format::MetaPlace::kInRow;
-  } else {
-    return false;
-  }
+  if constexpr (format::Format<Key> && format::Format<Value>) return shares_slot(Key::kMetaPlace, Value::kMetaPlace);
+  return false;
 }
 
 std::vector<ModeInfo> built_in_modes() {
@@ -44,6 +48,40 @@ std::vector<ModeInfo> built_in_modes() {
 #undef QUIRE_MODE
 #undef QUIRE_MODE_ALIAS
   return modes;
+}
+
+std::string format_names() {
+  std::string names;
+  for (const format::FormatInfo& info : format::kFormatTable)
+    names += (names.empty() ? "" : ", ") + std::string(info.name);
+  return names;
+}
+
+bool format_compiled(format::FormatId id) {
+  bool compiled = false;
+  format::for_each_format(
+      [&]<class F>() { compiled = compiled || (format::format_id<F> == id && format::format_enabled<F>()); });
+  return compiled;
+}
+
+// The mode that "k=<format>,v=<format>" describes, without an id; kNotFound for another spelling or an unknown format.
+Result<ModeInfo> compose(std::string_view name) {
+  const std::size_t comma = name.find(",v=");
+  const format::FormatId key = format::find_format(name.substr(2, comma - 2));
+  const format::FormatId value =
+      comma == std::string_view::npos ? format::FormatId::kNone : format::find_format(name.substr(comma + 3));
+  if (key == format::FormatId::kNone || value == format::FormatId::kNone) {
+    return not_found("kv_cache_dtype '" + std::string(name) +
+                     "' is not k=<format>,v=<format>; formats: " + format_names());
+  }
+  ModeInfo mode;
+  mode.name = name;
+  mode.key_format = format::format_info(key).name;
+  mode.value_format = format::format_info(value).name;
+  mode.shared_slot = shares_slot(format::format_info(key).meta_place, format::format_info(value).meta_place);
+  mode.compiled = format_compiled(key) && format_compiled(value);
+  mode.composed = true;
+  return mode;
 }
 
 struct ModeTable {
@@ -91,7 +129,19 @@ Result<ModeId> parse_kv_cache_dtype(std::string_view name) {
     std::shared_lock lock(table().mutex);
     if (const ModeInfo* mode = table().find(name)) return mode->id;
   }
-  return not_found("kv_cache_dtype '" + std::string(name) + "' is not a mode; modes: " + core::mode_names());
+  if (name.substr(0, 2) != "k=") {
+    return not_found("kv_cache_dtype '" + std::string(name) + "' is not a mode; modes: " + core::mode_names() +
+                     ", and any pair k=<format>,v=<format>");
+  }
+  Result<ModeInfo> composed = compose(name);
+  if (!composed) return composed.status();
+  std::unique_lock lock(table().mutex);
+  for (const ModeInfo& mode : table().modes) {
+    if (mode.key_format == composed->key_format && mode.value_format == composed->value_format) return mode.id;
+  }
+  composed->id = static_cast<ModeId>(table().modes.size());
+  table().modes.push_back(*composed);
+  return composed->id;
 }
 
 Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value) {
@@ -123,7 +173,9 @@ Result<ModeInfo> mode_info(ModeId mode) {
 
 std::vector<ModeInfo> list_modes() {
   std::shared_lock lock(table().mutex);
-  return table().modes;
+  std::vector<ModeInfo> named;
+  std::ranges::copy_if(table().modes, std::back_inserter(named), [](const ModeInfo& mode) { return !mode.composed; });
+  return named;
 }
 
 Result<ModeId> register_mode(const ModeSpec& spec) {
