@@ -1,6 +1,6 @@
 // Prints the worked examples of docs/formats, one line at a time; tests/install/run looks each line up there.
 // The row is x[i] = (i - 12) / 8, i < 32: stored, then read back by attention over that one token, whose softmax weight
-// is 1. Lines are `<mode>  data  <first 16 bytes>`, `<mode>  scale  <its bits>` and `<mode>  read  <first 8 elements>`.
+// is 1. Lines are `<mode>  data  <16 bytes>`, `<mode>  scale  <its bits>` and `<mode>  read  <first 8 elements>`.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -59,9 +59,13 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   read.v_scale = store.v_scale;
   if (quire::Status status = quire::unified_attention(read); !status.ok()) return status;
 
-  std::printf("%s  data ", mode_name.c_str());
-  for (std::size_t i = 0; i < k.size() && i < 16; ++i) std::printf(" %02x", k[i]);
-  std::printf("\n");
+  // The first 16 bytes of the key; all of a slot that K and V share.
+  const std::size_t shown = layout->spec.packing == quire::KVPacking::kKVInRow ? k.size() : 16;
+  for (std::size_t line = 0; line < shown && line < k.size(); line += 16) {
+    std::printf("%s  data ", mode_name.c_str());
+    for (std::size_t i = line; i < line + 16 && i < k.size(); ++i) std::printf(" %02x", k[i]);
+    std::printf("\n");
+  }
   if (!k_scales.empty()) {
     std::uint32_t bits = 0;
     std::memcpy(&bits, k_scales.data(), sizeof(bits));
@@ -89,6 +93,9 @@ int main() {
       {"fp8_per_token_head", 1.0F},
       {"int4_per_token_head", 1.0F},
       {"int2_per_token_head", 1.0F},
+      {"turboquant_k8v4", 1.0F},
+      {"turboquant_4bit_nc", 1.0F},
+      {"turboquant_3bit_nc", 1.0F},
   };
   for (const auto& example : examples) {
     if (quire::Status status = print_example(example.mode, example.tensor_scale); !status.ok()) {
