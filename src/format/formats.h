@@ -106,10 +106,10 @@ constexpr bool mode_enabled(std::string_view name) {
   return false;
 }
 
-// A format is compiled where an enabled mode uses it. "auto" uses the three floats.
+// A format is compiled where an enabled mode uses it, or where it is listed itself. "auto" uses the three floats.
 template <class F>
 constexpr bool format_enabled() {
-  bool enabled = false;
+  bool enabled = mode_enabled(F::kName);
 #define QUIRE_MODE(name, enum_value, Key, Value)                                          \
   enabled = enabled ||                                                                    \
             (mode_enabled(name) && (std::is_same_v<Key, F> || std::is_same_v<Value, F> || \
