@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <initializer_list>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numbers>
@@ -20,6 +21,7 @@
 #include "format/float_types.h"
 #include "llm/model.h"
 #include "llm/safetensors_writer.h"
+#include "quire/mode.h"
 #include "support/random.h"
 
 namespace quire::testing {
@@ -259,6 +261,16 @@ inline std::vector<double> oracle_logits(const TestModel& model, const std::vect
     logits.insert(logits.end(), row.begin(), row.end());
   }
   return logits;
+}
+
+inline std::vector<ModeInfo> modes_of(std::initializer_list<const char*> names) {
+  std::vector<ModeInfo> modes;
+  for (const char* name : names) {
+    const auto id = parse_kv_cache_dtype(name);
+    EXPECT_TRUE(id.ok()) << id.status().message();
+    modes.push_back(*mode_info(*id));
+  }
+  return modes;
 }
 
 // Logits of every token, the sequence run in pieces of at most `chunk` tokens.

@@ -18,7 +18,7 @@ namespace {
 
 // Sized for under three minutes on two cores with all modes.
 constexpr std::int64_t kWindows = 1;
-constexpr std::int64_t kPromptsPerContext = 4;
+constexpr std::int64_t kPromptsPerContext = 3;
 constexpr std::int64_t kNewTokens = 96;
 constexpr const char* kPrompt = "The kernel keeps a list of free pages. When a process asks for memory,";
 constexpr const char* kSampleModes[2] = {"auto", "int4_per_token_head"};
