@@ -6,7 +6,8 @@
 //   write/..            key, value, slot_mapping -> caches and scale caches
 //   attn/.., diffkv/..  caches, query, .. -> out; where key, value and slot_mapping are there, also as write/..
 //   rht_signs/<d>       the sign vector of the randomized Hadamard transform
-//   turboquant/.., tq_centroids/..  skipped while no mode of this build stores them
+//   turboquant/..       as write/.. and attn/.., one query per sequence, K and V in one slot
+//   tq_centroids/<d>_<bits>  the Lloyd-Max codebook of N(0, 1 / d)
 //
 // tests/golden/README.md describes the files and states every gate.
 #pragma once
