@@ -64,17 +64,18 @@ Result<KVCacheLayout> make_layout(const KVCacheSpec& given) {
   if (!mode) return mode.status();
   if (mode->shared_slot) spec.packing = KVPacking::kKVInRow;
 
+  // The limits keep every product of these with a row's bytes inside 63 bits.
   const struct {
     const char* name;
-    std::int64_t value;
-  } positive[] = {{"num_kv_heads", spec.num_kv_heads},
-                  {"num_layers", spec.num_layers},
-                  {"block_size", spec.block_size},
-                  {"page_alignment", spec.page_alignment}};
-  for (const auto& field : positive) {
-    if (field.value < 1) {
-      return invalid_argument(std::string(field.name) + " is " + std::to_string(field.value) +
-                              "; supported: 1 and more");
+    std::int64_t value, most;
+  } counts[] = {{"num_kv_heads", spec.num_kv_heads, 1 << 14},
+                {"num_layers", spec.num_layers, 1 << 14},
+                {"block_size", spec.block_size, 1 << 18},
+                {"page_alignment", spec.page_alignment, 1 << 30}};
+  for (const auto& field : counts) {
+    if (field.value < 1 || field.value > field.most) {
+      return invalid_argument(std::string(field.name) + " is " + std::to_string(field.value) + "; supported: 1 to " +
+                              std::to_string(field.most));
     }
   }
 

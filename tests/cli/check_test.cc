@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <random>
 #include <set>
 #include <string>
 #include <vector>
@@ -367,6 +368,28 @@ TEST(CheckFiles, TextNamesTheMiss) {
   EXPECT_EQ(result.out.rfind("FAIL  write/auto/d64/float16", 0), 0U) << result.out;
   EXPECT_NE(result.out.find("K bytes that differ"), std::string::npos) << result.out;
   EXPECT_NE(result.out.find("0 passed, 1 failed, 0 skipped"), std::string::npos) << result.out;
+}
+
+// Bytes changed at random in the header and in the integers that steer both ops: whatever they say, the check ends with
+// a verdict or a sentence.
+TEST(CheckFiles, RandomBytesGetAVerdict) {
+  const OneCase golden("diffkv", "diffkv/k64v128/mixed");
+  const std::string whole = golden.file.bytes();
+  // The writer puts wide elements first, so slot_mapping, block_table and the lengths follow the header.
+  std::uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, whole.data(), 8);
+  const std::size_t steering = 8 + header_bytes + 50 * 8 + (6 + 4 + 3) * 4;  // slots, block table, lengths
+  std::mt19937 random(7);
+  std::set<int> verdicts;
+  for (int trial = 0; trial < 300; ++trial) {
+    std::string bytes = whole;
+    const std::size_t first = trial % 2 == 0 ? 8 : 8 + header_bytes;
+    bytes[first + random() % ((trial % 2 == 0 ? 8 + header_bytes : steering) - first)] = static_cast<char>(random());
+    const CliResult result = run_cli({"check", write_file("case.safetensors", bytes)});
+    verdicts.insert(result.exit_status);
+    EXPECT_TRUE(result.exit_status != 2 || result.one_sentence()) << result.err;
+  }
+  EXPECT_EQ(verdicts, (std::set<int>{0, 1, 2}));
 }
 
 // Where there is no CUDA the refusal is a sentence; where there is, the cases pass.
