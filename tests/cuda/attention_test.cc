@@ -274,7 +274,7 @@ TEST_P(CudaSmall, StoreAndAttend) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, CudaSmall, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 // The kernels that must have run.
 TEST(CudaAttention, ThePlanNamesItsKernel) {

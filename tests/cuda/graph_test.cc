@@ -160,7 +160,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, CudaGraph, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 }  // namespace
 }  // namespace quire::testing

@@ -204,7 +204,7 @@ TEST_P(Edge, OffsetsPast4GiB) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, Edge, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 }  // namespace
 }  // namespace quire::testing

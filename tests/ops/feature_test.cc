@@ -68,7 +68,7 @@ TEST_P(Features, AloneAndInPairs) {
       Options options;
       options.mode = GetParam();
       options.seed = ++seed;
-      options.sequences = {{1, 70}, {6, 43}, {9, 9}};
+      options.sequences = {{1, 70}, {40, 50}, {9, 9}};  // 40 queries: two query tiles
       first.apply(options);
       second.apply(options);
       if (dtype_bytes(options.dtype) != 1) options.q_scale = ScaleShape::kNone;
@@ -87,7 +87,7 @@ TEST_P(Features, WindowsAtTheirBorders) {
       options.block_size = block;
       options.window = window;
       options.causal = causal;
-      options.sequences = {{1, 65}, {1, 8}, {1, 9}, {11, 70}, {17, 17}, {1, 1}};
+      options.sequences = {{1, 65}, {1, 8}, {1, 9}, {11, 70}, {17, 17}, {1, 1}, {70, 90}};
       options.seed = static_cast<std::uint64_t>(window % 97) + 1;
       AttentionCase problem(options);
       ASSERT_TRUE(problem.check());
@@ -105,7 +105,7 @@ TEST_P(Features, ChunkedLocalAttention) {
         options.window = window;
         options.chunk_lookback = lookback;
         options.causal = causal;
-        options.sequences = {{1, 40}, {11, 70}, {17, 17}};
+        options.sequences = {{1, 40}, {11, 70}, {17, 17}, {70, 90}};
         AttentionCase problem(options);
         ASSERT_TRUE(problem.check());
       }
@@ -197,6 +197,24 @@ TEST_P(Features, LongContextInSplits) {
   }
 }
 
+// Values far from zero and many keys: partial sums are folded per split, so the error is that of a short sequence.
+TEST_P(Features, ErrorDoesNotGrowWithLength) {
+  Options options;
+  options.mode = GetParam();
+  options.num_kv_heads = options.group = 1;
+  options.sequences = {{1, 16000}};
+  AttentionCase problem(options);
+  for (std::int64_t n = 0; n < problem.value.view.numel(); ++n) problem.value.view.ptr<float>()[n] += 3.0F;
+  ReshapeAndCacheArgs store;
+  problem.cache->apply(store);
+  store.key = problem.key.view;
+  store.value = problem.value.view;
+  store.slot_mapping = problem.slot_mapping.view;
+  ASSERT_TRUE(reshape_and_cache(store).ok());
+  problem.options.sequences = {{1, 1000}};  // the tolerance of a thousand keys
+  ASSERT_TRUE(problem.check());
+}
+
 TEST_P(Features, AutoStoresTheCachesFloat) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     Options options;
@@ -208,7 +226,7 @@ TEST_P(Features, AutoStoresTheCachesFloat) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, Features, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 }  // namespace
 }  // namespace quire::testing

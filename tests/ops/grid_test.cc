@@ -54,7 +54,7 @@ INSTANTIATE_TEST_SUITE_P(ModesAndHeads, Grid,
                          ::testing::Combine(::testing::ValuesIn(table_modes()), ::testing::ValuesIn(kHeadSizes)),
                          [](const auto& param) {
                            const HeadSizes head = std::get<1>(param.param);
-                           std::string name = std::get<0>(param.param);
+                           std::string name = test_name(std::get<0>(param.param));
                            name.append("_d").append(std::to_string(head.k));
                            if (head.v != head.k) name.append("v").append(std::to_string(head.v));
                            return name;

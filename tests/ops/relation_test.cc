@@ -297,7 +297,7 @@ TEST_P(Relation, EveryTargetMatchesTheOracle) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, Relation, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 }  // namespace
 }  // namespace quire::testing

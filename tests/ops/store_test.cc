@@ -217,7 +217,7 @@ TEST_P(Store, DuplicateSlotsNeverTearARow) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Modes, Store, ::testing::ValuesIn(table_modes()),
-                         [](const auto& param) { return param.param; });
+                         [](const auto& param) { return test_name(param.param); });
 
 // ---- what only some modes have
 // ---------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ ModeId mode_of(std::string_view name);
 // Modes of the table with readable formats, in table order.
 std::vector<std::string> table_modes();
 
+// A mode's name as part of a test's name: letters, digits and underscores only.
+std::string test_name(std::string mode);
+
 // How rows lie in memory. "row" is a format's row in bytes.
 enum class Layout {
   kNhd,           // [blocks, slots, heads, row], K and V apart, scale caches apart
@@ -156,8 +159,15 @@ class AttentionCase {
   // out and lse against the oracle, within a tolerance derived in problem.cc; gaps and padding rows untouched.
   ::testing::AssertionResult matches() const;
 
-  // The factor on the largest value row's norm that bounds ||out - oracle||_2 of a row.
+  // The factor on the largest value row's norm that bounds ||out - oracle||_2 of a row, and the bound on |lse -
+  // oracle|.
   double tolerance() const;
+  double lse_tolerance() const;
+
+  // Unit roundoff of the operands a kernel multiplies: 2^-24, or that of 16-bit tensor-core products. The query is
+  // rounded to them only after a rotation; softmax weights always are.
+  double query_unit = 0x1p-24;
+  double weight_unit = 0x1p-24;
 
   // Where run() hands the case over instead, if set: the CUDA tests run the same cases on a GPU.
   static inline Status (*run_elsewhere)(AttentionCase& problem, int num_splits, bool batch_invariant) = nullptr;
