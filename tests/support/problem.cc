@@ -553,17 +553,26 @@ void AttentionCase::run_oracle() {
 //   A logit is a dot product of d terms of size 1 / sqrt(d): u sqrt(d); the same again for the rotation of the query.
 //   Softcap, biases and exp cost u each on a logit of size L: u L. An error in the logits moves the output by as much,
 //   V being its unit. The weighted sum over n keys costs u sqrt(n) V.
+// A key format with a norm correction (TurboQuant) divides each row by a norm of d squares, u sqrt(d) / 2 of the logit.
 // Correct code stays under a tenth of this (SIMD sums in lanes); leaving out one of a thousand keys costs 2^-10.
-// Tensor-core kernels round more: the d elements of a rotated query (a random walk again: query_unit on a logit, and as
-// much for codebook levels in fp16, which carry 2^-13 at most), and each softmax weight (weight_unit V, were all errors
-// alike).
+// Tensor-core kernels round more. A rotated query's d elements: with unit roundoff u = query_unit a logit moves by
+// u / sqrt(3) times the norm of the products q_i k_i, which is about 1, or 2 with a k_scale: 6 u covers 5 sigma.
+// (Codebook levels in fp16 add 2^-13 at most.) Each softmax weight: weight_unit V, were all errors alike. ex2.approx
+// and the change of base add 2^-22 and 3 roundings of the logit.
 double AttentionCase::lse_tolerance() const {
   int longest = 1;
   for (const Lengths& s : options.sequences) longest = std::max(longest, s.seq_len);
   const double d = std::max(options.head_size, options.head_size_v);
   const double largest_logit = (options.alibi ? 0.2 * longest : 0.0) + options.softcap + 10.0;
-  return 0x1p-24 * (2.0 * std::sqrt(d) + std::sqrt(static_cast<double>(longest)) + largest_logit) +
-         (query_unit > 0x1p-24 ? 2.0 * query_unit : 0.0);
+  const ModeInfo mode = *mode_info(mode_of(options.mode));
+  const format::FormatId key_format = reference::resolve_format(mode.key_format, options.auto_dtype);
+  double norm = 0.0;
+  format::for_each_format([&]<class F>() {
+    if (F::kLevelNorm && format::format_id<F> == key_format) norm = largest_logit * std::sqrt(d) / 2.0;
+  });
+  return 0x1p-24 * (2.0 * std::sqrt(d) + std::sqrt(static_cast<double>(longest)) + largest_logit + norm) +
+         (query_unit > 0x1p-24 ? 6.0 * query_unit : 0.0) +
+         (weight_unit > 0x1p-24 ? 0x1p-22 + 0x3p-24 * largest_logit : 0.0);
 }
 
 double AttentionCase::tolerance() const { return lse_tolerance() + (weight_unit > 0x1p-24 ? weight_unit : 0.0); }
