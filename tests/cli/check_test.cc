@@ -50,9 +50,9 @@ TEST_P(Check, EveryCasePasses) {
   for (const json& row : answer["skipped"]) EXPECT_NE(row["name"].get<std::string>(), "");
 }
 INSTANTIATE_TEST_SUITE_P(Golden, Check,
-                         testing::Values(GoldenFile{"write", 58, 8}, GoldenFile{"attention_wide", 50, 0},
+                         testing::Values(GoldenFile{"write", 66, 0}, GoldenFile{"attention_wide", 50, 0},
                                          GoldenFile{"attention_per_token_head", 92, 0}, GoldenFile{"diffkv", 21, 0},
-                                         GoldenFile{"turboquant", 0, 12}),
+                                         GoldenFile{"turboquant", 12, 0}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
 // Which comparisons a case must have gone through.
@@ -79,12 +79,21 @@ TEST(CheckMeasures, EveryGateIsApplied) {
   EXPECT_EQ(measures_of(write, "write/int4_per_token_head/d256/float16"), close);
   EXPECT_EQ(measures_of(write, "write/int2_per_token_head/d128/bfloat16"), close);
   EXPECT_EQ(measures_of(write, "rht_signs/512"), std::set<std::string>{"signs that differ"});
+  EXPECT_EQ(measures_of(write, "tq_centroids/96_3"), std::set<std::string>{"centroids, relative difference"});
 
   const json diffkv = run_cli({"check", "--json", golden_path("diffkv")}).json();
   std::set<std::string> both = equal;
   both.insert(reading.begin(), reading.end());
   EXPECT_EQ(measures_of(diffkv, "diffkv/k192v128/mixed"), both);
   EXPECT_EQ(measures_of(diffkv, "diffkv/k64v128/sinks"), reading);
+
+  // A slot: the key half byte by byte, the value half by scale, minimum and codes.
+  const json turboquant = run_cli({"check", "--json", golden_path("turboquant")}).json();
+  std::set<std::string> slot = reading;
+  slot.insert({"K bytes of unwritten slots that changed", "K bytes that differ",
+               "V bytes of unwritten slots that changed", "V codes, share that differs",
+               "V decoded error over the file's", "V minima, difference", "V scales, relative difference"});
+  EXPECT_EQ(measures_of(turboquant, "turboquant/turboquant_3bit_nc/d64"), slot);
 }
 
 // ---- files with one change
@@ -141,7 +150,9 @@ std::size_t first_row(OneCase& golden, const std::string& cache, std::size_t seq
 // Byte 0 of the row that token 0 was written to.
 std::size_t written_row(OneCase& golden, const std::string& cache) {
   const StoredTensor& tensor = golden.tensor(cache);
-  const auto slot = static_cast<std::size_t>(get<std::int64_t>(golden.tensor("slot_mapping"), 0));
+  const StoredTensor& slots = golden.tensor("slot_mapping");
+  const auto slot = static_cast<std::size_t>(slots.dtype == DType::kInt64 ? get<std::int64_t>(slots, 0)
+                                                                          : get<std::int32_t>(slots, 0));
   return slot * tensor.bytes.size() / static_cast<std::size_t>(tensor.shape[0] * tensor.shape[1]);
 }
 
@@ -191,6 +202,14 @@ const Change kChanges[] = {
      [](OneCase& c) { flip(c.tensor("v_scale_cache"), written_row(c, "v_scale_cache") + 2, 0x80); }, 1, ""},
     {"DiffkvValueByte", "diffkv", "diffkv/k64v128/mixed",
      [](OneCase& c) { flip(c.tensor("kv_cache"), written_row(c, "kv_cache") + 2 * 64 + 1, 1); }, 1, ""},
+    {"TurboQuantKeyNorm", "turboquant", "turboquant/turboquant_k3v4_nc/d128",
+     [](OneCase& c) { flip(c.tensor("kv_cache"), written_row(c, "kv_cache") + 48, 1); }, 1, ""},
+    {"TurboQuantValueMinimum", "turboquant", "turboquant/turboquant_k3v4_nc/d128",
+     [](OneCase& c) { flip(c.tensor("kv_cache"), written_row(c, "kv_cache") + 50 + 64 + 2, 1); }, 1, ""},
+    {"TurboQuantSlotSize", "turboquant", "turboquant/turboquant_k3v4_nc/d128",
+     [](OneCase& c) { c.set("slot_size_aligned", 120); }, 2, "'slot_size_aligned'"},
+    {"Centroid", "write", "tq_centroids/128_4",
+     [](OneCase& c) { put<float>(c.tensor("centroids"), 3, 1.00001F * get<float>(c.tensor("centroids"), 3)); }, 1, ""},
     {"Sign", "write", "rht_signs/32", [](OneCase& c) { flip(c.tensor("signs"), 4 * 31 + 3, 0x80); }, 1, ""},
     {"SlotNoLongerSkipped", "write", "write/auto/d64/float16",
      [](OneCase& c) {
@@ -340,7 +359,7 @@ TEST(CheckFiles, UnknownModeIsSkippedByName) {
   OneCase golden("write", "write/int8_per_token_head/d64/bfloat16");
   golden.set("mode", "int3_per_token_head");
   const CliResult result = golden.check();
-  EXPECT_EQ(result.exit_status, 0);
+  EXPECT_EQ(result.exit_status, 0) << result.out << result.err;
   const json answer = result.json();
   ASSERT_EQ(answer["skipped"].size(), 1U);
   EXPECT_EQ(answer["skipped"][0]["name"], "write/int8_per_token_head/d64/bfloat16");

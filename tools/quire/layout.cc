@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -66,21 +67,23 @@ std::vector<TableRow> byte_table() {
 }
 
 void print_byte_table(bool markdown) {
-  const char* separator = markdown ? " | " : "  ";
+  const std::vector<TableRow> rows = byte_table();
+  std::size_t name_width = 0;
+  for (const TableRow& row : rows) name_width = std::max(name_width, row.mode.size());
   const auto print_row = [&](const std::string& first, const std::vector<std::string>& cells) {
-    std::string line = fmt::format("{}{:<20}", markdown ? "| " : "", first);
-    for (const std::string& cell : cells) line += separator + fmt::format("{:>7}", cell);
+    std::string line = fmt::format("{}{:<{}}", markdown ? "| " : "", first, name_width);
+    for (const std::string& cell : cells) line += fmt::format("{}{:>7}", markdown ? " | " : "  ", cell);
     fmt::print("{}{}\n", line, markdown ? " |" : "");
   };
   std::vector<std::string> cells;
   for (HeadSizes sizes : kTableHeadSizes) cells.push_back(column_name(sizes));
   print_row("mode", cells);
   if (markdown) {
-    fmt::print("|{:-<22}", "");
+    fmt::print("|{:-<{}}", "", name_width + 2);
     for (std::size_t i = 0; i < cells.size(); ++i) fmt::print("|{:->9}", ":");
     fmt::print("|\n");
   }
-  for (const TableRow& row : byte_table()) {
+  for (const TableRow& row : rows) {
     cells.clear();
     for (std::int64_t bytes : row.bytes) cells.push_back(bytes > 0 ? fmt::format("{}", bytes) : "-");
     print_row(row.mode, cells);

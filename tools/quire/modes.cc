@@ -2,11 +2,14 @@
 #include <fmt/core.h>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "quire/layout.h"
 #include "quire/mode.h"
@@ -80,20 +83,27 @@ std::string formats_text(const ModeInfo& mode) {
 }
 
 void print_table() {
-  fmt::print("{:<22} {:<20} {:<19} {:>5} {:>6} {:>6}  {}\n", "mode", "KVQuantMode", "format of K and V", "bits",
-             "scales", "bytes", "also");
+  std::vector<std::array<std::string, 7>> lines = {
+      {"mode", "KVQuantMode", "format of K and V", "bits", "scales", "bytes", "also"}};
   for (const ModeInfo& mode : list_modes()) {
     const ordered_json row = describe(mode);
     const char* quant_mode = quant_mode_name(mode);
     const ordered_json& scales = row["scale_caches"];
     const ordered_json& bytes = row["bytes_per_token_head"];
-    std::string notes = fmt::format("{}", fmt::join(mode.aliases, " "));
-    if (mode.registered) notes += notes.empty() ? "registered" : ", registered";
-    if (!mode.compiled) notes += notes.empty() ? "not in this build" : ", not in this build";
-    fmt::print("{}\n", fmt::format("{:<22} {:<20} {:<19} {:>5} {:>6} {:>6}  {}", mode.name,
-                                   quant_mode != nullptr ? quant_mode : "-", formats_text(mode), bits_text(row),
-                                   scales.is_null() ? "-" : (scales.get<bool>() ? "yes" : "no"),
-                                   bytes.is_null() ? "-" : bytes.dump(), notes));
+    std::vector<std::string> notes = mode.aliases;
+    if (mode.registered) notes.push_back("registered");
+    if (!mode.compiled) notes.push_back("not in this build");
+    lines.push_back({mode.name, quant_mode != nullptr ? quant_mode : "-", formats_text(mode), bits_text(row),
+                     scales.is_null() ? "-" : (scales.get<bool>() ? "yes" : "no"), bytes.is_null() ? "-" : bytes.dump(),
+                     fmt::format("{}", fmt::join(notes, ", "))});
+  }
+  std::array<std::size_t, 7> widths = {};
+  for (const auto& line : lines) {
+    for (std::size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
+  }
+  for (const auto& line : lines) {
+    fmt::print("{:<{}}  {:<{}}  {:<{}}  {:>{}}  {:>{}}  {:>{}}  {}\n", line[0], widths[0], line[1], widths[1], line[2],
+               widths[2], line[3], widths[3], line[4], widths[4], line[5], widths[5], line[6]);
   }
   fmt::print(
       "\nbits: stored per element, metadata inside the row counted. bytes: K, V and scales of one token and head, "
