@@ -3,6 +3,8 @@
 // launchers; new code names a mode and calls the ops.
 #pragma once
 
+#include <vector>
+
 #include "quire/ops.h"
 #include "quire/status.h"
 
@@ -50,5 +52,9 @@ struct SlotViews {
   Tensor key_cache, value_cache;
 };
 Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size);
+
+// The layers that a TurboQuant model usually keeps in its own dtype: the first n and the last n, ascending. n is capped
+// at num_layers / 2; n <= 0 gives none.
+std::vector<int> boundary_skip_layers(int num_layers, int n = 2);
 
 }  // namespace quire

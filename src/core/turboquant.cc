@@ -1,6 +1,7 @@
 // vLLM's TurboQuant entry points in terms of the ops.
 #include "quire/turboquant.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -166,6 +167,14 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
   read.softmax_scale = args.softmax_scale;
   read.lse = args.lse;
   return unified_attention(read, stream);
+}
+
+std::vector<int> boundary_skip_layers(int num_layers, int n) {
+  n = std::min(n, num_layers / 2);
+  std::vector<int> layers;
+  for (int layer = 0; layer < n; ++layer) layers.push_back(layer);
+  for (int layer = num_layers - n; n > 0 && layer < num_layers; ++layer) layers.push_back(layer);
+  return layers;
 }
 
 }  // namespace quire

@@ -37,10 +37,12 @@ struct Lane {
   }
 };
 
-Result<Lane> make_lane(const ModelConfig& config, ModeId mode, std::int64_t num_tokens) {
-  Result<KVCache> cache = KVCache::create(
-      config,
-      {.layer_modes = {mode}, .block_size = kBlockSize, .num_blocks = (num_tokens + kBlockSize - 1) / kBlockSize});
+Result<Lane> make_lane(const ModelConfig& config, ModeId mode, const std::vector<int>& skip_layers,
+                       std::int64_t num_tokens) {
+  Result<KVCache> cache = KVCache::create(config, {.layer_modes = {mode},
+                                                   .skip_layers = skip_layers,
+                                                   .block_size = kBlockSize,
+                                                   .num_blocks = (num_tokens + kBlockSize - 1) / kBlockSize});
   if (!cache.ok()) return cache.status();
   return Lane(std::move(*cache));
 }
@@ -130,10 +132,13 @@ class Evaluation {
 
     for (const ModeInfo& mode : options_.modes) {
       // A batch of prompts may leave one partly filled block for each.
-      Result<Lane> lane = make_lane(config_, mode.id, std::max(window_tokens_, 2 * longest));
+      Result<Lane> lane = make_lane(config_, mode.id, options_.skip_layers, std::max(window_tokens_, 2 * longest));
       if (!lane.ok()) return lane.status();
       lane->score.mode = mode.name;
-      lane->score.bytes_per_token_head = lane->cache.layout(0).bytes_per_token_head;
+      int layer = 0;  // the first in the mode
+      while (layer + 1 < config_.num_layers && std::ranges::count(options_.skip_layers, layer) > 0) ++layer;
+      lane->score.bytes_per_token_head = lane->cache.layout(layer).bytes_per_token_head;
+      lane->score.skip_layers = options_.skip_layers;
       lane->score.bytes_per_token = lane->cache.bytes_per_token();
       lanes_.push_back(std::move(*lane));
     }
@@ -182,7 +187,7 @@ class Evaluation {
   Status run_windows() {
     Result<ModeId> fp32 = parse_kv_cache_dtype("float32");
     if (!fp32.ok()) return fp32.status();
-    Result<Lane> reference = make_lane(config_, *fp32, window_tokens_);
+    Result<Lane> reference = make_lane(config_, *fp32, {}, window_tokens_);
     if (!reference.ok()) return reference.status();
     std::vector<Lane*> all{&*reference};
     for (Lane& lane : lanes_) all.push_back(&lane);
@@ -350,6 +355,7 @@ std::string to_json(const std::vector<EvalScore>& scores, const std::string& mod
                          {"recall", recall},
                          {"arithmetic", or_null(score.arithmetic)},
                          {"tokens_per_second", score.tokens_per_second}};
+    if (!score.skip_layers.empty()) modes[score.mode]["skip_layers"] = score.skip_layers;
   }
   return ordered_json{{"model", model_name}, {"device", "cpu"}, {"modes", modes}}.dump(2);
 }

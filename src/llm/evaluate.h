@@ -44,6 +44,7 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 
 struct EvalOptions {
   std::vector<ModeInfo> modes;
+  std::vector<int> skip_layers = {};                         // kept in the model's own dtype, whatever the mode
   std::int64_t max_windows = -1;                             // -1: all
   std::int64_t max_prompts = -1;                             // of each set and context length; -1: all
   std::function<void(double, const std::string&)> progress;  // fraction done, mode; may be empty
@@ -51,12 +52,13 @@ struct EvalOptions {
 
 struct EvalScore {
   std::string mode;
-  std::int64_t bytes_per_token_head = 0;  // K + V + scales
-  std::int64_t bytes_per_token = 0;       // all heads of all layers
+  std::int64_t bytes_per_token_head = 0;  // K + V + scales, of a layer in the mode
+  std::int64_t bytes_per_token = 0;       // all heads of all layers, skipped ones too
   std::optional<double> perplexity, kl_divergence, same_top_token;
   std::map<std::int64_t, double> recall;  // by context length
   std::optional<double> arithmetic;
   double tokens_per_second = 0.0;  // of the model's forward passes, prefill
+  std::vector<int> skip_layers;
 };
 
 Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, const EvalOptions& options);

@@ -1,9 +1,29 @@
 #include "llm/paged_cache.h"
 
 #include <algorithm>
+#include <charconv>
 #include <limits>
+#include <set>
+#include <sstream>
 
 namespace quire::llm {
+
+Result<std::vector<int>> parse_layers(const std::string& list, int num_layers) {
+  std::set<int> layers;
+  std::istringstream names(list);
+  for (std::string name; std::getline(names, name, ',');) {
+    int layer = num_layers - 1;
+    if (name != "last") {
+      const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
+      if (error != std::errc() || end != name.data() + name.size() || layer < 0 || layer >= num_layers) {
+        return invalid_argument("'" + name + "' in the list of layers '" + list + "' is not a layer; supported: 0 to " +
+                                std::to_string(num_layers - 1) + " and last, separated by commas");
+      }
+    }
+    layers.insert(layer);
+  }
+  return std::vector<int>(layers.begin(), layers.end());
+}
 
 Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions& options) {
   const auto num_layers = static_cast<std::size_t>(config.num_layers);
@@ -16,12 +36,22 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
     return invalid_argument("a cache of " + std::to_string(options.num_blocks) + " blocks of " +
                             std::to_string(options.block_size) + " tokens is not possible");
   }
+  for (int layer : options.skip_layers) {
+    if (layer >= 0 && layer < config.num_layers) continue;
+    return invalid_argument("skip_layers names layer " + std::to_string(layer) + ", the model has layers 0 to " +
+                            std::to_string(config.num_layers - 1));
+  }
+  const Result<ModeId> model_dtype = parse_kv_cache_dtype("auto");
+  if (!model_dtype.ok()) return model_dtype.status();
   KVCache cache;
   cache.block_size_ = options.block_size;
   cache.num_blocks_ = options.num_blocks;
   for (std::size_t i = 0; i < num_layers; ++i) {
     KVCacheSpec spec;
     spec.mode = options.layer_modes.size() == 1 ? options.layer_modes[0] : options.layer_modes[i];
+    if (std::ranges::find(options.skip_layers, static_cast<int>(i)) != options.skip_layers.end()) {
+      spec.mode = *model_dtype;
+    }
     spec.head_size = config.head_size;
     spec.num_kv_heads = config.num_kv_heads;
     spec.block_size = options.block_size;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,10 +25,14 @@
 namespace quire::llm {
 
 struct KVCacheOptions {
-  std::vector<ModeId> layer_modes;  // one per layer, or a single one for all
+  std::vector<ModeId> layer_modes;    // one per layer, or a single one for all
+  std::vector<int> skip_layers = {};  // these stay in the model's own dtype whatever layer_modes says
   int block_size = 16;
   std::int64_t num_blocks = 0;
 };
+
+// The layers that a list such as "0,1,last" names, ascending; "last" is layer num_layers - 1.
+Result<std::vector<int>> parse_layers(const std::string& list, int num_layers);
 
 class KVCache {
  public:

@@ -14,7 +14,7 @@ namespace quire::cli {
 namespace {
 
 struct Options {
-  std::string model_dir, kv_cache_dtype = "all";
+  std::string model_dir, kv_cache_dtype = "all", skip_layers;
   llm::EvalPaths paths;
   llm::EvalOptions eval;
   bool as_json = false;
@@ -26,6 +26,9 @@ int run(Options& options) {
   options.eval.modes = std::move(*modes);
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
+  auto skip_layers = llm::parse_layers(options.skip_layers, model->config().num_layers);
+  if (!skip_layers.ok()) return report(skip_layers.status());
+  options.eval.skip_layers = std::move(*skip_layers);
   llm::EvalPaths& paths = options.paths;
   if (paths.tokens.empty() && paths.recall.empty() && paths.arithmetic.empty()) paths = sets_beside(options.model_dir);
   const auto sets = llm::load_eval_sets(paths, model->config());
@@ -50,6 +53,7 @@ void add_eval(CLI::App& app, int& exit_status) {
   verb->add_option("--model", options->model_dir, "Folder with config.json and safetensors")->required();
   verb->add_option("-m,--kv-cache-dtype", options->kv_cache_dtype, "Modes, separated by commas, or all")
       ->capture_default_str();
+  verb->add_option("--kv-cache-dtype-skip-layers", options->skip_layers, kSkipLayersHelp);
   verb->add_option("--tokens", options->paths.tokens, "Token ids for perplexity and KL divergence, .npy");
   verb->add_option("--recall", options->paths.recall, "Prompts and answers, .jsonl, reported per context length");
   verb->add_option("--arithmetic", options->paths.arithmetic, "Prompts and answers, .jsonl");

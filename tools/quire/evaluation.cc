@@ -1,6 +1,7 @@
 #include "evaluation.h"
 
 #include <fmt/core.h>
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,6 +19,13 @@ std::string number(const std::optional<double>& value, const char* format) {
   return value ? fmt::format(fmt::runtime(format), *value) : "-";
 }
 
+// parts[first, last) with commas between.
+std::string joined(const std::vector<std::string>& parts, std::size_t first, std::size_t last) {
+  std::string text = parts[first];
+  for (std::size_t i = first + 1; i < last; ++i) text += "," + parts[i];
+  return text;
+}
+
 }  // namespace
 
 Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
@@ -28,17 +36,27 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
     }
     return modes;
   }
-  std::istringstream names(list);
-  for (std::string name; std::getline(names, name, ',');) {
-    const auto mode = parse_kv_cache_dtype(name);
+  std::vector<std::string> parts;
+  std::istringstream stream(list);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  for (std::size_t first = 0; first < parts.size();) {
+    // A mode's own name may hold a comma: take as many parts as make a name.
+    std::size_t last = parts.size();
+    Result<ModeId> mode = parse_kv_cache_dtype(joined(parts, first, last));
+    while (!mode.ok() && --last > first) mode = parse_kv_cache_dtype(joined(parts, first, last));
     if (!mode.ok()) return mode.status();
     auto info = mode_info(*mode);
     if (!info.ok()) return info.status();
     const bool seen = std::any_of(modes.begin(), modes.end(), [&](const ModeInfo& m) { return m.id == info->id; });
     if (!seen) modes.push_back(std::move(*info));
+    first = last;
   }
   if (modes.empty()) return invalid_argument("--kv-cache-dtype names no mode");
   return modes;
+}
+
+std::string skipped_layers(const std::vector<int>& layers) {
+  return fmt::format("layers {} keep the model's own dtype, which the bytes per token count", fmt::join(layers, ", "));
 }
 
 llm::EvalPaths sets_beside(const std::string& model_dir) {
@@ -74,7 +92,9 @@ void print_scores(const std::vector<llm::EvalScore>& scores) {
   for (const auto& score : scores) {
     if (score.mode == "auto" || score.mode == "bfloat16") bf16_bytes = static_cast<double>(score.bytes_per_token);
   }
-  fmt::print("{:<22} {:>11} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9}\n", "mode", "bytes/t-head",
+  std::size_t mode_width = 22;
+  for (const auto& score : scores) mode_width = std::max(mode_width, score.mode.size());
+  fmt::print("{:<{}} {:>11} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9}\n", "mode", mode_width, "bytes/t-head",
              "bytes/token", "ratio", "perplexity", "KL", "same top", recall_title, recall_width, "arithmetic",
              "tokens/s");
   for (const auto& score : scores) {
@@ -86,11 +106,14 @@ void print_scores(const std::vector<llm::EvalScore>& scores) {
     }
     const std::string ratio =
         bf16_bytes > 0.0 ? fmt::format("{:.2f}", static_cast<double>(score.bytes_per_token) / bf16_bytes) : "-";
-    fmt::print("{:<22} {:>12} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9.0f}\n", score.mode,
+    fmt::print("{:<{}} {:>12} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9.0f}\n", score.mode, mode_width,
                score.bytes_per_token_head, score.bytes_per_token, ratio, number(score.perplexity, "{:.4f}"),
                number(score.kl_divergence, "{:.6f}"), number(score.same_top_token, "{:.3f}"),
                recall.empty() ? "-" : recall, recall_width, number(score.arithmetic, "{:.3f}"),
                score.tokens_per_second);
+  }
+  if (!scores.empty() && !scores[0].skip_layers.empty()) {
+    fmt::print("\n{}\n", skipped_layers(scores[0].skip_layers));
   }
 }
 

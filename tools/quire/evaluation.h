@@ -12,8 +12,13 @@
 
 namespace quire::cli {
 
-// "int8_per_token_head,fp8" or "all": every mode of this build that has formats or a backend of its own.
+// "int8_per_token_head,k=fp8,v=turboquant_v3", or "all": every mode of this build that has formats or a backend of its
+// own.
 Result<std::vector<ModeInfo>> parse_modes(const std::string& list);
+
+// What --kv-cache-dtype-skip-layers did, as a sentence.
+std::string skipped_layers(const std::vector<int>& layers);
+inline constexpr const char* kSkipLayersHelp = "Layers that keep the model's own dtype, such as 0,1,last";
 
 // heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, where DIR has them.
 llm::EvalPaths sets_beside(const std::string& model_dir);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "evaluation.h"
 #include "llm/engine.h"
 #include "llm/tokenizer.h"
 #include "quire/mode.h"
@@ -18,7 +19,7 @@ namespace quire::cli {
 namespace {
 
 struct Options {
-  std::string model_dir, kv_cache_dtype = "auto", prompt;
+  std::string model_dir, kv_cache_dtype = "auto", skip_layers, prompt;
   std::vector<std::int32_t> token_ids;
   llm::Request request{.prompt = {}, .max_new_tokens = 64, .sampling = {}};
   int block_size = 16;
@@ -33,6 +34,8 @@ int run(Options& options) {
   if (!mode.ok()) return report(mode.status());
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
+  const auto skip_layers = llm::parse_layers(options.skip_layers, model->config().num_layers);
+  if (!skip_layers.ok()) return report(skip_layers.status());
 
   std::optional<llm::Tokenizer> tokenizer;
   llm::Request& request = options.request;
@@ -51,6 +54,7 @@ int run(Options& options) {
   const std::int64_t capacity = std::min(static_cast<std::int64_t>(request.prompt.size()) + num_new_at_most, context);
   auto engine = llm::Engine::create(
       *model, {.cache = {.layer_modes = {*mode},
+                         .skip_layers = *skip_layers,
                          .block_size = options.block_size,
                          .num_blocks = (capacity + options.block_size - 1) / std::max(options.block_size, 1)}});
   if (!engine.ok()) return report(engine.status());
@@ -87,6 +91,7 @@ int run(Options& options) {
   fmt::print(stderr, "\n{}: {} bytes per token in the cache, {:.1f} KiB for {} tokens ({} blocks of {})\n",
              options.kv_cache_dtype, cache.bytes_per_token(), static_cast<double>(cache.bytes()) / 1024.0,
              prompt_tokens + num_new, cache.num_blocks(), cache.block_size());
+  if (!skip_layers->empty()) fmt::print(stderr, "{}\n", skipped_layers(*skip_layers));
   fmt::print(stderr, "prompt: {} tokens, {:.1f} tokens/s; generated: {} tokens, {:.1f} tokens/s\n", prompt_tokens,
              static_cast<double>(prompt_tokens) / prompt_seconds, num_new,
              num_new > 1 ? static_cast<double>(num_new - 1) / new_seconds : 1.0 / prompt_seconds);
@@ -101,6 +106,7 @@ void add_generate(CLI::App& app, int& exit_status) {
   llm::Request& request = options->request;
   verb->add_option("--model", options->model_dir, "Folder with config.json and safetensors")->required();
   verb->add_option("-m,--kv-cache-dtype", options->kv_cache_dtype, "Mode of the cache")->capture_default_str();
+  verb->add_option("--kv-cache-dtype-skip-layers", options->skip_layers, kSkipLayersHelp);
   auto* prompt = verb->add_option("-p,--prompt", options->prompt, "Text to continue (needs tokenizer.model)");
   verb->add_option("--token-ids", options->token_ids, "Token ids to continue, separated by commas; prints ids")
       ->delimiter(',')

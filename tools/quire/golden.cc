@@ -120,7 +120,7 @@ struct GoldenCase {
   Status refuse(const std::string& reason) const { return invalid_argument(where + ": " + reason); }
 
   Status require(std::string_view tensor_name, int ndim) const {
-    if (!has(tensor_name)) return refuse("no tensor '" + std::string(tensor_name) + "'");
+    if (!has(tensor_name)) return refuse(std::string("no tensor '").append(tensor_name) + "'");
     const Tensor found = tensor(tensor_name);
     if (found.ndim == ndim) return {};
     return refuse("'" + std::string(tensor_name) + "' is " + to_string(found) + ", needs " + std::to_string(ndim) +
