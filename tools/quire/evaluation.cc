@@ -89,7 +89,9 @@ void print_scores(const std::vector<llm::EvalScore>& scores) {
   const int recall_width =
       std::max<int>(static_cast<int>(recall_title.size()), 4 * static_cast<int>(contexts.size()) + 3 * 3);
   double bf16_bytes = 0.0;
+  std::size_t name_width = 0;
   for (const auto& score : scores) {
+    name_width = std::max(name_width, score.mode.size());
     if (score.mode == "auto" || score.mode == "bfloat16") bf16_bytes = static_cast<double>(score.bytes_per_token);
   }
   std::size_t mode_width = 22;
