@@ -89,14 +89,12 @@ void print_scores(const std::vector<llm::EvalScore>& scores) {
   const int recall_width =
       std::max<int>(static_cast<int>(recall_title.size()), 4 * static_cast<int>(contexts.size()) + 3 * 3);
   double bf16_bytes = 0.0;
-  std::size_t name_width = 0;
   for (const auto& score : scores) {
-    name_width = std::max(name_width, score.mode.size());
     if (score.mode == "auto" || score.mode == "bfloat16") bf16_bytes = static_cast<double>(score.bytes_per_token);
   }
   std::size_t mode_width = 22;
   for (const auto& score : scores) mode_width = std::max(mode_width, score.mode.size());
-  fmt::print("{:<{}} {:>11} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9}\n", "mode", mode_width, "bytes/t-head",
+  fmt::print("{:<{}} {:>12} {:>11} {:>6} {:>10} {:>9} {:>8}  {:<{}} {:>10} {:>9}\n", "mode", mode_width, "bytes/t-head",
              "bytes/token", "ratio", "perplexity", "KL", "same top", recall_title, recall_width, "arithmetic",
              "tokens/s");
   for (const auto& score : scores) {
