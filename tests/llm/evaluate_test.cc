@@ -76,6 +76,59 @@ TEST(Evaluate, MatchesTheDefinitions) {
       << "nothing to measure";
 }
 
+TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
+  const TestModel test_model("LlamaForCausalLM", {{"max_position_embeddings", 24}});
+  const TempDir dir;
+  test_model.save(dir);
+  auto model = Model::load(dir.path());
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  Random random(6);
+  llm::EvalSets sets;
+  for (int i = 0; i < 24; ++i) sets.tokens.push_back(static_cast<std::int32_t>(random.below(61)));
+  const auto score = [&](const char* mode, const std::vector<int>& skip_layers) {
+    const auto scores =
+        llm::evaluate(*model, sets, {.modes = modes_of({mode}), .skip_layers = skip_layers, .progress = {}});
+    EXPECT_TRUE(scores.ok()) << scores.status().message();
+    return scores->at(0);
+  };
+  // 3 layers of 2 KV heads of size 32: 128 bytes for K and V in bf16, 24 in int2 with its scales.
+  const char* mode = "int2_per_token_head";
+  const llm::EvalScore none = score(mode, {}), some = score(mode, {0, 2}), all = score(mode, {0, 1, 2});
+  EXPECT_EQ(none.bytes_per_token, 3 * 2 * 24);
+  EXPECT_EQ(some.bytes_per_token, 2 * 2 * 128 + 2 * 24);
+  EXPECT_EQ(all.bytes_per_token, 3 * 2 * 128);
+  for (const llm::EvalScore* each : {&none, &some}) EXPECT_EQ(each->bytes_per_token_head, 24);
+  EXPECT_DOUBLE_EQ(*all.kl_divergence, *score("auto", {}).kl_divergence);
+  EXPECT_GT(*some.kl_divergence, *all.kl_divergence);
+  EXPECT_GT(*none.kl_divergence, *some.kl_divergence);
+  const auto json = nlohmann::json::parse(llm::to_json({some}, "test"));
+  EXPECT_EQ(json["modes"][mode]["skip_layers"], nlohmann::json::array({0, 2}));
+
+  // Mixed and TurboQuant modes run through the same caches.
+  EXPECT_EQ(score("k=int8_per_token_head,v=turboquant_v3", {}).bytes_per_token, 3 * 2 * (32 + 4 + 12 + 4));
+  EXPECT_EQ(score("turboquant_4bit_nc", {1}).bytes_per_token, 2 * 2 * (16 + 2 + 16 + 4) + 2 * 128);
+
+  for (int layer : {-1, 3}) {
+    const auto refused =
+        llm::evaluate(*model, sets, {.modes = modes_of({mode}), .skip_layers = {layer}, .progress = {}});
+    ASSERT_FALSE(refused.ok());
+    EXPECT_NE(refused.status().message().find("layer " + std::to_string(layer)), std::string::npos);
+  }
+}
+
+TEST(ParseLayers, NumbersAndLast) {
+  using Layers = std::vector<int>;
+  EXPECT_EQ(*llm::parse_layers("", 4), Layers{});
+  EXPECT_EQ(*llm::parse_layers("0,1,last", 32), (Layers{0, 1, 31}));
+  EXPECT_EQ(*llm::parse_layers("last,3,1,3", 4), (Layers{1, 3}));
+  for (const char* list : {"4", "-1", "0,,1", "a", "0, 1", "1x", "99999999999", "first"}) {
+    const auto layers = llm::parse_layers(list, 4);
+    ASSERT_FALSE(layers.ok()) << list;
+    EXPECT_NE(layers.status().message().find("supported: 0 to 3 and last"), std::string::npos)
+        << layers.status().message();
+  }
+}
+
 std::string npy_bytes(const std::string& descr, const std::string& shape, const std::string& data) {
   std::string header = "{'descr': '" + descr + "', 'fortran_order': False, 'shape': " + shape + ", }\n";
   std::string out = std::string("\x93NUMPY\x01\x00", 8);
