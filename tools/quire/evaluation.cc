@@ -22,7 +22,7 @@ std::string number(const std::optional<double>& value, const char* format) {
 // parts[first, last) with commas between.
 std::string joined(const std::vector<std::string>& parts, std::size_t first, std::size_t last) {
   std::string text = parts[first];
-  for (std::size_t i = first + 1; i < last; ++i) text += "," + parts[i];
+  for (std::size_t i = first + 1; i < last; ++i) text.append(",").append(parts[i]);
   return text;
 }
 
