@@ -123,7 +123,7 @@ struct GoldenCase {
     if (!has(tensor_name)) return refuse(std::string("no tensor '").append(tensor_name) + "'");
     const Tensor found = tensor(tensor_name);
     if (found.ndim == ndim) return {};
-    return refuse("'" + std::string(tensor_name) + "' is " + to_string(found) + ", needs " + std::to_string(ndim) +
+    return refuse(std::string("'").append(tensor_name) + "' is " + to_string(found) + ", needs " + std::to_string(ndim) +
                   " dimensions");
   }
 
