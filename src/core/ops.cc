@@ -24,6 +24,15 @@ std::atomic<LogHook> log_hook{nullptr};
       "the tensors are on cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
 }
 
+// The largest power of two up to 16 that divides the address of every row of a cache.
+int row_alignment(const Tensor& cache) {
+  auto bits = reinterpret_cast<std::uintptr_t>(cache.data) | 16U;
+  for (int dim = 0; dim < 3; ++dim) {
+    bits |= static_cast<std::uintptr_t>(cache.strides[dim]) * dtype_bytes(cache.dtype);
+  }
+  return static_cast<int>(bits & -bits);
+}
+
 // The backend of a registered mode, or null for a mode of the table.
 Result<const QuantKVBackend*> registered_backend(ModeId id) {
   const Result<ModeInfo> mode = mode_info(id);
@@ -41,6 +50,9 @@ AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionSh
   problem.head_size = shape.head_size;
   problem.head_size_v = shape.head_size_v;
   problem.block_size = shape.block_size;
+  problem.query_dtype = args.query.dtype;
+  problem.cache_dtype = args.key_cache.dtype;
+  problem.row_alignment = std::min(row_alignment(args.key_cache), row_alignment(args.value_cache));
   problem.max_num_tokens = shape.num_tokens;
   problem.max_batch = shape.batch;
   if (args.query.device == Device::kCpu) {
@@ -71,6 +83,7 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
                 {"head_size_v", p.head_size_v, actual.head_size_v, false},
                 {"block_size", p.block_size, actual.block_size, false},
                 {"mode", static_cast<int>(p.mode), static_cast<int>(actual.mode), false},
+                {"query_dtype", static_cast<int>(p.query_dtype), static_cast<int>(actual.query_dtype), false},
                 {"num_tokens", p.max_num_tokens, actual.max_num_tokens, true},
                 {"batch", p.max_batch, actual.max_batch, true},
                 {"query_len", p.max_query_len, actual.max_query_len, true},
@@ -81,6 +94,11 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
                               ", but the plan was made for " + (field.bound ? "at most " : "") +
                               std::to_string(field.planned) + "; make a plan for this problem");
     }
+  }
+  if (actual.row_alignment < p.row_alignment) {
+    return invalid_argument("a cache has rows aligned to " + std::to_string(actual.row_alignment) +
+                            " bytes, but the plan was made for row_alignment " + std::to_string(p.row_alignment) +
+                            "; make a plan for this problem");
   }
   return {};
 }

@@ -1,11 +1,20 @@
-// The host side of attention.cuh, the merge of its partial results, and merge_attn_states.
+// The host side of the attention kernels: the plan that chooses among them, their parameters, the merge of their
+// partial results, and merge_attn_states.
+//
+//   decode_split, prefill_split (decode.cuh, prefill.cuh)   tensor cores; sequences of few and of many query rows
+//   attend_split (attention.cuh)                            fp32 arithmetic: every dtype, alignment and head size
 #include "cuda/attention.cuh"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "cuda/cuda.h"
+#include "cuda/decode.cuh"
 #include "cuda/launch.h"
+#include "cuda/prefill.cuh"
 
 namespace quire::cuda {
 
@@ -14,6 +23,13 @@ namespace quire::cuda {
                                                                            cudaStream_t);
 #include "cuda/pairs.def"
 #undef QUIRE_CUDA_PAIR
+#define QUIRE_CUDA_TENSOR_PAIR(Key, Value, kHead)                                                                     \
+  extern template cudaError_t launch_decode<format::Key, format::Value, kHead>(const AttentionParams&, std::int64_t,  \
+                                                                               int, cudaStream_t);                    \
+  extern template cudaError_t launch_prefill<format::Key, format::Value, kHead>(const AttentionParams&, std::int64_t, \
+                                                                                int, cudaStream_t);
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_TENSOR_PAIR
 
 namespace {
 
@@ -25,6 +41,49 @@ constexpr PairEntry<AttentionLauncher> kAttentionLaunchers[] = {
 #include "cuda/pairs.def"
 #undef QUIRE_CUDA_PAIR
 };
+
+// The tensor-core kernels of a pair, for head sizes up to max_head_size.
+struct TensorEntry {
+  format::FormatId key, value;
+  int max_head_size;
+  int prefill_rows;  // of a row tile
+  AttentionLauncher* decode;
+  AttentionLauncher* prefill;
+};
+constexpr TensorEntry kTensorEntries[] = {
+#define QUIRE_CUDA_TENSOR_PAIR(Key, Value, kHead)     \
+  {format::format_id<format::Key>,                    \
+   format::format_id<format::Value>,                  \
+   kHead,                                             \
+   kPrefillRows<kHead>,                               \
+   &launch_decode<format::Key, format::Value, kHead>, \
+   &launch_prefill<format::Key, format::Value, kHead>},
+#include "cuda/pairs.def"
+#undef QUIRE_CUDA_TENSOR_PAIR
+};
+
+// The kernels that serve a problem on tensor cores, the smallest head-size class first; null: attend_split serves it.
+const TensorEntry* find_tensor_kernels(const AttentionProblem& problem, format::FormatId key, format::FormatId value) {
+  // 16-bit products would round an fp32 query.
+  if (problem.query_dtype == DType::kFloat32) return nullptr;
+  const auto raw = [&](format::FormatId id, bool is_key) {
+    const DType dtype = format::format_info(id).cache_dtype;
+    // A 16-bit cache is multiplied as it lies: aligned, and by a query that its type can hold.
+    if (dtype == DType::kBFloat16)
+      return problem.row_alignment >= 16 && !(is_key && problem.query_dtype == DType::kFloat16);
+    if (dtype == DType::kFloat16) return problem.row_alignment >= 16;
+    return true;
+  };
+  if (key == format::FormatId::kNone || value == format::FormatId::kNone || !raw(key, true) || !raw(value, false))
+    return nullptr;
+  for (const TensorEntry& entry : kTensorEntries) {
+    if (entry.key == key && entry.value == value &&
+        std::max(problem.head_size, problem.head_size_v) <= entry.max_head_size) {
+      return &entry;
+    }
+  }
+  return nullptr;
+}
 
 // Folds the splits of one (token, head) in key order and finishes the row. One block per row.
 __global__ void __launch_bounds__(kAttentionThreads) merge_splits(const __grid_constant__ AttentionParams p) {
@@ -134,6 +193,7 @@ CacheSide make_cache_side(const Tensor& cache, const Tensor& scale_cache, format
   side.head_stride = cache.strides[2] * bytes;
   side.access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride,
                                           info.code_bytes(head_size), info.code_bytes(kChunk)});
+  side.row_access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride});
   if (scale_cache.defined()) {
     side.scales = scale_cache.ptr<const std::uint8_t>();
     side.scale_block_stride = scale_cache.strides[0] * 4;
@@ -143,6 +203,12 @@ CacheSide make_cache_side(const Tensor& cache, const Tensor& scale_cache, format
   return side;
 }
 
+// Rows [.., .., head_size] of 16-bit elements that are whole 16-byte vectors.
+bool whole_vectors(const Tensor& rows) {
+  return dtype_bytes(rows.dtype) == 2 &&
+         access_bytes(rows.data, {rows.strides[0] * 2, rows.strides[1] * 2, rows.shape[2] * 2}) >= 16;
+}
+
 AttentionParams make_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape) {
   AttentionParams p;
   p.query = args.query.ptr<const std::uint8_t>();
@@ -150,6 +216,7 @@ AttentionParams make_params(const AttentionPlan& plan, const UnifiedAttentionArg
   p.query_element_bytes = static_cast<int>(dtype_bytes(args.query.dtype));
   p.query_token_stride = args.query.strides[0] * p.query_element_bytes;
   p.query_head_stride = args.query.strides[1] * p.query_element_bytes;
+  p.query_vectors = whole_vectors(args.query);
   p.key = make_cache_side(args.key_cache, args.k_scale_cache, shape.key_format, shape.head_size);
   p.value = make_cache_side(args.value_cache, args.v_scale_cache, shape.value_format, shape.head_size_v);
 
@@ -201,12 +268,16 @@ AttentionParams make_params(const AttentionPlan& plan, const UnifiedAttentionArg
   p.num_blocks = shape.num_blocks;
   p.max_blocks = shape.max_blocks;
   p.block_size = shape.block_size;
+  p.block_shift = std::has_single_bit(static_cast<unsigned>(shape.block_size))
+                      ? std::countr_zero(static_cast<unsigned>(shape.block_size))
+                      : -1;
   p.split_size = plan.split_size;
   p.max_splits = static_cast<int>(plan.max_splits);
 
   const auto out_bytes = static_cast<std::int64_t>(dtype_bytes(args.out.dtype));
   p.output.out = args.out.ptr<std::uint8_t>();
   p.output.dtype = args.out.dtype;
+  p.output.vectors = whole_vectors(args.out);
   p.output.token_stride = args.out.strides[0] * out_bytes;
   p.output.head_stride = args.out.strides[1] * out_bytes;
   p.output.output_scale = args.output_scale.ptr<const float>();
@@ -228,45 +299,90 @@ AttentionParams make_params(const AttentionPlan& plan, const UnifiedAttentionArg
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Row tiles that cover any batch of `num_tokens` query tokens in `batch` sequences.
-std::int64_t num_row_tiles(std::int64_t num_tokens, std::int64_t group_size, std::int64_t batch) {
-  return num_tokens * group_size / kRows + batch;
+}  // namespace
+
+namespace {
+
+// The formats of a problem's mode; a registered mode has none.
+std::pair<format::FormatId, format::FormatId> formats_of(const AttentionProblem& problem) {
+  const Result<ModeInfo> mode = mode_info(problem.mode);
+  if (!mode) return {format::FormatId::kNone, format::FormatId::kNone};
+  const auto resolve = [&](const std::string& name) {
+    return format::find_format(name == format::AutoFloat::kName ? dtype_name(problem.cache_dtype) : name);
+  };
+  return {resolve(mode->key_format), resolve(mode->value_format)};
+}
+
+// Row tiles of each kernel's grid.
+struct Tiles {
+  std::int64_t few = 0;   // decode_split: every sequence has sequence_tiles of them
+  std::int64_t many = 0;  // prefill_split
+  std::int64_t any = 0;   // attend_split
+  int sequence_tiles = 1;
+};
+
+Tiles count_tiles(const AttentionProblem& bounds, std::int64_t num_tokens, std::int64_t batch,
+                  const TensorEntry* tensor) {
+  const std::int64_t group_size = bounds.num_q_heads / bounds.num_kv_heads;
+  Tiles tiles;
+  if (tensor == nullptr) {
+    tiles.any = num_tokens * group_size / kRows + batch;
+    return tiles;
+  }
+  const std::int64_t longest = bounds.max_query_len * group_size;  // rows of a sequence
+  tiles.sequence_tiles = longest > kRows ? kDecodeRows / kRows : 1;
+  tiles.few = batch * tiles.sequence_tiles;
+  if (longest > kDecodeRows) tiles.many = num_tokens * group_size / tensor->prefill_rows + batch;
+  return tiles;
 }
 
 }  // namespace
 
 Result<AttentionPlan> plan(const AttentionProblem& problem) {
-  // Enough blocks for every multiprocessor of a large GPU a few times over, but no split so short that its partial
-  // result costs more than its keys. The batch-invariant split depends on nothing but itself.
-  constexpr std::int64_t kTargetBlocks = 1024;
+  // Two blocks on each of an H200's 132 multiprocessors, twice over, but no split so short that its partial result
+  // costs more than its keys. The batch-invariant split depends on nothing but itself.
+  constexpr std::int64_t kTargetBlocks = 512;
   constexpr std::int64_t kMinSplit = 256;
   constexpr std::int64_t kInvariantSplit = 2048;
   constexpr std::int64_t kMaxSplits = 1024;
+  constexpr std::int64_t kSplitMultiple = 64;  // of every kernel's key tile
 
   AttentionPlan plan;
   plan.problem = problem;
-  plan.kernel = "cuda attend_split (" + std::to_string(kRows) + " rows x " + std::to_string(kKeys) + " keys, fp32)";
-  const std::int64_t group_size = problem.num_q_heads / std::max(problem.num_kv_heads, 1);
-  plan.query_tile = static_cast<int>(std::max<std::int64_t>(1, kRows / std::max<std::int64_t>(group_size, 1)));
+  const auto [key, value] = formats_of(problem);
+  const TensorEntry* tensor = find_tensor_kernels(problem, key, value);
+  const Tiles tiles = count_tiles(problem, problem.max_num_tokens, problem.max_batch, tensor);
+  const std::int64_t group_size = problem.num_q_heads / problem.num_kv_heads;
+  if (tensor == nullptr) {
+    plan.kernel = "cuda/attend_split (16 rows x 32 keys, fp32)";
+  } else {
+    const std::string head_class = std::to_string(tensor->max_head_size);
+    plan.kernel = "cuda/decode_split<" + head_class + "> (16 rows x 16 keys, tensor cores)";
+    if (tiles.many > 0) {
+      plan.kernel = "cuda/prefill_split<" + head_class + "> (" + std::to_string(tensor->prefill_rows) +
+                    " rows, tensor cores) and decode_split for sequences of up to " + std::to_string(kDecodeRows) +
+                    " rows";
+    }
+  }
+  const std::int64_t tile_rows = tiles.many > 0 ? tensor->prefill_rows : kRows;
+  plan.query_tile = static_cast<int>(std::max<std::int64_t>(1, tile_rows / group_size));
 
   const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
-  const std::int64_t tiles = num_row_tiles(problem.max_num_tokens, group_size, problem.max_batch);
+  const std::int64_t blocks =
+      std::max<std::int64_t>(1, (tiles.many > 0 ? tiles.many : tiles.few + tiles.any) * problem.num_kv_heads);
   if (problem.batch_invariant) {
     plan.split_size = kInvariantSplit;
   } else {
     std::int64_t splits = problem.num_splits;
-    if (splits <= 0) {
-      splits = std::min(ceil_div(kTargetBlocks, std::max<std::int64_t>(tiles * problem.num_kv_heads, 1)),
-                        ceil_div(max_keys, kMinSplit));
-    }
+    if (splits <= 0) splits = std::min(ceil_div(kTargetBlocks, blocks), ceil_div(max_keys, kMinSplit));
     splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
-    plan.split_size = ceil_div(ceil_div(max_keys, splits), kKeys) * kKeys;
+    plan.split_size = ceil_div(ceil_div(max_keys, splits), kSplitMultiple) * kSplitMultiple;
   }
   plan.max_splits = ceil_div(max_keys, plan.split_size);
   constexpr std::int64_t kMaxGridX = std::numeric_limits<std::int32_t>::max();
   constexpr std::int64_t kMaxGridYZ = 65535;
   const std::int64_t rows = problem.max_num_tokens * problem.num_q_heads;
-  if (plan.max_splits > kMaxGridYZ || problem.num_kv_heads > kMaxGridYZ || tiles > kMaxGridX || rows > kMaxGridX) {
+  if (plan.max_splits > kMaxGridYZ || problem.num_kv_heads > kMaxGridYZ || blocks > kMaxGridX || rows > kMaxGridX) {
     return unsupported("max_num_tokens " + std::to_string(problem.max_num_tokens) + " with " +
                        std::to_string(problem.num_q_heads) + " query heads and max_seq_len " +
                        std::to_string(problem.max_seq_len) + " do not fit one CUDA grid (2^31 rows, " +
@@ -281,8 +397,8 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
 
 Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
            void* stream) {
-  AttentionLauncher* launch = find_pair(kAttentionLaunchers, shape.key_format, shape.value_format);
-  if (launch == nullptr) return pair_not_built(shape.key_format, shape.value_format);
+  AttentionLauncher* exact = find_pair(kAttentionLaunchers, shape.key_format, shape.value_format);
+  if (exact == nullptr) return pair_not_built(shape.key_format, shape.value_format);
   if (shape.num_tokens == 0 || shape.batch == 0) return {};
 
   AttentionParams params = make_params(plan, args, shape);
@@ -291,9 +407,14 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
     params.partials.state = static_cast<float2*>(workspace);
     params.partials.acc = reinterpret_cast<float*>(params.partials.state + rows * params.max_splits);
   }
+  const TensorEntry* tensor = find_tensor_kernels(plan.problem, shape.key_format, shape.value_format);
+  const Tiles tiles = count_tiles(plan.problem, shape.num_tokens, shape.batch, tensor);
+  params.sequence_tiles = tiles.sequence_tiles;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const std::int64_t tiles = num_row_tiles(shape.num_tokens, shape.group_size(), shape.batch);
-  const cudaError_t error = launch(params, tiles, shape.num_kv_heads, cuda_stream);
+  cudaError_t error = cudaSuccess;
+  if (tiles.any > 0) error = exact(params, tiles.any, shape.num_kv_heads, cuda_stream);
+  if (tiles.many > 0) error = tensor->prefill(params, tiles.many, shape.num_kv_heads, cuda_stream);
+  if (tiles.few > 0 && error == cudaSuccess) error = tensor->decode(params, tiles.few, shape.num_kv_heads, cuda_stream);
   if (error != cudaSuccess || params.max_splits == 1) return cuda_status(error, "unified_attention");
   merge_splits<<<static_cast<unsigned>(rows), kAttentionThreads, 0, cuda_stream>>>(params);
   return cuda_status(cudaGetLastError(), "unified_attention (merge)");

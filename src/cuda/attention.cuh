@@ -41,7 +41,8 @@ struct CacheSide {
   std::int64_t block_stride = 0, slot_stride = 0, head_stride = 0;
   const std::uint8_t* scales = nullptr;  // [num_blocks, block_size, num_kv_heads] fp32, null where the format has none
   std::int64_t scale_block_stride = 0, scale_slot_stride = 0, scale_head_stride = 0;
-  int access = 1;  // bytes per load
+  int access = 1;      // bytes per load
+  int row_access = 1;  // the power of two, at most 16, that divides every row's address
 };
 
 // How a finished row leaves: shared by the attention kernel and the merge.
@@ -49,6 +50,7 @@ struct OutputRule {
   std::uint8_t* out = nullptr;  // [num_tokens, num_q_heads, head_size_v], strides in bytes
   std::int64_t token_stride = 0, head_stride = 0;
   DType dtype = DType::kFloat32;
+  bool vectors = false;                 // 16-bit elements, rows of whole aligned 16-byte vectors
   const float* output_scale = nullptr;  // [1], float8 output only
   float* lse = nullptr;                 // [num_tokens, num_q_heads], may be null
   std::int64_t lse_token_stride = 0, lse_head_stride = 0;
@@ -70,6 +72,7 @@ struct AttentionParams {
   std::int64_t query_token_stride = 0, query_head_stride = 0;
   DType query_dtype = DType::kFloat32;
   int query_element_bytes = 4;
+  bool query_vectors = false;  // 16-bit elements, rows of whole aligned 16-byte vectors
   CacheSide key, value;
 
   const std::int32_t* cu_seqlens_q = nullptr;  // [batch + 1]
@@ -104,8 +107,10 @@ struct AttentionParams {
   int head_size = 0, head_size_v = 0;
   std::int64_t num_blocks = 0, max_blocks = 0;
   int block_size = 1;
+  int block_shift = -1;  // log2(block_size) where that is a power of two
   std::int64_t split_size = 0;
   int max_splits = 1;
+  int sequence_tiles = 1;  // decode: row tiles of a sequence in the grid
 
   OutputRule output;
   Partials partials;                            // used with more than one split
@@ -151,34 +156,53 @@ __device__ __forceinline__ float warp_max(float x) {
 // Rows of any head size over a whole warp, for queries and outputs.
 using WideTile = RowTile<16, 32, true>;
 
+// Sixteen bits of x in the dtype.
+__device__ __forceinline__ std::uint32_t narrow_to_16(DType dtype, float x) {
+  return dtype == DType::kFloat16 ? format::float_to_half(x) : format::float_to_bfloat16(x);
+}
+
 // One warp writes one row: `row` [head_size_v] in shared memory holds sum p v under `state`, rotated, before 1 / sum.
+template <class Tile = WideTile>
 __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* row, attention::SoftmaxState state,
                                            std::int64_t token, int head, int lane) {
+  constexpr int kE = Tile::kElements;
   const bool empty = state.sum == 0.0F;  // whatever its accumulator holds, the output is 0
   float factor = 1.0F;
   if (rule.sinks != nullptr) factor = attention::add_sink(state, rule.sinks[head * rule.sink_stride]);
   factor *= attention::output_factor(state);
-  float y[WideTile::kElements] = {};
+  float y[kE] = {};
 #pragma unroll
-  for (int j = 0; j < WideTile::kElements; ++j) {
-    const int i = lane * WideTile::kElements + j;
+  for (int j = 0; j < kE; ++j) {
+    const int i = lane * kE + j;
     if (i < rule.shape.head_size) y[j] = empty ? 0.0F : row[i] * factor;
   }
-  rotate_back<WideTile>(rule.rotation, y, lane, rule.shape.block);
-  std::uint8_t* out = rule.out + token * rule.token_stride + head * rule.head_stride;
+  rotate_back<Tile>(rule.rotation, y, lane, rule.shape.block);
 #pragma unroll
-  for (int j = 0; j < WideTile::kElements; ++j) {
-    const int i = lane * WideTile::kElements + j;
-    if (i >= rule.shape.head_size) continue;
-    const float x = y[j] * rule.unrotate;
-    if (rule.dtype == DType::kFloat32) {
-      reinterpret_cast<float*>(out)[i] = x;
-    } else if (rule.dtype == DType::kFloat16) {
-      reinterpret_cast<std::uint16_t*>(out)[i] = format::float_to_half(x);
-    } else if (rule.dtype == DType::kBFloat16) {
-      reinterpret_cast<std::uint16_t*>(out)[i] = format::float_to_bfloat16(x);
-    } else {
-      out[i] = format::E4M3::encode(__fdiv_rn(x, *rule.output_scale));
+  for (int j = 0; j < kE; ++j) y[j] *= rule.unrotate;
+  std::uint8_t* out = rule.out + token * rule.token_stride + head * rule.head_stride;
+  if (rule.vectors) {
+#pragma unroll
+    for (int j = 0; j < kE; j += 8) {
+      if (lane * kE + j >= rule.shape.head_size) break;
+      std::uint32_t words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[w] = narrow_to_16(rule.dtype, y[j + 2 * w]) | narrow_to_16(rule.dtype, y[j + 2 * w + 1]) << 16;
+      }
+      reinterpret_cast<uint4*>(out)[(lane * kE + j) / 8] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kE; ++j) {
+      const int i = lane * kE + j;
+      if (i >= rule.shape.head_size) break;
+      if (rule.dtype == DType::kFloat32) {
+        reinterpret_cast<float*>(out)[i] = y[j];
+      } else if (rule.dtype == DType::kFloat8E4M3) {
+        out[i] = format::E4M3::encode(__fdiv_rn(y[j], *rule.output_scale));
+      } else {
+        reinterpret_cast<std::uint16_t*>(out)[i] = static_cast<std::uint16_t>(narrow_to_16(rule.dtype, y[j]));
+      }
     }
   }
   if (rule.lse != nullptr && lane == 0) {
@@ -188,18 +212,19 @@ __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* 
 
 // Start of a sequence's row tiles in the grid: every sequence gets at least as many as its rows fill, whatever the
 // lengths, from cu_seqlens_q alone.
-__host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence) {
-  return rows_before / kRows + sequence;
+__host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence,
+                                                            int tile_rows = kRows) {
+  return rows_before / tile_rows + sequence;
 }
 
 // The sequence a row tile belongs to.
-__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile) {
+__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile, int tile_rows = kRows) {
   int low = 0;
   int high = p.batch - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[middle * p.cu_stride]) * p.group_size;
-    if (first_tile(rows_before, middle) <= tile) {
+    if (first_tile(rows_before, middle, tile_rows) <= tile) {
       low = middle;
     } else {
       high = middle - 1;

@@ -290,7 +290,16 @@ TEST(CudaAttention, ThePlanNamesItsKernel) {
   problem.max_seq_len = 8192;
   const Result<AttentionPlan> plan = plan_unified_attention(problem);
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  EXPECT_NE(plan.value().kernel.find("attend_split"), std::string::npos) << plan.value().kernel;
+  EXPECT_NE(plan.value().kernel.find("decode_split<128>"), std::string::npos) << plan.value().kernel;
+  problem.max_query_len = problem.max_num_tokens = 512;
+  problem.max_batch = 1;
+  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("prefill_split<128>"), std::string::npos);
+  problem.query_dtype = DType::kFloat32;
+  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("attend_split"), std::string::npos);
+  problem.query_dtype = DType::kBFloat16;
+  problem.mode = mode_of("bfloat16");
+  problem.row_alignment = 2;
+  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("attend_split"), std::string::npos);
   EXPECT_EQ(plan.value().split_size * plan.value().max_splits, 8192);
 }
 

@@ -1,5 +1,9 @@
 #include "cuda/device_problem.h"
 
+#include <string>
+
+#include "format/formats.h"
+
 namespace quire::testing {
 
 using cuda::DeviceBuffer;
@@ -46,6 +50,20 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
 }
 
 Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invariant) {
+  UnifiedAttentionArgs planned = problem.args;
+  for (Tensor* tensor : cuda::tensors_of(planned)) tensor->device = Device::kCuda;
+  const Result<AttentionProblem> bounds = problem_of(planned);
+  if (!bounds.ok()) return bounds.status();
+  const Result<AttentionPlan> plan = plan_unified_attention(*bounds);
+  if (!plan.ok()) return plan.status();
+  if (plan->kernel.find("tensor cores") != std::string::npos) {
+    const Result<ModeInfo> mode = mode_info(problem.args.mode);
+    if (!mode.ok()) return mode.status();
+    const format::FormatId key = format::find_format(mode->key_format);
+    const bool rotated = key != format::FormatId::kNone && format::format_info(key).rotation != format::Rotation::kNone;
+    problem.query_unit = rotated ? 0x1p-11 : 0x1p-24;
+    problem.weight_unit = problem.args.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  }
   return attend_on_device(problem.args, num_splits, batch_invariant);
 }
 

@@ -17,7 +17,7 @@ constexpr int kBadInput = 2;
 
 using AddVerb = void (*)(CLI::App& app, int& exit_status);
 constexpr AddVerb kVerbs[] = {
-    add_modes, add_layout, add_check, add_generate, add_eval, add_demo,
+    add_modes, add_layout, add_check, add_generate, add_eval, add_demo, add_bench,
 };
 
 int report_sentence(std::string sentence) {

@@ -12,6 +12,7 @@ namespace quire::cli {
 
 void add_modes(CLI::App& app, int& exit_status);
 void add_layout(CLI::App& app, int& exit_status);
+void add_bench(CLI::App& app, int& exit_status);
 void add_check(CLI::App& app, int& exit_status);
 void add_generate(CLI::App& app, int& exit_status);
 void add_eval(CLI::App& app, int& exit_status);

@@ -1,0 +1,403 @@
+// quire bench decode|prefill|store: times the ops over a grid of problems and holds them against the memory's speed.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "evaluation.h"
+#include "format/float_types.h"
+#include "measure.h"
+#include "quire/layout.h"
+#include "quire/ops.h"
+#include "verbs.h"
+
+namespace quire::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+using bench::Memory;
+
+template <class T>
+Result<Memory> copy_of(Device device, const std::vector<T>& values) {
+  return Memory::copy_of(device, values.data(), values.size() * sizeof(T));
+}
+
+struct Options {
+  std::string op = "decode";
+  std::string device = "cpu";
+  std::string modes = "auto";
+  std::vector<std::string> layouts = {"nhd"};
+  std::vector<std::int64_t> batches = {1};
+  std::vector<std::int64_t> contexts = {8192};
+  std::vector<std::int64_t> q_lens;  // default: 1 for decode, the context for prefill
+  std::vector<int> num_q_heads = {32};
+  std::vector<int> num_kv_heads = {8};
+  std::vector<int> head_sizes = {128};
+  int head_size_v = 0;
+  int block_size = 16;
+  double budget_ms = 40.0;
+  bool json = false;
+};
+
+struct Problem {
+  Device device;
+  std::string mode, layout;
+  std::int64_t batch, context, q_len;
+  int num_q_heads, num_kv_heads, head_size, head_size_v, block_size;
+};
+
+struct Ceilings {
+  double read = 0.0, copy = 0.0;  // bytes a second
+};
+
+Result<KVCacheLayout> layout_of(const Problem& problem, ModeId mode) {
+  KVCacheSpec spec;
+  spec.mode = mode;
+  spec.head_size = problem.head_size;
+  spec.head_size_v = problem.head_size_v;
+  spec.num_kv_heads = problem.num_kv_heads;
+  spec.block_size = problem.block_size;
+  spec.order = problem.layout.substr(0, 3) == "hnd" ? CacheOrder::kHND : CacheOrder::kNHD;
+  spec.scales = problem.layout.ends_with("_inline") ? ScalePlacement::kInline : ScalePlacement::kSeparate;
+  return make_layout(spec);
+}
+
+std::vector<std::uint16_t> random_rows(std::int64_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<std::uint16_t> rows(static_cast<std::size_t>(count));
+  for (std::uint16_t& x : rows) x = format::float_to_bfloat16(normal(random));
+  return rows;
+}
+
+#define QUIRE_ASSIGN(name, expression)               \
+  auto name##_result = (expression);                 \
+  if (!name##_result) return name##_result.status(); \
+  auto& name = *name##_result
+
+// A cache on the device, every slot of it stored once, and pages in random order.
+struct Cache {
+  KVCacheLayout layout;
+  Memory base, v_base, k_scales, v_scales;
+  KVCacheViews views;
+  std::int64_t num_blocks = 0;
+};
+
+Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_blocks, const Memory& key,
+                         const Memory& value, std::int64_t input_tokens) {
+  Cache cache;
+  QUIRE_ASSIGN(layout, layout_of(problem, mode));
+  cache.layout = layout;
+  cache.num_blocks = num_blocks;
+  const KVCacheBytes bytes = cache_bytes(layout, num_blocks);
+  for (const auto& [memory, size] :
+       {std::pair{&cache.base, bytes.base}, std::pair{&cache.v_base, bytes.v_base},
+        std::pair{&cache.k_scales, bytes.k_scales}, std::pair{&cache.v_scales, bytes.v_scales}}) {
+    QUIRE_ASSIGN(allocated, Memory::allocate(problem.device, static_cast<std::size_t>(size)));
+    *memory = std::move(allocated);
+  }
+  cache.views = make_views(layout, num_blocks, cache.base.data(), cache.v_base.data(), cache.k_scales.data(),
+                           cache.v_scales.data(), problem.device);
+  ReshapeAndCacheArgs args;
+  args.mode = mode;
+  args.key_cache = cache.views.key_cache;
+  args.value_cache = cache.views.value_cache;
+  args.k_scale_cache = cache.views.k_scale_cache;
+  args.v_scale_cache = cache.views.v_scale_cache;
+  const std::int64_t slots = num_blocks * problem.block_size;
+  for (std::int64_t first = 0; first < slots; first += input_tokens) {
+    const std::int64_t count = std::min(input_tokens, slots - first);
+    std::vector<std::int64_t> mapping(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) mapping[static_cast<std::size_t>(i)] = first + i;
+    QUIRE_ASSIGN(slot_mapping, copy_of(problem.device, mapping));
+    args.key = Tensor::contiguous(key.data(), DType::kBFloat16, {count, problem.num_kv_heads, problem.head_size},
+                                  problem.device);
+    args.value = Tensor::contiguous(value.data(), DType::kBFloat16, {count, problem.num_kv_heads, problem.head_size_v},
+                                    problem.device);
+    args.slot_mapping = Tensor::contiguous(slot_mapping.data(), DType::kInt64, {count}, problem.device);
+    if (Status status = reshape_and_cache(args); !status) return status;
+    if (Status status = bench::synchronize(problem.device); !status) return status;
+  }
+  return cache;
+}
+
+Json row_of(const std::string& op, const Problem& problem, double ms) {
+  return Json{{"op", op},
+              {"device", device_name(problem.device)},
+              {"mode", problem.mode},
+              {"layout", problem.layout},
+              {"batch", problem.batch},
+              {"context", problem.context},
+              {"q_len", problem.q_len},
+              {"num_q_heads", problem.num_q_heads},
+              {"num_kv_heads", problem.num_kv_heads},
+              {"head_size", problem.head_size},
+              {"head_size_v", problem.head_size_v},
+              {"block_size", problem.block_size},
+              {"ms", ms}};
+}
+
+// Attention of q_len new tokens on context - q_len cached ones, for each sequence of a batch.
+Result<Json> bench_attention(const std::string& op, const Problem& problem, const Ceilings& ceilings,
+                             double budget_ms) {
+  QUIRE_ASSIGN(mode, parse_kv_cache_dtype(problem.mode));
+  const std::int64_t blocks_per_sequence = (problem.context + problem.block_size - 1) / problem.block_size;
+  const std::int64_t blocks_per_copy = blocks_per_sequence * problem.batch;
+  QUIRE_ASSIGN(layout, layout_of(problem, mode));
+  // Enough copies that a call never finds its pages in a cache of 64 MiB.
+  const std::int64_t copy_bytes = layout.bytes_per_block * blocks_per_copy;
+  const auto copies = static_cast<int>(
+      std::clamp<std::int64_t>((std::int64_t{256} << 20) / std::max<std::int64_t>(copy_bytes, 1) + 1, 1, 64));
+
+  constexpr std::int64_t kInputTokens = 4096;
+  QUIRE_ASSIGN(key, copy_of(problem.device, random_rows(kInputTokens * problem.num_kv_heads * problem.head_size, 1)));
+  QUIRE_ASSIGN(value,
+               copy_of(problem.device, random_rows(kInputTokens * problem.num_kv_heads * problem.head_size_v, 2)));
+  QUIRE_ASSIGN(cache, make_cache(problem, mode, blocks_per_copy * copies, key, value, kInputTokens));
+
+  std::vector<std::int32_t> table(static_cast<std::size_t>(blocks_per_copy * copies));
+  for (std::size_t i = 0; i < table.size(); ++i) table[i] = static_cast<std::int32_t>(i);
+  std::mt19937 random(3);
+  std::shuffle(table.begin(), table.end(), random);
+  const std::int64_t num_tokens = problem.batch * problem.q_len;
+  std::vector<std::int32_t> cu_seqlens, seq_lens;
+  for (std::int64_t b = 0; b <= problem.batch; ++b) cu_seqlens.push_back(static_cast<std::int32_t>(b * problem.q_len));
+  seq_lens.assign(static_cast<std::size_t>(problem.batch), static_cast<std::int32_t>(problem.context));
+  QUIRE_ASSIGN(tables, copy_of(problem.device, table));
+  QUIRE_ASSIGN(cu, copy_of(problem.device, cu_seqlens));
+  QUIRE_ASSIGN(lens, copy_of(problem.device, seq_lens));
+  QUIRE_ASSIGN(query, copy_of(problem.device, random_rows(num_tokens * problem.num_q_heads * problem.head_size, 4)));
+  QUIRE_ASSIGN(out,
+               Memory::allocate(problem.device,
+                                static_cast<std::size_t>(num_tokens * problem.num_q_heads * problem.head_size_v) * 2));
+
+  UnifiedAttentionArgs args;
+  args.mode = mode;
+  args.query = Tensor::contiguous(query.data(), DType::kBFloat16, {num_tokens, problem.num_q_heads, problem.head_size},
+                                  problem.device);
+  args.out = Tensor::contiguous(out.data(), DType::kBFloat16, {num_tokens, problem.num_q_heads, problem.head_size_v},
+                                problem.device);
+  args.key_cache = cache.views.key_cache;
+  args.value_cache = cache.views.value_cache;
+  args.k_scale_cache = cache.views.k_scale_cache;
+  args.v_scale_cache = cache.views.v_scale_cache;
+  args.cu_seqlens_q = Tensor::contiguous(cu.data(), DType::kInt32, {problem.batch + 1}, problem.device);
+  args.seq_lens = Tensor::contiguous(lens.data(), DType::kInt32, {problem.batch}, problem.device);
+  args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(problem.head_size));
+  args.max_query_len = problem.q_len;
+  args.max_seq_len = problem.context;
+  const auto table_of = [&](int copy) {
+    return Tensor::contiguous(static_cast<std::int32_t*>(tables.data()) + copy * blocks_per_copy, DType::kInt32,
+                              {problem.batch, blocks_per_sequence}, problem.device);
+  };
+  args.block_table = table_of(0);
+  QUIRE_ASSIGN(bounds, problem_of(args));
+  QUIRE_ASSIGN(plan, plan_unified_attention(bounds));
+  QUIRE_ASSIGN(workspace, Memory::allocate(problem.device, plan.workspace_bytes + 64));
+  auto aligned = reinterpret_cast<std::uintptr_t>(workspace.data());
+  aligned = (aligned + 63) / 64 * 64;
+  const auto call = [&](int index, void* stream) {
+    UnifiedAttentionArgs own = args;
+    own.block_table = table_of(index);
+    return run_unified_attention(plan, own, reinterpret_cast<void*>(aligned), plan.workspace_bytes, stream);
+  };
+  QUIRE_ASSIGN(ms, bench::median_ms(problem.device, call, copies, budget_ms));
+
+  // Keys a causal mask lets some query row of a sequence see; multiply-adds over (row, visible key).
+  const double keys = static_cast<double>(problem.context) * static_cast<double>(problem.batch);
+  const double bytes = keys * static_cast<double>(cache.layout.bytes_per_token_head) * problem.num_kv_heads;
+  const double visible = static_cast<double>(problem.q_len) *
+                         (static_cast<double>(problem.context) - (static_cast<double>(problem.q_len) - 1.0) / 2.0);
+  const double flops = 2.0 * visible * static_cast<double>(problem.batch) * problem.num_q_heads *
+                       (problem.head_size + problem.head_size_v);
+  Json row = row_of(op, problem, ms);
+  row["cache_gbps"] = bytes / ms * 1e-6;
+  row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.read;
+  row["layout_share"] = nullptr;
+  if (problem.device == Device::kCuda) {
+    const auto page_read = [&](const Tensor& rows) {
+      const auto element = static_cast<std::int64_t>(dtype_bytes(rows.dtype));
+      bench::PageRead read;
+      read.base = rows.data;
+      read.block_stride = rows.strides[0] * element;
+      read.slot_stride = rows.strides[1] * element;
+      read.head_stride = rows.strides[2] * element;
+      read.row_bytes = rows.ndim == 4 ? rows.shape[3] * element : element;
+      read.block_table = static_cast<const std::int32_t*>(tables.data());
+      read.max_blocks = blocks_per_sequence;
+      read.batch = static_cast<int>(problem.batch);
+      read.num_heads = problem.num_kv_heads;
+      read.block_size = problem.block_size;
+      read.context = problem.context;
+      return read;
+    };
+    std::vector<bench::PageRead> reads = {page_read(args.key_cache), page_read(args.value_cache)};
+    for (const Tensor* scales : {&args.k_scale_cache, &args.v_scale_cache}) {
+      if (scales->defined()) reads.push_back(page_read(*scales));
+    }
+    if (const Result<double> read_ms = bench::page_read_ms(reads); read_ms.ok()) row["layout_share"] = *read_ms / ms;
+  }
+  row["tflops"] = flops / (ms * 1e-3) * 1e-12;
+  row["kernel"] = plan.kernel;
+  row["splits"] = plan.max_splits;
+  return row;
+}
+
+// Stores `context` tokens a sequence.
+Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, double budget_ms) {
+  QUIRE_ASSIGN(mode, parse_kv_cache_dtype(problem.mode));
+  const std::int64_t tokens = problem.batch * problem.context;
+  const std::int64_t num_blocks = (tokens + problem.block_size - 1) / problem.block_size;
+  const double in_bytes =
+      static_cast<double>(tokens) * problem.num_kv_heads * (problem.head_size + problem.head_size_v) * 2.0;
+  // Few tokens: 100 calls back to back; many: enough inputs that they come from memory.
+  const auto copies = static_cast<int>(std::clamp(256e6 / in_bytes + 1.0, 2.0, 100.0));
+  QUIRE_ASSIGN(key, copy_of(problem.device, random_rows(tokens * problem.num_kv_heads * problem.head_size, 1)));
+  QUIRE_ASSIGN(value, copy_of(problem.device, random_rows(tokens * problem.num_kv_heads * problem.head_size_v, 2)));
+  QUIRE_ASSIGN(cache, make_cache(problem, mode, num_blocks * copies, key, value, tokens));
+  std::vector<std::int64_t> mapping(static_cast<std::size_t>(num_blocks * copies * problem.block_size));
+  for (std::size_t i = 0; i < mapping.size(); ++i) mapping[i] = static_cast<std::int64_t>(i);
+  QUIRE_ASSIGN(slots, copy_of(problem.device, mapping));
+  std::vector<Memory> keys, values;  // inputs beside the first
+  const auto rows = random_rows(tokens * problem.num_kv_heads * std::max(problem.head_size, problem.head_size_v), 5);
+  const int inputs = std::min(copies, 8);
+  for (int i = 1; i < inputs; ++i) {
+    QUIRE_ASSIGN(more_keys, copy_of(problem.device, rows));
+    QUIRE_ASSIGN(more_values, copy_of(problem.device, rows));
+    keys.push_back(std::move(more_keys));
+    values.push_back(std::move(more_values));
+  }
+  const auto call = [&](int index, void* stream) {
+    ReshapeAndCacheArgs args;
+    const int input = index % inputs;
+    args.mode = mode;
+    args.key = Tensor::contiguous(input == 0 ? key.data() : keys[static_cast<std::size_t>(input - 1)].data(),
+                                  DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size}, problem.device);
+    args.value =
+        Tensor::contiguous(input == 0 ? value.data() : values[static_cast<std::size_t>(input - 1)].data(),
+                           DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v}, problem.device);
+    args.key_cache = cache.views.key_cache;
+    args.value_cache = cache.views.value_cache;
+    args.k_scale_cache = cache.views.k_scale_cache;
+    args.v_scale_cache = cache.views.v_scale_cache;
+    args.slot_mapping =
+        Tensor::contiguous(static_cast<std::int64_t*>(slots.data()) + index * num_blocks * problem.block_size,
+                           DType::kInt64, {tokens}, problem.device);
+    return reshape_and_cache(args, stream);
+  };
+  QUIRE_ASSIGN(ms, bench::median_ms(problem.device, call, copies, budget_ms));
+  const double bytes = in_bytes + static_cast<double>(tokens) * problem.num_kv_heads *
+                                      static_cast<double>(cache.layout.bytes_per_token_head);
+  Json row = row_of("store", problem, ms);
+  row["cache_gbps"] = bytes / ms * 1e-6;
+  row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.copy;
+  row["layout_share"] = nullptr;
+  row["tflops"] = 0.0;
+  row["kernel"] = "reshape_and_cache";
+  return row;
+}
+
+Status run_bench(const Options& options) {
+  const Device device = options.device == "cuda" ? Device::kCuda : Device::kCpu;
+  if (Status status = bench::device_available(device); !status) return status;
+  const Result<std::vector<ModeInfo>> modes = parse_modes(options.modes);
+  if (!modes) return modes.status();
+  Ceilings ceilings;
+  QUIRE_ASSIGN(read, bench::linear_read_bandwidth(device));
+  QUIRE_ASSIGN(copy, bench::copy_bandwidth(device));
+  ceilings = {read, copy};
+  Json rows = Json::array();
+  if (!options.json) {
+    fmt::print("linear read {:.0f} GB/s, copy {:.0f} GB/s (read + written)\n", read * 1e-9, copy * 1e-9);
+    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>8}\n", "op", "mode", "layout",
+               "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "TFLOP/s");
+  }
+  for (const std::int64_t batch : options.batches)
+    for (const std::int64_t context : options.contexts)
+      for (const std::int64_t q_len :
+           options.q_lens.empty() ? std::vector<std::int64_t>{options.op == "prefill" ? context : 1} : options.q_lens)
+        for (const int q_heads : options.num_q_heads)
+          for (const int kv_heads : options.num_kv_heads)
+            for (const int head_size : options.head_sizes)
+              for (const std::string& layout : options.layouts)
+                for (const ModeInfo& info : *modes) {
+                  const std::string& mode = info.name;
+                  const Problem problem{device,
+                                        mode,
+                                        layout,
+                                        batch,
+                                        context,
+                                        std::min(q_len, context),
+                                        q_heads,
+                                        kv_heads,
+                                        head_size,
+                                        options.head_size_v > 0 ? options.head_size_v : head_size,
+                                        options.block_size};
+                  const Result<Json> row = options.op == "store"
+                                               ? bench_store(problem, ceilings, options.budget_ms)
+                                               : bench_attention(options.op, problem, ceilings, options.budget_ms);
+                  if (!row) return Status(row.status().code(), mode + ": " + row.status().message());
+                  if (!options.json) {
+                    const Json& r = *row;
+                    const auto share = [&](const char* name) {
+                      return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
+                    };
+                    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}\n",
+                               options.op, mode, layout, batch, context, problem.q_len,
+                               fmt::format("{}/{}", q_heads, kv_heads), head_size, r["ms"].get<double>(),
+                               r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
+                               r["tflops"].get<double>());
+                    std::fflush(stdout);
+                  }
+                  rows.push_back(*row);
+                }
+  if (options.json) {
+    const Json report{{"device", bench::device_description(device)},
+                      {"linear_read_gbps", read * 1e-9},
+                      {"copy_gbps", copy * 1e-9},
+                      {"rows", rows}};
+    fmt::print("{}\n", report.dump(1));
+  }
+  return {};
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, int& exit_status) {
+  auto options = std::make_shared<Options>();
+  CLI::App* verb = app.add_subcommand("bench", "Time the ops over a grid of problems");
+  verb->add_option("op", options->op, "decode, prefill or store")
+      ->required()
+      ->check(CLI::IsMember({"decode", "prefill", "store"}));
+  verb->add_option("--device", options->device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  verb->add_option("--mode", options->modes, "kv_cache_dtypes, comma-separated, or all");
+  verb->add_option("--layout", options->layouts, "nhd, hnd, nhd_inline, hnd_inline")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"nhd", "hnd", "nhd_inline", "hnd_inline"}));
+  verb->add_option("--batch", options->batches, "sequences")->delimiter(',')->check(CLI::PositiveNumber);
+  verb->add_option("--context", options->contexts, "keys of a sequence, new tokens included")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  verb->add_option("--q-len", options->q_lens, "query tokens of a sequence")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  verb->add_option("--num-q-heads", options->num_q_heads)->delimiter(',')->check(CLI::PositiveNumber);
+  verb->add_option("--num-kv-heads", options->num_kv_heads)->delimiter(',')->check(CLI::PositiveNumber);
+  verb->add_option("--head-size", options->head_sizes)->delimiter(',')->check(CLI::PositiveNumber);
+  verb->add_option("--head-size-v", options->head_size_v, "default: the head size")->check(CLI::PositiveNumber);
+  verb->add_option("--block-size", options->block_size)->check(CLI::PositiveNumber);
+  verb->add_option("--budget-ms", options->budget_ms, "time spent measuring one row");
+  verb->add_flag("--json", options->json, "JSON on stdout");
+  verb->callback([options, &exit_status] {
+    if (Status status = run_bench(*options); !status) exit_status = report(status);
+  });
+}
+
+}  // namespace quire::cli
