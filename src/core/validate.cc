@@ -200,14 +200,12 @@ Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args) {
                               {.name = "key",
                                .dtypes = kFloatsAndFloat8,
                                .shape = {kAny, kAny, kAny},
-                               .shape_text = "[num_tokens, num_kv_heads, head_size]",
-                               .dense_rows = true}));
+                               .shape_text = "[num_tokens, num_kv_heads, head_size]"}));
   QUIRE_RETURN_IF_ERROR(check(args.value, device,
                               {.name = "value",
                                .dtypes = kFloatsAndFloat8,
                                .shape = {args.key.shape[0], args.key.shape[1], kAny},
-                               .shape_text = "[num_tokens, num_kv_heads, head_size_v]",
-                               .dense_rows = true}));
+                               .shape_text = "[num_tokens, num_kv_heads, head_size_v]"}));
   QUIRE_RETURN_IF_ERROR(check(args.slot_mapping, device,
                               {.name = "slot_mapping",
                                .dtypes = {DType::kInt64, DType::kInt32},
@@ -550,8 +548,8 @@ Status validate_problem(const AttentionProblem& problem) {
   } fields[] = {{"num_q_heads", problem.num_q_heads, 1}, {"num_kv_heads", problem.num_kv_heads, 1},
                 {"block_size", problem.block_size, 1},   {"max_num_tokens", problem.max_num_tokens, 0},
                 {"max_batch", problem.max_batch, 0},     {"max_query_len", problem.max_query_len, 0},
-                {"max_seq_len", problem.max_seq_len, 0},
-                {"row_alignment", problem.row_alignment, 1}, {"num_splits", problem.num_splits, 0}};
+                {"max_seq_len", problem.max_seq_len, 0}, {"row_alignment", problem.row_alignment, 1},
+                {"num_splits", problem.num_splits, 0}};
   for (const auto& field : fields) {
     if (field.value < field.least) {
       return invalid_argument(std::string(field.name) + " is " + str(field.value) + "; supported: " + str(field.least) +

@@ -33,8 +33,18 @@ struct Side {
 
 void store_row(const Side& side, std::int64_t token, std::int64_t head, std::uint8_t* data, std::uint8_t* meta) {
   const std::uint8_t* input = side.input_row(token, head);
+  const auto head_size = static_cast<std::size_t>(side.shape.head_size);
+  alignas(64) std::uint8_t gathered[format::kMaxHeadSize * sizeof(float)];
+  if (side.input.strides[2] != 1) {
+    const std::size_t element = dtype_bytes(side.input.dtype);
+    const std::int64_t stride = side.input.strides[2] * static_cast<std::int64_t>(element);
+    for (std::size_t i = 0; i < head_size; ++i) {
+      std::memcpy(gathered + i * element, input + static_cast<std::int64_t>(i) * stride, element);
+    }
+    input = gathered;
+  }
   if (side.copies()) {
-    std::memcpy(data, input, static_cast<std::size_t>(side.shape.head_size));
+    std::memcpy(data, input, head_size);
     return;
   }
   alignas(64) float y[format::kMaxHeadSize];

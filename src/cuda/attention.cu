@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <utility>
@@ -336,14 +337,31 @@ Tiles count_tiles(const AttentionProblem& bounds, std::int64_t num_tokens, std::
   return tiles;
 }
 
+// How many ways to split the keys of `blocks` row tiles x KV heads. Blocks run in waves of three on each of an H200's
+// 132 multiprocessors, and the last wave is rarely full; a block's prologue, epilogue and partial result cost as much
+// as about 256 keys. The best product of the two shares wins.
+std::int64_t choose_splits(std::int64_t blocks, std::int64_t max_keys) {
+  constexpr double kWave = 3 * 132;
+  constexpr double kOverheadKeys = 256;
+  constexpr std::int64_t kMostSplits = 128;
+  std::int64_t best = 1;
+  double best_share = 0.0;
+  for (std::int64_t splits = 1; splits <= std::min(kMostSplits, ceil_div(max_keys, 256)); ++splits) {
+    const double waves = static_cast<double>(blocks * splits) / kWave;
+    const double keys = static_cast<double>(max_keys) / static_cast<double>(splits);
+    const double share = waves / std::ceil(waves) * (keys / (keys + kOverheadKeys));
+    if (share > best_share) {
+      best = splits;
+      best_share = share;
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
 Result<AttentionPlan> plan(const AttentionProblem& problem) {
-  // Two blocks on each of an H200's 132 multiprocessors, twice over, but no split so short that its partial result
-  // costs more than its keys. The batch-invariant split depends on nothing but itself.
-  constexpr std::int64_t kTargetBlocks = 512;
-  constexpr std::int64_t kMinSplit = 256;
-  constexpr std::int64_t kInvariantSplit = 2048;
+  constexpr std::int64_t kInvariantSplit = 2048;  // depends on nothing but itself
   constexpr std::int64_t kMaxSplits = 1024;
   constexpr std::int64_t kSplitMultiple = 64;  // of every kernel's key tile
 
@@ -374,7 +392,7 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     plan.split_size = kInvariantSplit;
   } else {
     std::int64_t splits = problem.num_splits;
-    if (splits <= 0) splits = std::min(ceil_div(kTargetBlocks, blocks), ceil_div(max_keys, kMinSplit));
+    if (splits <= 0) splits = choose_splits(blocks, max_keys);
     splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
     plan.split_size = ceil_div(ceil_div(max_keys, splits), kSplitMultiple) * kSplitMultiple;
   }

@@ -56,6 +56,7 @@ Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invar
   if (!bounds.ok()) return bounds.status();
   const Result<AttentionPlan> plan = plan_unified_attention(*bounds);
   if (!plan.ok()) return plan.status();
+  problem.serial_sums = 4.0;
   if (plan->kernel.find("tensor cores") != std::string::npos) {
     const Result<ModeInfo> mode = mode_info(problem.args.mode);
     if (!mode.ok()) return mode.status();

@@ -168,6 +168,7 @@ class AttentionCase {
   // rounded to them only after a rotation; softmax weights always are.
   double query_unit = 0x1p-24;
   double weight_unit = 0x1p-24;
+  double serial_sums = 1.0;  // 4 where a kernel sums without SIMD lanes
 
   // Where run() hands the case over instead, if set: the CUDA tests run the same cases on a GPU.
   static inline Status (*run_elsewhere)(AttentionCase& problem, int num_splits, bool batch_invariant) = nullptr;
