@@ -40,8 +40,9 @@ struct DecodeConfig {
   struct Warp {
     alignas(16) std::uint8_t raw[kStages][kStageBytes];
     alignas(16) std::uint8_t converted[kConvertedBytes > 0 ? kConvertedBytes : 16];
-    alignas(8) float2 key_affine[kSlice], value_affine[kSlice];
-    float scales[kStages][2][kSlice];         // of K and V, where they come from a scale cache
+    alignas(8) float key_scale[kAffineRows], key_offset[kAffineRows];
+    alignas(8) float value_scale[kAffineRows], value_offset[kAffineRows];
+    float scales[kStages][2][kAffineRows];         // of K and V, where they come from a scale cache
     std::uint32_t readable[kStages];          // one bit a key
     std::int64_t offset[kStages][2][kSlice];  // of K and V rows; -1: not read
   };
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     query_sum[r] = shared.row[row].sum;
     seen[r] = {shared.row[row].begin, shared.row[row].end};
   }
-  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr;
+  // A slope that is not positive would turn maxima into minima: such logits are scaled at once, like biased ones.
+  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 
   const std::uint32_t query_address = ptx::shared_address(query_rows) + (lane % 16) * kPitch16<kHead> + lane / 16 * 16;
   std::uint32_t query[Config::kQueryInRegisters ? kSteps : 1][4];
@@ -192,14 +194,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
                                       : key_row + format::code_bytes<KeyF>(p.head_size);
         format::Affine affine = KeyF::read_meta(meta, format::row_shape(p.head_size));
         if constexpr (KeyF::kLevelNorm) affine.scale *= rsqrtf(squares);
-        own.key_affine[copy_key] = make_float2(affine.scale, affine.offset);
+        own.key_scale[copy_key] = affine.scale;
+        if constexpr (KeyF::kHasOffset) own.key_offset[copy_key] = affine.offset;
       }
     } else if constexpr (kValueMeta) {
       const auto* meta = kValueScales ? reinterpret_cast<const std::uint8_t*>(&own.scales[stage][1][copy_key])
                                       : value_row + format::code_bytes<ValueF>(p.head_size_v);
       const format::Affine affine = ValueF::read_meta(meta, format::row_shape(p.head_size_v));
       value_scale = affine.scale / level_unit<ValueF>;
-      own.value_affine[copy_key] = make_float2(value_scale, affine.offset);
+      own.value_scale[copy_key] = value_scale;
+      if constexpr (ValueF::kHasOffset) own.value_offset[copy_key] = affine.offset;
     }
     __syncwarp();
 
@@ -223,19 +227,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
 
     const int first_key = slice * kSlice;
     const bool all_seen = readable == 0xffffU && first_key >= tile.full_begin && first_key + kSlice <= tile.full_end;
-    float2 value_affine[2][2];
+    // In units of 1 / slope: the factor waits for the exponential, unless a bias comes between.
+    if constexpr (kKeyMeta) {
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int n = 8 * t + pair + e;
-        const float2 key_affine = kKeyMeta ? own.key_affine[n] : make_float2(1.0F, 0.0F);
-        value_affine[t][e] = kValueMeta ? own.value_affine[n] : make_float2(1.0F, 0.0F);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float& x = s[t][2 * r + e];
-          x = factor[r] * (kKeyMeta ? fmaf(key_affine.x, x, key_affine.y * query_sum[r]) : x);
-        }
+      for (int i = 0; i < 8; ++i) {
+        const int n = 8 * (i / 4) + pair + i % 2;
+        s[i / 4][i % 4] *= own.key_scale[n];
+        if constexpr (KeyF::kHasOffset)
+          s[i / 4][i % 4] = fmaf(own.key_offset[n], query_sum[i % 4 / 2], s[i / 4][i % 4]);
       }
     }
     if (has_bias) {
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = s[i / 2][2 * r + i % 2];
-          x = kLog2E * add_bias(bias, x * kLn2, first_key + 8 * (i / 2) + pair + i % 2);
+          x = kLog2E * add_bias(bias, x * (factor[r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
         }
       }
     }
@@ -264,35 +263,29 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const float slope = has_bias ? 1.0F : factor[r];
       float largest = fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
       const float next = fmaxf(max[r], largest);
-      const float base = next == -INFINITY ? 0.0F : next;
-      correction[r] = ptx::ex2_approx(max[r] - base);
+      const float base = next == -INFINITY ? 0.0F : slope * next;
+      correction[r] = ptx::ex2_approx(max[r] == -INFINITY ? -INFINITY : fmaf(slope, max[r], -base));
       moved = moved || next != max[r];
       max[r] = next;
       sum[r] *= correction[r];
       offset[r] *= correction[r];
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[t][2 * r + e];
-          const bool none = x == -INFINITY;  // 0 times a poisoned scale is not 0
-          x = ptx::ex2_approx(x - base);
-          sum[r] += x;
-          if constexpr (kValueMeta) {
-            offset[r] += none ? 0.0F : x * value_affine[t][e].y;
-            x = none ? 0.0F : x * value_affine[t][e].x;
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[i / 2][2 * r + i % 2];
+        x = ptx::ex2_approx(fmaf(slope, x, -base));
+        sum[r] += x;
       }
     }
     if constexpr (kValueMeta) {
-      const auto bits = __float_as_uint(fabsf(value_scale));
+      const std::uint32_t largest = __reduce_max_sync(kFullWarp, __float_as_uint(fabsf(value_scale)));
+      const bool poisoned = largest >= 0x7f800000U;  // some scale of the slice is NaN
       const float next =
-          fmaxf(unit, power_above(__uint_as_float(__reduce_max_sync(kFullWarp, bits < 0x7f800000U ? bits : 0U))));
+          fmaxf(unit, poisoned ? largest_finite<kSlice>(own.value_scale) : power_above(__uint_as_float(largest)));
       if (next != unit) {
         moved = true;
         correction[0] *= unit / next;
@@ -301,9 +294,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
       }
       const float inverse = unit > 0.0F ? 1.0F / unit : 0.0F;
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[t][i] *= inverse;
+      for (int i = 0; i < 8; ++i) {
+        float& x = s[i / 4][i % 4];
+        const int n = 8 * (i / 4) + pair + i % 2;
+        const bool weightless = poisoned && x == 0.0F;  // 0 times a NaN scale is not 0
+        if constexpr (ValueF::kHasOffset) offset[i % 4 / 2] += weightless ? 0.0F : x * own.value_offset[n];
+        x = weightless ? 0.0F : x * (own.value_scale[n] * inverse);
       }
     }
     if (__any_sync(kFullWarp, moved)) {
@@ -357,7 +353,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
   if (pair == 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      shared.merge.max[warp][quad + 8 * r] = max[r] * kLn2;
+      shared.merge.max[warp][quad + 8 * r] =
+          max[r] == -INFINITY ? -INFINITY : max[r] * (has_bias ? kLn2 : factor[r] * kLn2);
       shared.merge.sum[warp][quad + 8 * r] = sum[r];
     }
   }

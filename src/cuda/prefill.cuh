@@ -41,7 +41,7 @@ struct PrefillConfig {
     alignas(16) std::uint8_t value_raw[kValueRaw > 0 ? kValueRaw : 16];
     float scales[2][kKeys];            // of K and V, where they come from a scale cache
     std::int64_t offset[2][2][kKeys];  // of K and V rows, -1: not read; two tiles, used in turn
-    float2 key_affine[kKeys], value_affine[kKeys];
+    alignas(8) float key_scale[kKeys], key_offset[kKeys], value_scale[kKeys], value_offset[kKeys];
   };
   struct Rows {
     float acc[kRows][kHead + 4];
@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
       query_sum[m][r] = shared.row[row].sum;
     }
   }
-  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr;
+  // A slope that is not positive would turn maxima into minima: such logits are scaled at once, like biased ones.
+  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 
   float acc[kTiles][2 * kSteps][4] = {};
   float max[kTiles][2], sum[kTiles][2] = {}, offset[kTiles][2] = {};
@@ -195,7 +196,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
                                         : key_row + format::code_bytes<KeyF>(p.head_size);
           format::Affine affine = KeyF::read_meta(meta, format::row_shape(p.head_size));
           if constexpr (KeyF::kLevelNorm) affine.scale *= rsqrtf(squares);
-          tiles.key_affine[copy_key] = make_float2(affine.scale, affine.offset);
+          tiles.key_scale[copy_key] = affine.scale;
+          if constexpr (KeyF::kHasOffset) tiles.key_offset[copy_key] = affine.offset;
         }
       }
       if constexpr (kValueMeta) {
@@ -203,9 +205,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
                                         : value_row + format::code_bytes<ValueF>(p.head_size_v);
         const format::Affine affine = ValueF::read_meta(meta, format::row_shape(p.head_size_v));
         const float scale = affine.scale / level_unit<ValueF>;
-        if (copy_part == 0) tiles.value_affine[copy_key] = make_float2(scale, affine.offset);
-        const auto bits = __float_as_uint(fabsf(scale));
-        const std::uint32_t largest = __reduce_max_sync(kFullWarp, bits < 0x7f800000U ? bits : 0U);
+        if (copy_part == 0) {
+          tiles.value_scale[copy_key] = scale;
+          if constexpr (ValueF::kHasOffset) tiles.value_offset[copy_key] = affine.offset;
+        }
+        const std::uint32_t largest = __reduce_max_sync(kFullWarp, __float_as_uint(fabsf(scale)));
         if (lane == 0) shared.largest_scale[warp] = largest;
       }
       __syncthreads();
@@ -241,18 +245,23 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
     }
 
     look_up(first_key + 2 * kKeys, buffer);
-    // Scales, biases and the mask.
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    // Logits in units of 1 / slope: the factor waits for the exponential, unless a bias comes between.
+    if constexpr (kKeyMeta) {
 #pragma unroll
       for (int t = 0; t < 2 * kKeySteps; ++t) {
+        const float2 scale = *reinterpret_cast<const float2*>(&tiles.key_scale[8 * t + pair]);
+        float2 zero = make_float2(0.0F, 0.0F);
+        if constexpr (KeyF::kHasOffset) zero = *reinterpret_cast<const float2*>(&tiles.key_offset[8 * t + pair]);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float2 affine = kKeyMeta ? tiles.key_affine[8 * t + pair + e] : make_float2(1.0F, 0.0F);
+        for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            float& x = s[m][t][2 * r + e];
-            x = factor[m][r] * (kKeyMeta ? fmaf(affine.x, x, affine.y * query_sum[m][r]) : x);
+            s[m][t][2 * r] *= scale.x;
+            s[m][t][2 * r + 1] *= scale.y;
+            if constexpr (KeyF::kHasOffset) {
+              s[m][t][2 * r] = fmaf(zero.x, query_sum[m][r], s[m][t][2 * r]);
+              s[m][t][2 * r + 1] = fmaf(zero.y, query_sum[m][r], s[m][t][2 * r + 1]);
+            }
           }
         }
       }
@@ -264,12 +273,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
         for (int r = 0; r < 2; ++r) {
           const BiasRow bias = bias_row(p, tile, shared.row[warp * Config::kWarpRows + 16 * m + 8 * r + quad]);
 #pragma unroll
-          for (int t = 0; t < 2 * kKeySteps; ++t) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& x = s[m][t][2 * r + e];
-              x = kLog2E * add_bias(bias, x * kLn2, first_key + 8 * t + pair + e);
-            }
+          for (int i = 0; i < 4 * kKeySteps; ++i) {
+            float& x = s[m][i / 2][2 * r + i % 2];
+            x = kLog2E * add_bias(bias, x * (factor[m][r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
           }
         }
       }
@@ -297,11 +303,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
     // The running softmax, in base 2.
     float unit_ratio = 1.0F;
     float inverse_unit = 1.0F;
+    bool poisoned = false;  // some scale of the tile is NaN
     if constexpr (kValueMeta) {
       std::uint32_t largest = shared.largest_scale[0];
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) largest = ::max(largest, shared.largest_scale[w]);
-      const float next = fmaxf(unit, power_above(__uint_as_float(largest)));
+      poisoned = largest >= 0x7f800000U;
+      const float next =
+          fmaxf(unit, poisoned ? largest_finite<kKeys>(tiles.value_scale) : power_above(__uint_as_float(largest)));
       unit_ratio = next > 0.0F ? unit / next : 1.0F;
       inverse_unit = next > 0.0F ? 1.0F / next : 0.0F;
       unit = next;
@@ -312,35 +321,46 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        const float slope = has_bias ? 1.0F : factor[m][r];
         float largest = -INFINITY;
 #pragma unroll
         for (int t = 0; t < 2 * kKeySteps; ++t) largest = fmaxf(largest, fmaxf(s[m][t][2 * r], s[m][t][2 * r + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
         const float next = fmaxf(max[m][r], largest);
-        const float base = next == -INFINITY ? 0.0F : next;
-        const float shrink = ptx::ex2_approx(max[m][r] - base);
+        const float base = next == -INFINITY ? 0.0F : slope * next;
+        const float shrink = ptx::ex2_approx(max[m][r] == -INFINITY ? -INFINITY : fmaf(slope, max[m][r], -base));
         moved = moved || next != max[m][r];
         max[m][r] = next;
         correction[m][r] = shrink * unit_ratio;
+        sum[m][r] *= shrink;
         offset[m][r] *= shrink;
-        float total = 0.0F;
 #pragma unroll
-        for (int t = 0; t < 2 * kKeySteps; ++t) {
+        for (int i = 0; i < 4 * kKeySteps; ++i) {
+          float& x = s[m][i / 2][2 * r + i % 2];
+          x = ptx::ex2_approx(fmaf(slope, x, -base));
+          sum[m][r] += x;
+        }
+      }
+    }
+    if constexpr (kValueMeta) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[m][t][2 * r + e];
-            const bool none = x == -INFINITY;  // 0 times a poisoned scale is not 0
-            x = ptx::ex2_approx(x - base);
-            total += x;
-            if constexpr (kValueMeta) {
-              const float2 affine = tiles.value_affine[8 * t + pair + e];
-              offset[m][r] += none ? 0.0F : x * affine.y;
-              x = none ? 0.0F : x * (affine.x * inverse_unit);
+      for (int t = 0; t < 2 * kKeySteps; ++t) {
+        const float2 scale = *reinterpret_cast<const float2*>(&tiles.value_scale[8 * t + pair]);
+        float2 zero = make_float2(0.0F, 0.0F);
+        if constexpr (ValueF::kHasOffset) zero = *reinterpret_cast<const float2*>(&tiles.value_offset[8 * t + pair]);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& x = s[m][t][i];
+            const bool weightless = poisoned && x == 0.0F;  // 0 times a NaN scale is not 0
+            if constexpr (ValueF::kHasOffset) {
+              offset[m][i / 2] += weightless ? 0.0F : x * (i % 2 == 0 ? zero.x : zero.y);
             }
+            x = weightless ? 0.0F : x * ((i % 2 == 0 ? scale.x : scale.y) * inverse_unit);
           }
         }
-        sum[m][r] = sum[m][r] * shrink + total;
       }
     }
     if (__any_sync(kFullWarp, moved)) {
@@ -391,7 +411,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
         sum[m][r] += __shfl_xor_sync(kFullWarp, sum[m][r], step);
         offset[m][r] += __shfl_xor_sync(kFullWarp, offset[m][r], step);
       }
-      shared.max[row] = max[m][r] * kLn2;
+      shared.max[row] = max[m][r] == -INFINITY ? -INFINITY : max[m][r] * (has_bias ? kLn2 : factor[m][r] * kLn2);
       shared.sum[row] = sum[m][r];
 #pragma unroll
       for (int n = 0; n < 2 * kSteps; ++n) {

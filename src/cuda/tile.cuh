@@ -37,8 +37,9 @@ template <class F>
 __device__ __forceinline__ void load_codes(const std::uint8_t* at, bool aligned, int g,
                                            std::uint32_t (&codes)[Levels16<F>::kWords]) {
   constexpr int kWords = Levels16<F>::kWords;
-  const auto base = reinterpret_cast<std::uintptr_t>(at);
-  const auto* words = reinterpret_cast<const std::uint32_t*>(base & ~std::uintptr_t{3}) + g * kWords;
+  // Arithmetic on the pointer itself, so that the compiler still knows it is shared memory.
+  const unsigned odd = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(at)) & 3U;
+  const auto* words = reinterpret_cast<const std::uint32_t*>(at - odd) + g * kWords;
   if (aligned && kWords % 4 == 0) {
 #pragma unroll
     for (int w = 0; w < kWords; w += 4) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void load_codes(const std::uint8_t* at, bool aligned,
     }
     return;
   }
-  const unsigned shift = static_cast<unsigned>(base & 3U) * 8;
+  const unsigned shift = odd * 8;
   std::uint32_t low = words[0];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
@@ -474,6 +475,16 @@ __device__ __forceinline__ void write_row(const AttentionParams& p, const float*
   float* to = p.partials.acc + at * p.head_size_v;
   for (int c = lane; c < p.head_size_v; c += 32) to[c] = row[c];
   if (lane == 0) p.partials.state[at] = make_float2(state.max, state.sum);
+}
+
+// power_above the largest finite magnitude of some scales in shared memory. For slices that hold a poisoned row.
+template <int kCount>
+__device__ __noinline__ float largest_finite(const float* scales) {
+  float largest = 0.0F;
+  for (int i = 0; i < kCount; ++i) {
+    if (exact::is_finite(scales[i])) largest = fmaxf(largest, fabsf(scales[i]));
+  }
+  return power_above(largest);
 }
 
 template <bool kBFloat16>
