@@ -76,6 +76,7 @@ struct FormatDefaults {
   static constexpr StatsOf kStatsOf = StatsOf::kNothing;
   static constexpr bool kTensorScale = false;  // finish() divides by the per-tensor scale it is given
   static constexpr bool kLevelNorm = false;
+  static constexpr bool kHasOffset = false;  // read_meta's offset may differ from 0
   static constexpr DType kCacheDType = DType::kUInt8;
 
   using Stats = NoStats;

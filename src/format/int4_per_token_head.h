@@ -21,6 +21,7 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
   static constexpr std::string_view kName = "int4_per_token_head";
   static constexpr int kUnit = 2;
   static constexpr Rotation kRotation = Rotation::kSignedHadamard;
+  static constexpr bool kHasOffset = true;
   static constexpr StatsOf kStatsOf = StatsOf::kRotated;
   static constexpr double kMaxNmse = 2.5e-2;
 

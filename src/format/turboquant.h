@@ -61,7 +61,7 @@ struct Packing<3> {
 
 QUIRE_HD std::uint16_t saturated_half(float x) {
   const float limited = x > 65504.0F ? 65504.0F : (x < -65504.0F ? -65504.0F : x);
-  return float_to_half(limited);
+  return x == x ? float_to_half(limited) : std::uint16_t{0x7e00};  // one NaN on every device
 }
 
 }  // namespace turboquant
@@ -154,6 +154,7 @@ struct TurboQuantValue : FormatDefaults {
   static constexpr int kUnitBytes = Pack::kUnitBytes;
   static constexpr MetaPlace kMetaPlace = MetaPlace::kInRow;
   static constexpr int kMetaBytes = 4;
+  static constexpr bool kHasOffset = true;
   static constexpr StatsOf kStatsOf = StatsOf::kRotated;
   static constexpr float kMaxCode = static_cast<float>((1 << kBits) - 1);
   // Levels are codes - kCenter: attention adds up levels and offsets separately, and centred levels leave little to
