@@ -1,6 +1,6 @@
 // One row by the lanes of a warp: the second driver of the contract in format/format.h (format/row.h is the first).
 //
-//   A row of head_size elements lies over kLanes neighbouring lanes (8, 16 or 32; a warp holds 32 / kLanes rows), lane
+//   A row of head_size elements lies over kLanes neighbouring lanes (4 to 32; a warp holds 32 / kLanes rows), lane
 //   l holding the kElements contiguous elements from l * kElements on:
 //
 //     butterflies   h < kElements between a lane's registers, h >= kElements by a shuffle with lane l ^ (h / kElements)
@@ -9,6 +9,7 @@
 //
 // Elements past head_size hold zeros and never enter the statistics. Where head_size is not a multiple of kElements
 // (kRagged) one lane is partly filled; the rotation's block is then smaller than kElements, so it never crosses lanes.
+// Where every lane is known to be full (kExact) the head size is a constant.
 // Every lane of the warp takes part in every shuffle, also lanes whose row is skipped.
 #pragma once
 
@@ -26,18 +27,22 @@ namespace quire::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffU;
 
-template <int kElementsPerLane, int kLanesPerRow, bool kIsRagged>
+template <int kElementsPerLane, int kLanesPerRow, bool kIsRagged, bool kIsExact = false>
 struct RowTile {
   static constexpr int kElements = kElementsPerLane;
   static constexpr int kLanes = kLanesPerRow;
   static constexpr bool kRagged = kIsRagged;
+  static constexpr bool kExact = kIsExact;
   static_assert((kElements & (kElements - 1)) == 0 && kElements >= 8,
                 "a power of two that every format's unit divides");
-  static_assert(kLanes >= 8 && kLanes <= 32 && (kLanes & (kLanes - 1)) == 0);
+  static_assert(kLanes >= 4 && kLanes <= 32 && (kLanes & (kLanes - 1)) == 0);
 
   static __host__ __device__ constexpr bool holds(int head_size) {
+    if (kExact) return head_size == kElements * kLanes;
     return head_size <= kElements * kLanes && (kRagged || head_size % kElements == 0);
   }
+  // The head size, a constant where it is known.
+  static __device__ constexpr int head_size(int given) { return kExact ? kElements * kLanes : given; }
 };
 
 // A trivially copyable value of lane `lane ^ lane_mask`.
@@ -122,7 +127,7 @@ __device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, 
                                           float (&y)[Tile::kElements]) {
   constexpr int kE = Tile::kElements;
   const int first = lane * kE;
-  const int count = Tile::kRagged ? min(max(head_size - first, 0), kE) : (first < head_size ? kE : 0);
+  const int count = Tile::kRagged ? min(max(head_size - first, 0), kE) : (Tile::kExact || first < head_size ? kE : 0);
   if (dtype == DType::kFloat32) {
     alignas(16) std::uint8_t bytes[kE * 4] = {};
     load_bytes(row + first * 4, bytes, count * 4, access);
@@ -132,10 +137,16 @@ __device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, 
   }
   alignas(16) std::uint8_t bytes[kE * 2] = {};
   load_bytes(row + first * 2, bytes, count * 2, access);
+  if (dtype == DType::kFloat16) {
 #pragma unroll
-  for (int j = 0; j < kE; ++j) {
-    const auto code = format::load_as<std::uint16_t>(bytes + 2 * j);
-    y[j] = dtype == DType::kFloat16 ? format::half_to_float(code) : format::bfloat16_to_float(code);
+    for (int j = 0; j < kE; ++j) y[j] = format::half_to_float(format::load_as<std::uint16_t>(bytes + 2 * j));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kE; j += 2) {  // the halves of a word: one instruction each
+      const auto pair = format::load_as<std::uint32_t>(bytes + 2 * j);
+      y[j] = __uint_as_float(pair << 16);
+      y[j + 1] = __uint_as_float(pair & 0xffff0000U);
+    }
   }
 }
 
@@ -174,11 +185,12 @@ __device__ __forceinline__ void hadamard(float (&y)[Tile::kElements], int lane, 
 #pragma unroll
   for (int step = 1; step < Tile::kLanes; step *= 2) {
     if (step * kE < block) {
-      const bool upper = (lane & step) != 0;
+      // The lower lane adds, the upper one subtracts its own: a product with +-1 is exact, so one rounding remains.
+      const float sign = (lane & step) != 0 ? -1.0F : 1.0F;
 #pragma unroll
       for (int j = 0; j < kE; ++j) {
         const float other = __shfl_xor_sync(kFullWarp, y[j], step, Tile::kLanes);
-        y[j] = upper ? other - y[j] : y[j] + other;
+        y[j] = __fmaf_rn(y[j], sign, other);
       }
     }
   }
@@ -217,11 +229,13 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Tile::kE
 #pragma unroll
   for (int step = 1; step < Tile::kLanes; step *= 2) {
     const typename F::Stats other = shuffle_xor<Tile::kLanes>(total, step);
-    const bool upper = (lane & step) != 0;
+    // The upper half of the 2 * step lanes may lie past the row: both halves then have what the lower one has.
     const int upper_lane = (lane & ~(2 * step - 1)) + step;
-    const typename F::Stats low = upper ? other : total;
-    const typename F::Stats high = upper ? total : other;
-    total = upper_lane * kE < head_size ? F::merge(low, high) : low;
+    if (Tile::kExact || upper_lane * kE < head_size) {
+      total = F::merge(total, other);
+    } else if ((lane & step) != 0) {
+      total = other;
+    }
   }
   return total;
 }
@@ -253,7 +267,7 @@ __device__ __forceinline__ void encode_row(float (&y)[Tile::kElements], int lane
   for (int u = 0; u < kE / F::kUnit; ++u) F::pack(encoder, y + u * F::kUnit, bytes + u * F::kUnitBytes);
   if (!store) return;
   const int held = static_cast<int>(format::code_bytes<F>(shape.head_size)) - lane * kLaneBytes;
-  const int count = min(max(held, 0), kLaneBytes);
+  const int count = Tile::kExact ? kLaneBytes : min(max(held, 0), kLaneBytes);
   store_bytes(bytes, data + lane * kLaneBytes, count, data_access);
   if constexpr (F::kMetaBytes > 0) {
     if (lane == 0) {

@@ -101,18 +101,22 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& pr
       args.slot_mapping.strides[0] * static_cast<std::int64_t>(dtype_bytes(args.slot_mapping.dtype));
   params.slots_are_int64 = args.slot_mapping.dtype == DType::kInt64;
   params.num_tokens = problem.num_tokens;
-  params.num_heads = problem.num_kv_heads;
-  params.num_blocks = problem.num_blocks;
-  params.block_size = problem.block_size;
   params.error_counter = args.error_counter.ptr<unsigned long long>();
-  if (params.num_tokens == 0 || params.num_heads == 0) return {};
+  if (problem.num_tokens == 0 || problem.num_kv_heads == 0) return {};
 
-  constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
-  const std::int64_t items = params.num_tokens * params.num_heads * std::max(problem.head_size, problem.head_size_v);
-  if (items / kStoreThreads >= kMaxGrid) {
+  // Rows, and blocks of one thread per element, are counted in 31 bits.
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t elements = std::max<std::int64_t>(kStoreThreads, std::max(problem.head_size, problem.head_size_v));
+  const std::int64_t max_tokens = kMax / (elements / kStoreThreads + 1) / problem.num_kv_heads;
+  if (problem.num_tokens > max_tokens) {
     return unsupported("key holds " + std::to_string(params.num_tokens) + " tokens; one CUDA call stores at most " +
-                       std::to_string(kMaxGrid / 4 / params.num_heads) + " of them");
+                       std::to_string(max_tokens) + " of them");
   }
+  params.num_heads = Divider::by(static_cast<std::uint32_t>(problem.num_kv_heads));
+  params.block_size = problem.block_size;
+  params.num_slots = problem.num_blocks * problem.block_size;
+  params.slots_fit_31_bits = params.num_slots <= kMax && params.block_size <= kMax;
+  if (params.slots_fit_31_bits) params.block = Divider::by(static_cast<std::uint32_t>(params.block_size));
   const bool by_element = problem.head_major_x > 0 || params.key.copy_codes || params.value.copy_codes;
   return cuda_status(launch(params, by_element, static_cast<cudaStream_t>(stream)), "reshape_and_cache");
 }

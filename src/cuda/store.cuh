@@ -41,14 +41,31 @@ struct StoreSide {
   bool copy_codes = false;  // the input holds codes of the cache's float8
 };
 
+// n / divisor for 0 <= n < 2^31 by a multiplication: multiplier = ceil(2^(31 + shift) / divisor), shift = ceil(log2
+// divisor), is too large by less than 2^-31 of itself.
+struct Divider {
+  std::uint32_t divisor = 1, multiplier = 0, shift = 0;
+
+  static Divider by(std::uint32_t divisor) {
+    std::uint32_t shift = 0;
+    while ((std::uint64_t{1} << shift) < divisor) ++shift;
+    return {divisor, static_cast<std::uint32_t>(((std::uint64_t{1} << (31 + shift)) + divisor - 1) / divisor), shift};
+  }
+  __device__ __forceinline__ std::uint32_t quotient(std::uint32_t n) const {
+    return __umulhi(2 * n, multiplier) >> shift;
+  }
+};
+
 struct StoreParams {
   StoreSide key, value;
   const std::uint8_t* slot_mapping = nullptr;  // [num_tokens] int32 or int64
   std::int64_t slot_mapping_stride = 0;
   bool slots_are_int64 = false;
   std::int64_t num_tokens = 0;
-  int num_heads = 0;
-  std::int64_t num_blocks = 0, block_size = 0;
+  Divider num_heads;
+  std::int64_t num_slots = 0, block_size = 0;
+  Divider block;  // of block_size, where slots fit 31 bits
+  bool slots_fit_31_bits = false;
   unsigned long long* error_counter = nullptr;  // [1], may be null
 };
 
@@ -58,42 +75,52 @@ struct SlotAddress {
   bool stored = false;
 };
 
-__device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int64_t token, bool counts_errors) {
-  SlotAddress address;
+__device__ __forceinline__ std::int64_t load_slot(const StoreParams& p, std::int64_t token) {
   const std::uint8_t* at = p.slot_mapping + token * p.slot_mapping_stride;
-  const std::int64_t slot =
-      p.slots_are_int64 ? *reinterpret_cast<const std::int64_t*>(at) : *reinterpret_cast<const std::int32_t*>(at);
+  return p.slots_are_int64 ? *reinterpret_cast<const std::int64_t*>(at) : *reinterpret_cast<const std::int32_t*>(at);
+}
+
+__device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int64_t slot, bool counts_errors) {
+  SlotAddress address;
   if (slot < 0) return address;
-  if (slot >= p.num_blocks * p.block_size) {
+  if (slot >= p.num_slots) {
     if (counts_errors && p.error_counter != nullptr) atomicAdd(p.error_counter, 1ULL);
     return address;
   }
-  address.block = slot / p.block_size;
-  address.offset = slot - address.block * p.block_size;
+  if (p.slots_fit_31_bits) {
+    const std::uint32_t block = p.block.quotient(static_cast<std::uint32_t>(slot));
+    address.block = block;
+    address.offset = static_cast<std::uint32_t>(slot) - block * p.block.divisor;
+  } else {
+    address.block = slot / p.block_size;
+    address.offset = slot - address.block * p.block_size;
+  }
   address.stored = true;
   return address;
 }
 
 template <format::Format F, class Tile>
-__device__ __forceinline__ void store_row(const StoreParams& p, const StoreSide& side, std::int64_t row, int lane,
+__device__ __forceinline__ void store_row(const StoreParams& p, const StoreSide& side, std::uint32_t row, int lane,
                                           bool counts_errors) {
-  const std::int64_t token = row / p.num_heads;
-  const int head = static_cast<int>(row - token * p.num_heads);
-  SlotAddress slot;
-  if (token < p.num_tokens) slot = find_slot(p, token, counts_errors && head == 0 && lane == 0);
-
+  const int head_size = Tile::head_size(side.head_size);
+  const std::uint32_t token = p.num_heads.quotient(row);
+  const std::uint32_t head = row - token * p.num_heads.divisor;
   float y[Tile::kElements] = {};
-  if (slot.stored) {
+  SlotAddress slot;
+  if (token < p.num_tokens) {
+    // The input does not wait for the slot: both loads are on their way together.
+    const std::int64_t slot_index = load_slot(p, token);
     const std::uint8_t* input = side.input + token * side.input_token_stride + head * side.input_head_stride;
-    if (side.input_access > 0) {
-      load_lane<Tile>(input, side.input_dtype, side.input_access, lane, side.head_size, y);
+    if (Tile::kExact || side.input_access > 0) {
+      load_lane<Tile>(input, side.input_dtype, Tile::kExact ? 16 : side.input_access, lane, head_size, y);
     } else {
 #pragma unroll
       for (int j = 0; j < Tile::kElements; ++j) {
         const int i = lane * Tile::kElements + j;
-        if (i < side.head_size) y[j] = load_float(input + i * side.input_element_stride, side.input_dtype);
+        if (i < head_size) y[j] = load_float(input + i * side.input_element_stride, side.input_dtype);
       }
     }
+    slot = find_slot(p, slot_index, counts_errors && head == 0 && lane == 0);
   }
   float tensor_scale = 1.0F;
   if (F::kTensorScale && side.tensor_scale != nullptr)
@@ -106,10 +133,9 @@ __device__ __forceinline__ void store_row(const StoreParams& p, const StoreSide&
     meta = side.scales + slot.block * side.scale_block_stride + slot.offset * side.scale_slot_stride +
            head * side.scale_head_stride;
   } else if constexpr (F::kMetaPlace == format::MetaPlace::kInRow) {
-    meta = data + format::code_bytes<F>(side.head_size);
+    meta = data + format::code_bytes<F>(head_size);
   }
-  encode_row<F, Tile>(y, lane, format::row_shape(side.head_size), tensor_scale, slot.stored, data, side.cache_access,
-                      meta);
+  encode_row<F, Tile>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, side.cache_access, meta);
 }
 
 inline constexpr int kStoreThreads = 128;
@@ -118,7 +144,7 @@ template <format::Format KeyF, format::Format ValueF, class Tile>
 __global__ void __launch_bounds__(kStoreThreads) store_rows(const __grid_constant__ StoreParams p) {
   constexpr int kRowsPerBlock = kStoreThreads / Tile::kLanes;
   const int lane = static_cast<int>(threadIdx.x) % Tile::kLanes;
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / Tile::kLanes;
+  const std::uint32_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / Tile::kLanes;
   const bool is_key = blockIdx.y == 0;
   if constexpr (std::is_same_v<KeyF, ValueF>) {
     store_row<KeyF, Tile>(p, is_key ? p.key : p.value, row, lane, is_key);
@@ -139,10 +165,10 @@ __device__ __forceinline__ void store_element(const StoreParams& p, const StoreS
                                               bool counts_errors) {
   const int i = static_cast<int>(index % side.head_size);
   const std::int64_t row = index / side.head_size;
-  const std::int64_t token = row / p.num_heads;
-  const int head = static_cast<int>(row - token * p.num_heads);
+  const std::int64_t token = row / p.num_heads.divisor;
+  const int head = static_cast<int>(row - token * p.num_heads.divisor);
   if (token >= p.num_tokens) return;
-  const SlotAddress slot = find_slot(p, token, counts_errors && head == 0 && i == 0);
+  const SlotAddress slot = find_slot(p, load_slot(p, token), counts_errors && head == 0 && i == 0);
   if (!slot.stored) return;
   const std::uint8_t* input =
       side.input + token * side.input_token_stride + head * side.input_head_stride + i * side.input_element_stride;
@@ -174,14 +200,20 @@ inline dim3 store_grid(std::int64_t items, std::int64_t items_per_block) {
   return {static_cast<unsigned>((items + items_per_block - 1) / items_per_block), 2, 1};
 }
 
-// The narrowest tile that holds both head sizes.
+// Whether a tile serves a side; an exact tile also takes its input in 16-byte loads.
+template <class Tile>
+bool tile_serves(const StoreSide& side) {
+  return Tile::holds(side.head_size) && (!Tile::kExact || side.input_access == 16);
+}
+
+// The first tile that serves both sides.
 template <format::Format KeyF, format::Format ValueF, class Tile, class... Wider>
 cudaError_t launch_store_rows(const StoreParams& params, cudaStream_t stream) {
-  if (!Tile::holds(params.key.head_size) || !Tile::holds(params.value.head_size)) {
+  if (!tile_serves<Tile>(params.key) || !tile_serves<Tile>(params.value)) {
     if constexpr (sizeof...(Wider) > 0) return launch_store_rows<KeyF, ValueF, Wider...>(params, stream);
     return cudaErrorInvalidValue;
   }
-  const dim3 grid = store_grid(params.num_tokens * params.num_heads, kStoreThreads / Tile::kLanes);
+  const dim3 grid = store_grid(params.num_tokens * params.num_heads.divisor, kStoreThreads / Tile::kLanes);
   store_rows<KeyF, ValueF, Tile><<<grid, kStoreThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
@@ -193,14 +225,17 @@ cudaError_t launch_store(const StoreParams& params, bool by_element, cudaStream_
     if constexpr (kElementwise<KeyF> && kElementwise<ValueF>) {
       const int head_size =
           params.key.head_size > params.value.head_size ? params.key.head_size : params.value.head_size;
-      const dim3 grid = store_grid(params.num_tokens * params.num_heads * head_size, kStoreThreads);
+      const dim3 grid = store_grid(params.num_tokens * params.num_heads.divisor * head_size, kStoreThreads);
       store_elements<KeyF, ValueF><<<grid, kStoreThreads, 0, stream>>>(params);
       return cudaGetLastError();
     } else {
       return cudaErrorInvalidValue;
     }
   }
-  return launch_store_rows<KeyF, ValueF, RowTile<8, 8, false>, RowTile<16, 8, false>, RowTile<16, 16, false>,
+  // A rotation across lanes costs a shuffle per element and stage: rotated formats take half as many lanes.
+  constexpr bool kRotates = KeyF::kRotation != format::Rotation::kNone || ValueF::kRotation != format::Rotation::kNone;
+  using Tile128 = std::conditional_t<kRotates, RowTile<32, 4, false, true>, RowTile<16, 8, false, true>>;
+  return launch_store_rows<KeyF, ValueF, Tile128, RowTile<8, 8, false>, RowTile<16, 8, false>, RowTile<16, 16, false>,
                            RowTile<16, 32, false>, RowTile<16, 32, true>>(params, stream);
 }
 

@@ -59,9 +59,17 @@ QUIRE_HD std::uint16_t float_to_bfloat16(float x) {
 
 QUIRE_HD float half_to_float(std::uint16_t code) {
   const std::uint32_t magnitude = code & 0x7fffU;
+#ifdef __CUDA_ARCH__
+  // The instruction is exact, but changes NaNs.
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(code));
+  const std::uint32_t nan = (static_cast<std::uint32_t>(code & 0x8000U) << 16) | 0x7f800000U | (magnitude << 13);
+  return magnitude > 0x7c00U ? exact::from_bits(nan) : value;
+#else
   const std::uint32_t special = (magnitude << 13) | 0x7f800000U;
   const std::uint32_t bits = magnitude >= 0x7c00U ? special : widen_magnitude<10, 15>(magnitude);
   return exact::from_bits(bits | (static_cast<std::uint32_t>(code & 0x8000U) << 16));
+#endif
 }
 
 QUIRE_HD std::uint16_t float_to_half(float x) {
@@ -69,8 +77,14 @@ QUIRE_HD std::uint16_t float_to_half(float x) {
   const std::uint32_t magnitude = bits & 0x7fffffffU;
   const std::uint32_t payload = (magnitude >> 13) & 0x3ffU;
   const std::uint32_t nan = 0x7c00U | payload | (payload == 0 ? 0x200U : 0U);
+#ifdef __CUDA_ARCH__
+  std::uint16_t rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(exact::from_bits(magnitude)));
+  const std::uint32_t code = magnitude > 0x7f800000U ? nan : rounded;
+#else
   const std::uint32_t limited = magnitude < 0x47800000U ? magnitude : 0x47800000U;  // 65536 rounds to infinity
   const std::uint32_t code = magnitude > 0x7f800000U ? nan : round_magnitude<10, 15>(limited);
+#endif
   return static_cast<std::uint16_t>(code | ((bits >> 16) & 0x8000U));
 }
 
@@ -78,10 +92,16 @@ struct E4M3 {
   static constexpr float kMax = 448.0F;
   static QUIRE_HD std::uint8_t encode(float x) {
     const std::uint32_t bits = exact::bits_of(x);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    std::uint16_t pair;  // the instruction rounds two; it gives every NaN as 0x7f
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0F), "f"(x));
+    return static_cast<std::uint8_t>(pair | ((bits >> 24) & 0x80U));
+#else
     const std::uint32_t magnitude = bits & 0x7fffffffU;
     const std::uint32_t limited = magnitude < 0x43e00000U ? magnitude : 0x43e00000U;
     const std::uint32_t code = magnitude > 0x7f800000U ? 0x7fU : round_magnitude<3, 7>(limited);
     return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
+#endif
   }
   static QUIRE_HD float decode(std::uint8_t code) {
     const std::uint32_t magnitude = code & 0x7fU;
@@ -94,10 +114,16 @@ struct E5M2 {
   static constexpr float kMax = 57344.0F;
   static QUIRE_HD std::uint8_t encode(float x) {
     const std::uint32_t bits = exact::bits_of(x);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    std::uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0F), "f"(x));
+    return static_cast<std::uint8_t>(pair | ((bits >> 24) & 0x80U));
+#else
     const std::uint32_t magnitude = bits & 0x7fffffffU;
     const std::uint32_t limited = magnitude < 0x47600000U ? magnitude : 0x47600000U;
     const std::uint32_t code = magnitude > 0x7f800000U ? 0x7fU : round_magnitude<2, 15>(limited);
     return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
+#endif
   }
   static QUIRE_HD float decode(std::uint8_t code) {
     return half_to_float(static_cast<std::uint16_t>(static_cast<std::uint16_t>(code) << 8));

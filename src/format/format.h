@@ -8,7 +8,8 @@
 // WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/row.cuh are the two
 // drivers):
 //
-//     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree
+//     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree;
+//                                                  merge(a, b) = merge(b, a), up to the sign of a zero
 //     encoder = finish(stats, shape, tensor_scale)
 //     pack(encoder, y, bytes)                      kUnit elements at a time into kUnitBytes bytes
 //     write_meta(encoder, meta)                    kMetaBytes bytes, once per row
@@ -131,22 +132,23 @@ QUIRE_HD void store_as(std::uint8_t* bytes, T value) {
 // ---- the parts that several formats share
 // ----------------------------------------------------------------------------
 
-// max |x|, and whether every element was finite.
+// max |x|. Not finite where an element is not.
 struct AbsMax {
   float value;
-  bool finite;
-  static QUIRE_HD AbsMax of(float x) { return {exact::abs(x), exact::is_finite(x)}; }
-  static QUIRE_HD AbsMax merge(AbsMax a, AbsMax b) { return {exact::max(a.value, b.value), a.finite && b.finite}; }
+  static QUIRE_HD AbsMax of(float x) { return {exact::abs(x)}; }
+  static QUIRE_HD AbsMax merge(AbsMax a, AbsMax b) { return {exact::max_or_nan(a.value, b.value)}; }
+  QUIRE_HD bool finite() const { return exact::is_finite(value); }
 };
 
-// min and max with 0 counted in, and whether every element was finite.
+// min and max.
 struct Range {
   float low, high;
-  bool finite;
-  static QUIRE_HD Range of(float x) { return {exact::min(x, 0.0F), exact::max(x, 0.0F), exact::is_finite(x)}; }
+  static QUIRE_HD Range of(float x) { return {x, x}; }
   static QUIRE_HD Range merge(Range a, Range b) {
-    return {exact::min(a.low, b.low), exact::max(a.high, b.high), a.finite && b.finite};
+    return {exact::min_or_nan(a.low, b.low), exact::max_or_nan(a.high, b.high)};
   }
+  // Whether every element is, and their distance too: infinities and NaNs reach the difference.
+  QUIRE_HD bool finite() const { return exact::is_finite(high - low); }
 };
 
 // Sum of squares. Not order-free: the tree of the contract fixes its bits.

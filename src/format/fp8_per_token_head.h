@@ -21,7 +21,7 @@ struct Fp8PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Stats merge(Stats a, Stats b) { return AbsMax::merge(a, b); }
 
   static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
-    if (!stats.finite) return Encoder::poisoned();
+    if (!stats.finite()) return Encoder::poisoned();
     const float scale = exact::max(stats.value * (1.0F / 448.0F), 1e-6F);
     return {scale, exact::divide(1.0F, scale), 0.0F};
   }

@@ -11,6 +11,7 @@
 //               4i+3  4i+2  4i+1  4i
 #pragma once
 
+#include "format/codebook.h"
 #include "format/format.h"
 
 namespace quire::format {
@@ -38,11 +39,16 @@ struct Int2PerTokenHead : ScaleCacheDefaults {
   }
   static QUIRE_HD std::uint32_t code(const Encoder& encoder, float y) {
     const float z = y * encoder.inverse;
+#ifdef __CUDA_ARCH__
+    return count_symmetric_bounds<1>(z, [](int) { return kThreshold; });
+#else
     return (z >= -kThreshold ? 1U : 0U) + (z >= 0.0F ? 1U : 0U) + (z >= kThreshold ? 1U : 0U);
+#endif
   }
   static QUIRE_HD void pack(const Encoder& encoder, const float* y, std::uint8_t* bytes) {
-    *bytes = static_cast<std::uint8_t>(code(encoder, y[0]) | (code(encoder, y[1]) << 2) | (code(encoder, y[2]) << 4) |
-                                       (code(encoder, y[3]) << 6));
+    const std::uint32_t low = exact::join<2>(code(encoder, y[0]), code(encoder, y[1]));
+    const std::uint32_t high = exact::join<2>(code(encoder, y[2]), code(encoder, y[3]));
+    *bytes = static_cast<std::uint8_t>(exact::join<4>(low, high));
   }
   static QUIRE_HD float level(std::uint32_t code) {
     const float magnitude = code == 0 || code == 3 ? kOuter : kInner;

@@ -33,18 +33,19 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Stats merge(Stats a, Stats b) { return Range::merge(a, b); }
 
   static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
-    const float scale = exact::max((stats.high - stats.low) * (1.0F / 15.0F), 1e-6F);
-    if (!stats.finite || !exact::is_finite(scale)) return Encoder::poisoned();
+    if (!stats.finite()) return Encoder::poisoned();
+    const float low = exact::min(stats.low, 0.0F);
+    const float high = exact::max(stats.high, 0.0F);
+    const float scale = exact::max((high - low) * (1.0F / 15.0F), 1e-6F);
     const float inverse = exact::divide(1.0F, scale);
-    return {scale, inverse, exact::clamp(exact::round_half_away(-stats.low * inverse), 0.0F, 15.0F)};
+    return {scale, inverse, exact::clamp(exact::round_half_away(-low * inverse), 0.0F, 15.0F)};
   }
   static QUIRE_HD std::uint32_t code(const Encoder& encoder, float y) {
     const float scaled = y * encoder.inverse;
-    return static_cast<std::uint32_t>(
-        static_cast<std::int32_t>(exact::round_half_away(exact::clamp(scaled + encoder.zero, 0.0F, 15.0F))));
+    return exact::round_half_away_nonnegative(exact::clamp(scaled + encoder.zero, 0.0F, 15.0F));
   }
   static QUIRE_HD void pack(const Encoder& encoder, const float* y, std::uint8_t* bytes) {
-    *bytes = static_cast<std::uint8_t>(code(encoder, y[0]) | (code(encoder, y[1]) << 4));
+    *bytes = static_cast<std::uint8_t>(exact::join<4>(code(encoder, y[0]), code(encoder, y[1])));
   }
   static QUIRE_HD void write_meta(const Encoder& encoder, std::uint8_t* meta) {
     const std::uint32_t zero = static_cast<std::uint32_t>(static_cast<std::int32_t>(encoder.zero));

@@ -21,14 +21,12 @@ struct Int8PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Stats merge(Stats a, Stats b) { return AbsMax::merge(a, b); }
 
   static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
-    if (!stats.finite) return Encoder::poisoned();
+    if (!stats.finite()) return Encoder::poisoned();
     const float scale = exact::max(stats.value * (1.0F / 127.0F), 1e-6F);
     return {scale, exact::divide(1.0F, scale), 0.0F};
   }
   static QUIRE_HD void pack(const Encoder& encoder, const float* y, std::uint8_t* bytes) {
-    const float scaled = y[0] * encoder.inverse;
-    const float code = exact::round_half_even(exact::clamp(scaled == scaled ? scaled : 0.0F, -128.0F, 127.0F));
-    *bytes = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+    *bytes = static_cast<std::uint8_t>(exact::round_to_int8(y[0] * encoder.inverse));
   }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) {
     *level = static_cast<float>(static_cast<std::int8_t>(*bytes));

@@ -35,7 +35,7 @@ struct Packing<4> {
   static constexpr int kUnit = 2;
   static constexpr int kUnitBytes = 1;
   static QUIRE_HD void pack(const std::uint32_t* codes, std::uint8_t* bytes) {
-    bytes[0] = static_cast<std::uint8_t>(codes[0] | (codes[1] << 4));
+    bytes[0] = static_cast<std::uint8_t>(exact::join<4>(codes[0], codes[1]));
   }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, std::uint32_t* codes) {
     codes[0] = bytes[0] & 15U;
@@ -49,7 +49,7 @@ struct Packing<3> {
   static constexpr int kUnitBytes = 3;
   static QUIRE_HD void pack(const std::uint32_t* codes, std::uint8_t* bytes) {
     std::uint32_t word = 0;
-    for (int i = 0; i < 8; ++i) word |= codes[i] << (3 * i);
+    for (int i = 7; i >= 0; --i) word = exact::join<3>(codes[i], word);
     for (int i = 0; i < 3; ++i) bytes[i] = static_cast<std::uint8_t>(word >> (8 * i));
   }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, std::uint32_t* codes) {
@@ -161,30 +161,24 @@ struct TurboQuantValue : FormatDefaults {
   // cancel.
   static constexpr std::int32_t kCenter = 1 << (kBits - 1);
 
-  // min and max, and whether every element was finite.
-  struct Stats {
-    float low, high;
-    bool finite;
-  };
+  using Stats = Range;
   struct Encoder {
     float scale;
     float low;
     float inverse;  // NaN for a poisoned row
   };
-  static QUIRE_HD Stats stat(float y) { return {y, y, exact::is_finite(y)}; }
-  static QUIRE_HD Stats merge(Stats a, Stats b) {
-    return {exact::min(a.low, b.low), exact::max(a.high, b.high), a.finite && b.finite};
-  }
+  static QUIRE_HD Stats stat(float y) { return Range::of(y); }
+  static QUIRE_HD Stats merge(Stats a, Stats b) { return Range::merge(a, b); }
   static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
+    if (!stats.finite()) return {exact::quiet_nan(), exact::quiet_nan(), exact::quiet_nan()};
     const float scale = exact::max((stats.high - stats.low) * (1.0F / kMaxCode), 1e-8F);
-    if (!stats.finite || !exact::is_finite(scale)) return {exact::quiet_nan(), exact::quiet_nan(), exact::quiet_nan()};
-    return {scale, stats.low, exact::divide(1.0F, scale)};
+    return {scale, stats.low + 0.0F, exact::divide(1.0F, scale)};  // + 0: a minimum of -0 is stored as 0
   }
   static QUIRE_HD void pack(const Encoder& encoder, const float* y, std::uint8_t* bytes) {
     std::uint32_t codes[kUnit];
     for (int i = 0; i < kUnit; ++i) {
       const float steps = (y[i] - encoder.low) * encoder.inverse;
-      codes[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(exact::clamp(steps + 0.5F, 0.0F, kMaxCode)));
+      codes[i] = exact::truncate_nonnegative(exact::clamp(steps + 0.5F, 0.0F, kMaxCode));
     }
     Pack::pack(codes, bytes);
   }
