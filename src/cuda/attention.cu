@@ -337,19 +337,20 @@ Tiles count_tiles(const AttentionProblem& bounds, std::int64_t num_tokens, std::
   return tiles;
 }
 
-// How many ways to split the keys of `blocks` row tiles x KV heads. Blocks run in waves of three on each of an H200's
+// How many ways to split the keys of `blocks` row tiles x KV heads. Blocks run in waves of so many on each of an H200's
 // 132 multiprocessors, and the last wave is rarely full; a block's prologue, epilogue and partial result cost as much
-// as about 256 keys. The best product of the two shares wins.
-std::int64_t choose_splits(std::int64_t blocks, std::int64_t max_keys) {
-  constexpr double kWave = 3 * 132;
-  constexpr double kOverheadKeys = 256;
+// as so many keys (measured: about 256 for 16 rows; 128 rows write eight times as much). The best product of both
+// shares wins.
+std::int64_t choose_splits(std::int64_t blocks, std::int64_t max_keys, int blocks_per_multiprocessor,
+                           double overhead_keys) {
+  const double wave = blocks_per_multiprocessor * 132;
   constexpr std::int64_t kMostSplits = 128;
   std::int64_t best = 1;
   double best_share = 0.0;
   for (std::int64_t splits = 1; splits <= std::min(kMostSplits, ceil_div(max_keys, 256)); ++splits) {
-    const double waves = static_cast<double>(blocks * splits) / kWave;
+    const double waves = static_cast<double>(blocks * splits) / wave;
     const double keys = static_cast<double>(max_keys) / static_cast<double>(splits);
-    const double share = waves / std::ceil(waves) * (keys / (keys + kOverheadKeys));
+    const double share = waves / std::ceil(waves) * (keys / (keys + overhead_keys));
     if (share > best_share) {
       best = splits;
       best_share = share;
@@ -392,7 +393,8 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     plan.split_size = kInvariantSplit;
   } else {
     std::int64_t splits = problem.num_splits;
-    if (splits <= 0) splits = choose_splits(blocks, max_keys);
+    if (splits <= 0)
+      splits = tiles.many > 0 ? choose_splits(blocks, max_keys, 2, 4096) : choose_splits(blocks, max_keys, 3, 256);
     splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
     plan.split_size = ceil_div(ceil_div(max_keys, splits), kSplitMultiple) * kSplitMultiple;
   }

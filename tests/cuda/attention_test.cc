@@ -300,7 +300,8 @@ TEST(CudaAttention, ThePlanNamesItsKernel) {
   problem.mode = mode_of("bfloat16");
   problem.row_alignment = 2;
   EXPECT_NE(plan_unified_attention(problem).value().kernel.find("attend_split"), std::string::npos);
-  EXPECT_EQ(plan.value().split_size * plan.value().max_splits, 8192);
+  EXPECT_GE(plan.value().split_size * plan.value().max_splits, 8192);
+  EXPECT_LT(plan.value().split_size * (plan.value().max_splits - 1), 8192);
 }
 
 }  // namespace
