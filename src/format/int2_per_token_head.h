@@ -11,7 +11,6 @@
 //               4i+3  4i+2  4i+1  4i
 #pragma once
 
-#include "format/codebook.h"
 #include "format/format.h"
 
 namespace quire::format {
@@ -37,10 +36,22 @@ struct Int2PerTokenHead : ScaleCacheDefaults {
     const float scale = exact::divide(norm, static_cast<float>(shape.block) * root);
     return {scale, exact::divide(root, norm), 0.0F};
   }
+#ifdef __CUDA_ARCH__
+  // 1 where z >= bound, else 0 (also for NaN): 2^30 (z - the float before bound) limited to [0, 1]. Neighbouring floats
+  // at the bound lie 2^-24 apart. One instruction of the multiplier's pipe.
+  static __device__ __forceinline__ float at_least(float z, float bound) {
+    constexpr float kScale = 1073741824.0F;
+    const float before = exact::from_bits(exact::bits_of(bound) + (bound > 0.0F ? ~0U : 1U));
+    float flag;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(flag) : "f"(z), "f"(kScale), "f"(-before * kScale));
+    return flag;
+  }
+#endif
   static QUIRE_HD std::uint32_t code(const Encoder& encoder, float y) {
     const float z = y * encoder.inverse;
 #ifdef __CUDA_ARCH__
-    return count_symmetric_bounds<1>(z, [](int) { return kThreshold; });
+    const float count = at_least(z, -kThreshold) + (z >= 0.0F ? 1.0F : 0.0F) + at_least(z, kThreshold);
+    return exact::bits_of(count + 8388608.0F) & 3U;  // 2^23 + count has count in its low bits
 #else
     return (z >= -kThreshold ? 1U : 0U) + (z >= 0.0F ? 1U : 0U) + (z >= kThreshold ? 1U : 0U);
 #endif
