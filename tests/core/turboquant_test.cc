@@ -24,8 +24,8 @@ constexpr std::uint8_t kPoison = 0xA5;
 
 // A store and a decode over one slot tensor, with every optional input given.
 struct SlotCalls {
-  explicit SlotCalls(const TurboQuantConfig& config, int head_size)
-      : head_size(head_size),
+  SlotCalls(const TurboQuantConfig& config, int size)
+      : head_size(size),
         key(DType::kFloat32, {kTokens, kKvHeads, head_size}),
         value(DType::kFloat32, {kTokens, kKvHeads, head_size}),
         slot_mapping(DType::kInt32, {kTokens}),
