@@ -337,7 +337,10 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 }
 
 Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, const EvalOptions& options) {
-  return Evaluation(model, sets, options).run();
+  model.set_qkv_dtype(options.qkv_dtype.value_or(model.config().dtype));
+  Result<std::vector<EvalScore>> scores = Evaluation(model, sets, options).run();
+  model.set_qkv_dtype(DType::kFloat32);
+  return scores;
 }
 
 std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name) {

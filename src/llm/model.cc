@@ -46,6 +46,14 @@ void rms_norm(float* x, const std::vector<float>& weight, std::int64_t rows, std
   }
 }
 
+void round_to(DType dtype, float* x, std::int64_t count) {
+  if (dtype == DType::kBFloat16) {
+    for (std::int64_t i = 0; i < count; ++i) x[i] = format::bfloat16_to_float(format::float_to_bfloat16(x[i]));
+  } else if (dtype == DType::kFloat16) {
+    for (std::int64_t i = 0; i < count; ++i) x[i] = format::half_to_float(format::float_to_half(x[i]));
+  }
+}
+
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
@@ -296,6 +304,7 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
   }
   rope(q, c.num_q_heads, n);
   rope(k, c.num_kv_heads, n);
+  round_to(qkv_dtype_, q, n * row_stride);
 
   const auto heads_of = [&](float* first, int num_heads) {
     return Tensor::strided(first, DType::kFloat32, {n, num_heads, c.head_size}, {row_stride, c.head_size, 1});

@@ -45,6 +45,10 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
 
+  // q, k and v are rounded to this float type before they go to the cache: fp32, the default, leaves them; an engine
+  // that computes in bf16 hands over bf16.
+  void set_qkv_dtype(DType dtype) { qkv_dtype_ = dtype; }
+
   // Writes logits [R, vocab_size], R = batch.logit_rows.size(). Not for two threads at once: it owns its scratch
   // memory.
   Status forward(const Batch& batch, KVCache& cache, float* logits);
@@ -72,6 +76,7 @@ class Model {
   void mlp_block(const Layer& layer, std::int64_t num_tokens);
 
   ModelConfig config_;
+  DType qkv_dtype_ = DType::kFloat32;
   std::vector<float> embedding_;  // [vocab_size, hidden_size]
   std::vector<Layer> layers_;
   std::vector<float> final_norm_;

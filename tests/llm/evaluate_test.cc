@@ -40,8 +40,9 @@ TEST(Evaluate, MatchesTheDefinitions) {
   sets.recall = {right, wrong, wrong, right, wrong};
   sets.arithmetic = {right, wrong};
 
-  const auto scores =
-      llm::evaluate(*model, sets, {.modes = modes_of({"float32", "int2_per_token_head"}), .progress = {}});
+  const auto scores = llm::evaluate(
+      *model, sets,
+      {.modes = modes_of({"float32", "int2_per_token_head"}), .qkv_dtype = DType::kFloat32, .progress = {}});
   ASSERT_TRUE(scores.ok()) << scores.status().message();
   double nll = 0.0, kl = 0.0;
   for (std::size_t window = 0; window < 2; ++window) {

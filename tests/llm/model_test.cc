@@ -125,6 +125,20 @@ TEST(Model, FileDtypesAndShardsGiveTheSameLogits) {
   for (const auto& result : results) EXPECT_EQ(result, results[0]);
 }
 
+TEST(Model, QkvInBf16FitABf16CacheExactly) {
+  const TempDir dir;
+  TestModel("Qwen3ForCausalLM").save(dir);
+  auto model = Model::load(dir.path());
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  const auto tokens = some_tokens(40, 61);
+  const auto unrounded = run_logits(*model, tokens, "float32");
+  EXPECT_NE(run_logits(*model, tokens, "bfloat16"), unrounded);
+  model->set_qkv_dtype(DType::kBFloat16);
+  const auto rounded = run_logits(*model, tokens, "float32");
+  EXPECT_NE(rounded, unrounded);
+  EXPECT_EQ(run_logits(*model, tokens, "bfloat16"), rounded);
+}
+
 TEST(Model, RefusesBadFolders) {
   TestModel good("LlamaForCausalLM");
   {

@@ -13,8 +13,10 @@
 namespace quire::cli {
 namespace {
 
+constexpr DType kQkvDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
 struct Options {
-  std::string model_dir, kv_cache_dtype = "all", skip_layers;
+  std::string model_dir, kv_cache_dtype = "all", skip_layers, qkv_dtype = "model";
   llm::EvalPaths paths;
   llm::EvalOptions eval;
   bool as_json = false;
@@ -34,6 +36,13 @@ int run(Options& options) {
   const auto sets = llm::load_eval_sets(paths, model->config());
   if (!sets.ok()) return report(sets.status());
 
+  for (const DType dtype : kQkvDTypes) {
+    if (options.qkv_dtype == dtype_name(dtype)) options.eval.qkv_dtype = dtype;
+  }
+  if (options.qkv_dtype != "model" && !options.eval.qkv_dtype) {
+    return report(invalid_argument("--qkv-dtype is '" + options.qkv_dtype +
+                                   "'; supported are model, float32, float16, bfloat16"));
+  }
   options.eval.progress = progress_bar();
   const auto scores = llm::evaluate(*model, *sets, options.eval);
   if (!scores.ok()) return report(scores.status());
@@ -61,6 +70,8 @@ void add_eval(CLI::App& app, int& exit_status) {
       ->check(CLI::NonNegativeNumber);
   verb->add_option("--limit", options->eval.max_prompts, "At most this many prompts per set and context length")
       ->check(CLI::NonNegativeNumber);
+  verb->add_option("--qkv-dtype", options->qkv_dtype, "Float type of q, k and v on their way to the cache, or model")
+      ->capture_default_str();
   verb->add_flag("--json", options->as_json, "Print JSON");
   verb->footer("Without --tokens, --recall and --arithmetic: the sets that lie in the model's folder.");
   verb->callback([options, &exit_status] { exit_status = run(*options); });

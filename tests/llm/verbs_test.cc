@@ -1,0 +1,94 @@
+// quire generate and quire eval as a user calls them: what they print and what they refuse.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cli/cli.h"
+#include "llm/models.h"
+
+namespace quire::testing {
+namespace {
+
+using test::run_cli;
+
+void expect_refusal(const test::CliResult& outcome, const std::string& says) {
+  EXPECT_EQ(outcome.exit_status, 2) << outcome.err;
+  EXPECT_NE(outcome.err.find(says), std::string::npos) << outcome.err;
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_TRUE(outcome.one_sentence()) << outcome.err;
+}
+
+class Verbs : public ::testing::Test {
+ protected:
+  Verbs() { TestModel("LlamaForCausalLM", {{"max_position_embeddings", 64}, {"eos_token_id", nullptr}}).save(dir_); }
+  const std::string& model() const { return dir_.path(); }
+  TempDir dir_;
+};
+
+TEST_F(Verbs, GeneratePrintsIdsWithoutATokenizer) {
+  const auto outcome =
+      run_cli({"generate", "--model", model(), "--kv-cache-dtype", "float32", "--token-ids", "3,1,4", "-n", "5"});
+  ASSERT_EQ(outcome.exit_status, 0) << outcome.err;
+  std::vector<std::int32_t> tokens{3, 1, 4};
+  std::istringstream ids(outcome.out);
+  for (std::string id; std::getline(ids, id, ',');) tokens.push_back(std::stoi(id));
+  ASSERT_EQ(tokens.size(), 8U) << outcome.out;
+  // Greedy: each new token is the oracle's largest logit.
+  const auto logits = oracle_logits(TestModel("LlamaForCausalLM"), tokens);
+  for (std::size_t t = 3; t < tokens.size(); ++t) {
+    const auto row = logits.begin() + static_cast<std::ptrdiff_t>((t - 1) * 61);
+    EXPECT_EQ(tokens[t], std::max_element(row, row + 61) - row);
+  }
+  // 3 layers, 2 KV heads, K and V of size 32 in fp32; 8 tokens fit one block of 16.
+  EXPECT_NE(outcome.err.find("float32: 1536 bytes per token in the cache, 24.0 KiB"), std::string::npos) << outcome.err;
+}
+
+TEST_F(Verbs, GenerateRefuses) {
+  const auto generate = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"generate", "--model", model()});
+    return run_cli(arguments);
+  };
+  expect_refusal(generate({"-m", "int5", "--token-ids", "1"}), "int5");
+  expect_refusal(generate({"--prompt", "text"}), "without a SentencePiece tokenizer, give token ids");
+  expect_refusal(generate({"--token-ids", "61"}),
+                 "token id 61 at position 0 of the prompt is outside the vocabulary of 61");
+  expect_refusal(generate({"--token-ids", "1", "-n", "64"}), "do not fit: the model's context is 64 tokens");
+  expect_refusal(generate({"--token-ids", "1", "-n", "9223372036854775807"}), "do not fit");
+  expect_refusal(generate({"--token-ids", "1", "-n", "-1"}), "max_new_tokens is -1");
+  expect_refusal(generate({"--token-ids", "1", "--top-p", "2"}), "top_p is 2");
+  expect_refusal(generate({"--token-ids", "1", "--block-size", "0"}), "blocks of 0 tokens");
+  expect_refusal(run_cli({"generate", "--model", "/nowhere", "--token-ids", "1"}), "/nowhere/config.json");
+}
+
+TEST_F(Verbs, EvalWritesJson) {
+  dir_.write("p.jsonl", "{\"prompt\": [1, 2, 3], \"answer\": [4], \"context\": 250}\n");
+  const auto outcome = run_cli({"eval", "--model", model(), "-m", "float32,int8_per_token_head", "--recall",
+                                model() + "/p.jsonl", "--arithmetic", model() + "/p.jsonl", "--limit", "1", "--json"});
+  ASSERT_EQ(outcome.exit_status, 0) << outcome.err;
+  const auto result = outcome.json();
+  EXPECT_EQ(result["model"], model());
+  EXPECT_EQ(result["device"], "cpu");
+  ASSERT_EQ(result["modes"].size(), 2U);
+  const auto& int8 = result["modes"]["int8_per_token_head"];
+  EXPECT_EQ(int8["bytes_per_token_head"], 72);
+  EXPECT_TRUE(int8["recall"].contains("250"));
+  EXPECT_TRUE(int8["arithmetic"].is_number());
+  EXPECT_TRUE(int8["perplexity"].is_null()) << "no tokens were given";
+  EXPECT_GT(int8["tokens_per_second"], 0.0);
+}
+
+TEST_F(Verbs, EvalRefuses) {
+  expect_refusal(run_cli({"eval", "--model", model()}), "nothing to evaluate");
+  expect_refusal(run_cli({"eval", "--model", model(), "-m", "fp8,int5"}), "int5");
+  expect_refusal(run_cli({"eval", "--model", model(), "--tokens", model() + "/config.json"}), "not a .npy file");
+  expect_refusal(run_cli({"eval", "--model", model(), "--recall", "/nowhere"}), "/nowhere: cannot open");
+  expect_refusal(run_cli({"eval", "--model", model(), "--windows", "-3"}), "--windows");
+  expect_refusal(run_cli({"eval", "--model", model(), "--qkv-dtype", "int8"}), "supported are model, float32");
+}
+
+}  // namespace
+}  // namespace quire::testing
