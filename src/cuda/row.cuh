@@ -241,7 +241,8 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Tile::kE
 }
 
 // Encodes the row whose lane `lane` holds y, which is overwritten, and writes it where `store` is set. `data_access`
-// divides the address of each lane's bytes. The bits are those of format::encode_row.
+// divides the row's address and its bytes of codes; store_bytes heeds the distance of lanes. The bits are those of
+// format::encode_row.
 template <format::Format F, class Tile>
 __device__ __forceinline__ void encode_row(float (&y)[Tile::kElements], int lane, format::RowShape shape,
                                            float tensor_scale, bool store, std::uint8_t* data, int data_access,

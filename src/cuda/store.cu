@@ -48,12 +48,9 @@ StoreSide make_side(const Tensor& input, const Tensor& cache, const Tensor& scal
   side.slot_stride = cache.strides[1] * cache_bytes;
   side.head_stride = cache.strides[2] * cache_bytes;
   side.element_stride = cache_bytes;
-  // A lane's bytes are a multiple of 16 elements' or of 8 elements': the row's own length limits the width.
-  const format::FormatInfo& info = format::format_info(id);
-  const std::int64_t lane_bytes = 8 / info.unit * info.unit_bytes;
-  side.cache_access =
-      access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride, info.code_bytes(head_size),
-                                head_size > 64 ? 2 * lane_bytes : lane_bytes});
+  // The row's own length limits the width too: its last lane may be partly filled.
+  side.cache_access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride,
+                                                format::format_info(id).code_bytes(head_size)});
   if (scale_cache.defined()) {
     side.scales = scale_cache.ptr<std::uint8_t>();
     side.scale_block_stride = scale_cache.strides[0] * 4;
