@@ -302,7 +302,7 @@ Row rotated(const Row& x, bool with_signs) {
 
 class Definition : public ::testing::TestWithParam<int> {
  protected:
-  // Rows of several kinds: Gaussian, one-sided, with an outlier, small integers (which make ties), huge, tiny.
+  // Rows of several kinds: Gaussian, one-sided, with an outlier, small integers, huge, tiny.
   std::vector<Row> rows() const {
     const int d = GetParam();
     Random random(static_cast<std::uint64_t>(d) + 100);
@@ -324,6 +324,15 @@ class Definition : public ::testing::TestWithParam<int> {
       }
       all.push_back(x);
     }
+    // Ties. int8: multiples of a half under a scale of exactly 1. int4: a rotated row of +-7.5, range 15 and scale 1,
+    // so that -7.5 falls between codes 0 and 1.
+    Row halves(static_cast<std::size_t>(d));
+    for (float& value : halves) value = static_cast<float>(random.below(509) - 254) / 2.0F;
+    halves[0] = 127.0F;
+    all.push_back(halves);
+    Row one_hot(static_cast<std::size_t>(d), 0.0F);
+    one_hot[1] = 7.5F;
+    all.push_back(one_hot);
     return all;
   }
 };
