@@ -48,10 +48,10 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 
 struct EvalOptions {
   std::vector<ModeInfo> modes;
-  std::vector<int> skip_layers = {};  // kept in the model's own dtype, whatever the mode
-  std::int64_t max_windows = -1;      // -1: all
-  std::int64_t max_prompts = -1;      // of each set and context length; -1: all
-  std::optional<DType> qkv_dtype;     // of q, k and v on their way to the cache; none: the model's own
+  std::vector<int> skip_layers = {};    // kept in the model's own dtype, whatever the mode
+  std::int64_t max_windows = -1;        // -1: all
+  std::int64_t max_prompts = -1;        // of each set and context length; -1: all
+  std::optional<DType> qkv_dtype = {};  // of q, k and v on their way to the cache; none: the model's own
   std::function<void(double, const std::string&)> progress;  // fraction done, mode; may be empty
 };
 
