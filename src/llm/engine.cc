@@ -33,10 +33,10 @@ Result<int> Engine::add(const Request& request) {
   const std::int64_t cache_tokens = cache_.num_blocks() * cache_.block_size();
   const std::int64_t limit = std::min(cache_tokens, model_->config().max_position);
   if (prompt_tokens > limit || request.max_new_tokens > limit - prompt_tokens) {
-    return out_of_range(
-        "a prompt of " + std::to_string(prompt_tokens) + " tokens and " + std::to_string(request.max_new_tokens) +
-        " new ones do not fit: " + (limit == cache_tokens ? "the cache holds " : "the model's context is ") +
-        std::to_string(limit) + " tokens");
+    return out_of_range("a prompt of " + std::to_string(prompt_tokens) + " tokens and " +
+                        std::to_string(request.max_new_tokens) + " new ones do not fit: " +
+                        (limit < model_->config().max_position ? "the cache holds " : "the model's context is ") +
+                        std::to_string(limit) + " tokens");
   }
   waiting_.push_back({++last_id_, request, {.tokens = request.prompt, .blocks = {}}, Sampler(request.sampling)});
   return last_id_;
