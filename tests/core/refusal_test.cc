@@ -99,7 +99,6 @@ const BadStore kBadStores[] = {
      [](StoreCall& c) { c.args.key.shape[2] = 63; }},
     {"int2_per_token_head", kInvalid, "head_size_v must be a multiple of 4, got 94",
      [](StoreCall& c) { c.args.value.shape[2] = 94; }},
-    {"int4_per_token_head", kInvalid, "key has stride 2", [](StoreCall& c) { c.args.key.strides[2] = 2; }},
     {"int4_per_token_head", kInvalid, "key_cache has stride 2", [](StoreCall& c) { c.args.key_cache.strides[3] = 2; }},
     {"int4_per_token_head", kInvalid, "key is a null pointer", [](StoreCall& c) { c.args.key.data = nullptr; }},
     {"int4_per_token_head", kInvalid, "key is not aligned",

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -135,6 +136,41 @@ TEST_P(Store, ShortInt32AndEmptySlotMappings) {
       ASSERT_TRUE(status.ok()) << status.message();
       EXPECT_EQ(cache.bytes(), expected.bytes()) << used << " " << dtype_name(slot_dtype);
     }
+  }
+}
+
+// Inputs are read through their strides, the last one included: rows of every second element, and heads last.
+TEST_P(Store, InputsOfAnyStrides) {
+  PagedCache::Options options;
+  options.mode = GetParam();
+  ReshapeAndCacheArgs args;
+  const std::int64_t tokens = StoreInputs::kTokens, heads = options.num_kv_heads, d = options.head_size;
+  for (DType dtype : {DType::kFloat32, DType::kFloat16}) {
+    const StoreInputs source(options, dtype, 12);
+    source.apply(args);
+    PagedCache dense(options);
+    dense.apply(args);
+    ASSERT_TRUE(reference::reshape_and_cache(args).ok());
+    const std::size_t size = dtype_bytes(dtype);
+    // [d, 2, T, Hk] with NaN in the second plane.
+    std::vector<std::uint8_t> memory(static_cast<std::size_t>(d * 2 * tokens * heads) * size, 0xFF);
+    const Tensor strided = Tensor::strided(memory.data(), dtype, {tokens, heads, d}, {heads, 1, 2 * tokens * heads});
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      for (std::int64_t h = 0; h < heads; ++h) {
+        for (std::int64_t i = 0; i < d; ++i) {
+          const std::int64_t from = t * source.key.view.strides[0] + h * source.key.view.strides[1] + i;
+          const std::int64_t to = t * heads + h + i * 2 * tokens * heads;
+          std::memcpy(memory.data() + static_cast<std::size_t>(to) * size,
+                      source.key.view.ptr<std::uint8_t>() + static_cast<std::size_t>(from) * size, size);
+        }
+      }
+    }
+    args.key = strided;
+    PagedCache cache(options);
+    cache.apply(args);
+    const Status status = reshape_and_cache(args);
+    ASSERT_TRUE(status.ok()) << status.message();
+    EXPECT_EQ(cache.bytes(), dense.bytes()) << dtype_name(dtype);
   }
 }
 
