@@ -74,8 +74,8 @@ struct KVCacheLayout {
   DType value_cache_dtype = DType::kUInt8;
 };
 
-// kInvalidArgument where the mode's packing does not divide a head size, a field is out of range, or rows and inline scales
-// would not fall on multiples of their own element size.
+// kInvalidArgument where the mode's packing does not divide a head size, a field is out of range, or rows and inline
+// scales would not fall on multiples of their own element size.
 Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
 
 // The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);

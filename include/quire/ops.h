@@ -83,7 +83,7 @@ struct AttentionProblem {
   std::int64_t max_seq_len = 0;
   DType query_dtype = DType::kBFloat16;
   DType cache_dtype = DType::kBFloat16;  // what an "auto" cache holds
-  int row_alignment = 16;  // the power of two, at most 16, that divides the address of every row of both caches
+  int row_alignment = 16;        // the power of two, at most 16, that divides the address of every row of both caches
   int num_splits = 0;            // hint: how many ways to split the keys; 0: the plan chooses
   bool batch_invariant = false;  // fixed split size: a sequence's bits do not depend on the rest of the batch
 };

@@ -42,7 +42,7 @@ struct DecodeConfig {
     alignas(16) std::uint8_t converted[kConvertedBytes > 0 ? kConvertedBytes : 16];
     alignas(8) float key_scale[kAffineRows], key_offset[kAffineRows];
     alignas(8) float value_scale[kAffineRows], value_offset[kAffineRows];
-    float scales[kStages][2][kAffineRows];         // of K and V, where they come from a scale cache
+    float scales[kStages][2][kAffineRows];    // of K and V, where they come from a scale cache
     std::uint32_t readable[kStages];          // one bit a key
     std::int64_t offset[kStages][2][kSlice];  // of K and V rows; -1: not read
   };

@@ -39,7 +39,8 @@ void print_case(const CaseResult& result) {
     return;
   }
   const Measure* worst = result.worst();
-  fmt::print("{}  {:<46} {:>10.4g} of {:<10.4g} {}\n", verdict, result.name, worst->error, worst->tolerance, worst->what);
+  fmt::print("{}  {:<46} {:>10.4g} of {:<10.4g} {}\n", verdict, result.name, worst->error, worst->tolerance,
+             worst->what);
   for (const Measure& measure : result.measures) {
     if (!measure.pass() && &measure != worst) {
       fmt::print("      {:<46} {:>10.4g} of {:<10.4g} {}\n", "", measure.error, measure.tolerance, measure.what);

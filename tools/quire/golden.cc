@@ -123,8 +123,8 @@ struct GoldenCase {
     if (!has(tensor_name)) return refuse(std::string("no tensor '").append(tensor_name) + "'");
     const Tensor found = tensor(tensor_name);
     if (found.ndim == ndim) return {};
-    return refuse(std::string("'").append(tensor_name) + "' is " + to_string(found) + ", needs " + std::to_string(ndim) +
-                  " dimensions");
+    return refuse(std::string("'").append(tensor_name) + "' is " + to_string(found) + ", needs " +
+                  std::to_string(ndim) + " dimensions");
   }
 
   // A parameter that may be missing: `value` then stays as it is.
