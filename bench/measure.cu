@@ -4,6 +4,7 @@
 #include <chrono>
 #include <string>
 
+#include "cuda/device_memory.h"
 #include "measure_cuda.h"
 
 namespace quire::bench::cuda {
@@ -52,42 +53,160 @@ struct CudaTimer {
   }
 };
 
-__global__ void read_linear(const uint4* from, std::int64_t count, unsigned* sink) {
+// How a kernel walks linear memory: blocks of a grid-stride loop (0: as many as cover it once), threads of a block, and
+// 16-byte words a thread has in flight.
+struct Launch {
+  int blocks, threads, words;
+};
+constexpr int kSMs = 132;
+constexpr Launch kLinearLaunches[] = {
+    {kSMs * 2, 256, 4},  {kSMs * 2, 512, 4},  {kSMs * 2, 1024, 4}, {kSMs * 4, 256, 4},  {kSMs * 4, 512, 4},
+    {kSMs * 8, 128, 8},  {kSMs * 8, 256, 4},  {kSMs * 8, 256, 8},  {kSMs * 16, 128, 4}, {kSMs * 16, 128, 8},
+    {kSMs * 16, 256, 4}, {kSMs * 32, 128, 4}, {0, 128, 4},         {0, 256, 1},         {0, 256, 4},
+    {0, 256, 8},         {0, 512, 4},         {0, 1024, 4},        {0, 512, 1},         {0, 1024, 1}};
+
+constexpr unsigned kUnlikely = 0x12345678U;  // a sum of bytes that are all 1 never is: keeps the loads
+
+// Reads `count` words, and writes them to `to` where kCopy.
+template <bool kCopy, int kWords>
+__global__ void walk_linear(const uint4* from, uint4* to, std::int64_t count, unsigned* sink) {
   unsigned sum = 0;
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (; i + 3 * stride < count; i += 4 * stride) {
-    uint4 word[4];
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x * kWords;
+  for (std::int64_t base = static_cast<std::int64_t>(blockIdx.x) * blockDim.x * kWords + threadIdx.x; base < count;
+       base += step) {
+    uint4 word[kWords];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) word[j] = from[i + j * stride];
+    for (int j = 0; j < kWords; ++j) {
+      const std::int64_t i = base + j * static_cast<std::int64_t>(blockDim.x);
+      word[j] = i < count ? __ldcs(from + i) : uint4{};
+    }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum += word[j].x ^ word[j].y ^ word[j].z ^ word[j].w;
+    for (int j = 0; j < kWords; ++j) {
+      const std::int64_t i = base + j * static_cast<std::int64_t>(blockDim.x);
+      if (kCopy && i < count) __stcs(to + i, word[j]);
+      if (!kCopy) sum += word[j].x ^ word[j].y ^ word[j].z ^ word[j].w;
+    }
   }
-  for (; i < count; i += stride) sum += from[i].x;
-  if (sum == 0x12345678U) *sink = sum;  // keeps the loads
+  if (!kCopy && sum == kUnlikely) *sink = sum;
 }
 
-template <class Word>
-__global__ void read_pages(PageRead read, int splits, unsigned* sink) {
-  const int words = static_cast<int>(read.row_bytes / static_cast<std::int64_t>(sizeof(Word)));
-  const auto per_split = (read.context + splits - 1) / splits;
-  const std::int64_t begin = blockIdx.z * per_split;
-  const std::int64_t end = min(begin + per_split, read.context);
-  const auto* base = static_cast<const std::uint8_t*>(read.base) + blockIdx.y * read.head_stride;
-  const std::int32_t* table = read.block_table + blockIdx.x * read.max_blocks;
-  unsigned sum = 0;
-  const std::int64_t total = (end - begin) * words;
-#pragma unroll 4
-  for (std::int64_t i = threadIdx.x; i < total; i += blockDim.x) {
-    const std::int64_t key = begin + i / words;
-    const std::uint8_t* row =
-        base + table[key / read.block_size] * read.block_stride + key % read.block_size * read.slot_stride;
-    const Word word = reinterpret_cast<const Word*>(row)[i % words];
-    const auto* parts = reinterpret_cast<const unsigned*>(&word);
-#pragma unroll
-    for (std::size_t w = 0; w < sizeof(Word) / 4; ++w) sum ^= parts[w];
+template <bool kCopy>
+void launch_linear(const Launch& launch, const uint4* from, uint4* to, std::int64_t count, unsigned* sink,
+                   cudaStream_t stream) {
+  const std::int64_t per_block = static_cast<std::int64_t>(launch.threads) * launch.words;
+  const auto blocks = static_cast<unsigned>(launch.blocks > 0 ? launch.blocks : (count + per_block - 1) / per_block);
+  const auto kernel = launch.words == 8   ? &walk_linear<kCopy, 8>
+                      : launch.words == 4 ? &walk_linear<kCopy, 4>
+                                          : &walk_linear<kCopy, 1>;
+  kernel<<<blocks, launch.threads, 0, stream>>>(from, to, count, sink);
+}
+
+// Milliseconds of the best launch of the list.
+template <bool kCopy>
+Result<double> best_linear_ms(std::size_t bytes) {
+  using quire::cuda::DeviceBuffer;
+  Result<DeviceBuffer> from = DeviceBuffer::allocate(bytes);
+  if (!from) return from.status();
+  Result<DeviceBuffer> to = DeviceBuffer::allocate(kCopy ? bytes : sizeof(uint4));
+  if (!to) return to.status();
+  if (Status status = from->poison(1); !status) return status;
+  double best = 0.0;
+  for (const Launch& launch : kLinearLaunches) {
+    const Result<double> ms = median_ms(
+        [&](int, void* stream) {
+          launch_linear<kCopy>(launch, static_cast<const uint4*>(from->data()), static_cast<uint4*>(to->data()),
+                               static_cast<std::int64_t>(bytes / sizeof(uint4)), static_cast<unsigned*>(to->data()),
+                               static_cast<cudaStream_t>(stream));
+          return cuda_status(cudaGetLastError(), kCopy ? "linear copy" : "linear read");
+        },
+        4, 10.0);
+    if (!ms) return ms;
+    best = best == 0.0 ? *ms : std::min(best, *ms);
   }
-  if (sum == 0x12345678U) *sink = sum;
+  return best;
+}
+
+// The same bytes of every page: runs of contiguous bytes at equal distances, for each of some heads.
+struct PageRuns {
+  const std::uint8_t* base;
+  std::int64_t block_stride, run_stride, head_stride, run_bytes;
+  int runs, heads;
+};
+
+// A head's rows; one run where they lie side by side.
+PageRuns runs_of_heads(const PageRead& read) {
+  PageRuns pages{static_cast<const std::uint8_t*>(read.base),
+                 read.block_stride,
+                 read.slot_stride,
+                 read.head_stride,
+                 read.row_bytes,
+                 read.block_size,
+                 read.num_heads};
+  if (read.slot_stride == read.row_bytes) {
+    pages.run_bytes *= read.block_size;
+    pages.runs = 1;
+  }
+  return pages;
+}
+
+// All heads together, in runs as long as nothing lies between rows.
+PageRuns runs_of_pages(const PageRead& read) {
+  PageRuns pages = runs_of_heads(read);
+  if (pages.runs == 1 && read.head_stride == pages.run_bytes) {
+    pages.run_bytes *= read.num_heads;
+  } else if (pages.runs == 1) {
+    pages.runs = read.num_heads;
+    pages.run_stride = read.head_stride;
+  } else if (read.head_stride == read.row_bytes) {
+    pages.run_bytes *= read.num_heads;
+    if (read.slot_stride == pages.run_bytes) {
+      pages.run_bytes *= read.block_size;
+      pages.runs = 1;
+    }
+  } else {
+    return pages;  // by heads
+  }
+  pages.heads = 1;
+  return pages;
+}
+
+// Block (sequence, head, split) reads its share of the sequence's pages, each thread the same words of several of them.
+__global__ void read_pages(const __grid_constant__ PageRuns pages, const std::int32_t* table, std::int64_t max_blocks,
+                           unsigned* sink) {
+  constexpr int kPages = 4;  // in flight
+  table += blockIdx.x * max_blocks;
+  const auto per_split = static_cast<int>((max_blocks + gridDim.z - 1) / gridDim.z);
+  const int begin = static_cast<int>(blockIdx.z) * per_split;
+  const int end = min(begin + per_split, static_cast<int>(max_blocks));
+  const std::uint8_t* base = pages.base + blockIdx.y * pages.head_stride;
+  // Words of the aligned cover of a run, wherever it starts.
+  const bool aligned =
+      ((reinterpret_cast<std::uintptr_t>(base) | pages.block_stride | pages.run_stride | pages.run_bytes) & 15) == 0;
+  const int words = static_cast<int>(aligned ? pages.run_bytes / 16 : (pages.run_bytes + 30) / 16);
+  const int words_of_page = words * pages.runs;
+  const int threads = static_cast<int>(blockDim.x);
+  const int page_step = max(threads / words_of_page, 1);
+  const int first_page = begin + static_cast<int>(threadIdx.x) / words_of_page;
+  unsigned sum = 0;
+  if (words_of_page <= threads && static_cast<int>(threadIdx.x) >= page_step * words_of_page) return;
+  for (int index = static_cast<int>(threadIdx.x) % words_of_page; index < words_of_page; index += threads) {
+    const std::int64_t offset = index / words * pages.run_stride;
+    const int word = index % words;
+    for (int page = first_page; page < end; page += kPages * page_step) {
+      uint4 got[kPages] = {};
+#pragma unroll
+      for (int j = 0; j < kPages; ++j) {
+        if (page + j * page_step >= end) continue;
+        const std::uint8_t* run = base + table[page + j * page_step] * pages.block_stride + offset;
+        const auto first = reinterpret_cast<std::uintptr_t>(run) / 16 + static_cast<unsigned>(word);
+        if (first * 16 < reinterpret_cast<std::uintptr_t>(run) + static_cast<std::uintptr_t>(pages.run_bytes))
+          got[j] = __ldcs(reinterpret_cast<const uint4*>(first * 16));
+      }
+#pragma unroll
+      for (int j = 0; j < kPages; ++j) sum += got[j].x ^ got[j].y ^ got[j].z ^ got[j].w;
+    }
+  }
+  if (sum == kUnlikely) *sink = sum;
 }
 
 }  // namespace
@@ -119,80 +238,46 @@ Result<double> median_ms(const Call& call, int num_calls, double budget_ms) {
 }
 
 Result<double> linear_read_bandwidth() {
-  constexpr std::int64_t kBytes = std::int64_t{2} << 30;
-  void* memory = nullptr;
-  if (Status status = cuda_status(cudaMalloc(&memory, kBytes + 16), "linear read buffer"); !status) return status;
-  cudaMemset(memory, 1, kBytes + 16);
-  auto* sink = reinterpret_cast<unsigned*>(static_cast<std::uint8_t*>(memory) + kBytes);
-  double best = 0.0;
-  for (const int blocks : {132 * 2, 132 * 4, 132 * 8, 132 * 16}) {
-    for (const int threads : {256, 512, 1024}) {
-      const Result<double> ms = median_ms(
-          [&](int, void* stream) {
-            read_linear<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const uint4*>(memory),
-                                                                                   kBytes / 16, sink);
-            return cuda_status(cudaGetLastError(), "linear read");
-          },
-          1, 10.0);
-      if (!ms) return ms;
-      best = std::max(best, kBytes / (*ms * 1e-3));
-    }
-  }
-  cudaFree(memory);
-  return best;
+  constexpr std::size_t kBytes = std::size_t{2} << 30;
+  const Result<double> ms = best_linear_ms<false>(kBytes);
+  if (!ms) return ms;
+  return kBytes / (*ms * 1e-3);
 }
 
 Result<double> copy_bandwidth() {
-  constexpr std::int64_t kBytes = std::int64_t{1} << 30;
-  void* from = nullptr;
-  void* to = nullptr;
-  if (Status status = cuda_status(cudaMalloc(&from, kBytes), "copy buffer"); !status) return status;
-  if (Status status = cuda_status(cudaMalloc(&to, kBytes), "copy buffer"); !status) return status;
-  cudaMemset(from, 1, kBytes);
-  Result<double> ms = median_ms(
-      [&](int, void* stream) {
-        return cuda_status(
-            cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)), "copy");
-      },
-      1, 50.0);
-  cudaFree(from);
-  cudaFree(to);
+  constexpr std::size_t kBytes = std::size_t{1} << 30;
+  const Result<double> ms = best_linear_ms<true>(kBytes);
   if (!ms) return ms;
   return 2.0 * kBytes / (*ms * 1e-3);
 }
 
-Result<double> page_read_ms(const std::vector<PageRead>& reads) {
-  void* sink = nullptr;
-  if (Status status = cuda_status(cudaMalloc(&sink, 16), "sink"); !status) return status;
+Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
+  Result<quire::cuda::DeviceBuffer> sink = quire::cuda::DeviceBuffer::allocate(16);
+  if (!sink) return sink.status();
   double best = 0.0;
-  for (const int threads : {128, 256, 512}) {
-    const Result<double> ms = median_ms(
-        [&](int, void* stream) {
-          for (const PageRead& read : reads) {
-            const int splits = std::max(1, 1056 / (read.batch * read.num_heads));
-            const dim3 grid(static_cast<unsigned>(read.batch), static_cast<unsigned>(read.num_heads),
-                            static_cast<unsigned>(splits));
-            auto bits =
-                reinterpret_cast<std::uintptr_t>(read.base) |
-                static_cast<std::uintptr_t>(read.block_stride | read.slot_stride | read.head_stride | read.row_bytes);
-            const auto cuda_stream = static_cast<cudaStream_t>(stream);
-            auto* to = static_cast<unsigned*>(sink);
-            if (bits % 16 == 0)
-              read_pages<uint4><<<grid, threads, 0, cuda_stream>>>(read, splits, to);
-            else if (bits % 8 == 0)
-              read_pages<uint2><<<grid, threads, 0, cuda_stream>>>(read, splits, to);
-            else if (bits % 4 == 0)
-              read_pages<unsigned><<<grid, threads, 0, cuda_stream>>>(read, splits, to);
-            else
-              return unsupported("rows at odd addresses have no plain read");
-          }
-          return cuda_status(cudaGetLastError(), "page read");
-        },
-        1, 10.0);
-    if (!ms) return ms;
-    best = best == 0.0 ? *ms : std::min(best, *ms);
+  for (const auto& runs_of : {runs_of_heads, runs_of_pages}) {
+    for (const int threads : {128, 256, 512}) {
+      for (const int blocks : {kSMs * 8, kSMs * 32}) {
+        const Result<double> ms = median_ms(
+            [&](int index, void* stream) {
+              const std::int32_t* blocks_of_copy = table.blocks + index * table.batch * table.max_blocks;
+              for (const PageRead& read : reads) {
+                const PageRuns pages = runs_of(read);
+                const std::int64_t splits =
+                    std::clamp<std::int64_t>(blocks / (table.batch * pages.heads), 1, table.max_blocks);
+                const dim3 grid(static_cast<unsigned>(table.batch), static_cast<unsigned>(pages.heads),
+                                static_cast<unsigned>(splits));
+                read_pages<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+                    pages, blocks_of_copy, table.max_blocks, static_cast<unsigned*>(sink->data()));
+              }
+              return cuda_status(cudaGetLastError(), "page read");
+            },
+            table.copies, 5.0);
+        if (!ms) return ms;
+        best = best == 0.0 ? *ms : std::min(best, *ms);
+      }
+    }
   }
-  cudaFree(sink);
   return best;
 }
 

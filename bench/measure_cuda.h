@@ -1,4 +1,4 @@
-// What measure.cc asks of measure.cu, in a build with CUDA.
+// What measure.cc asks of measure.cu; no_cuda.cc answers in a build without CUDA.
 #pragma once
 
 #include "measure.h"
@@ -8,6 +8,6 @@ namespace quire::bench::cuda {
 Result<double> median_ms(const Call& call, int num_calls, double budget_ms);
 Result<double> linear_read_bandwidth();
 Result<double> copy_bandwidth();
-Result<double> page_read_ms(const std::vector<PageRead>& reads);
+Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table);
 
 }  // namespace quire::bench::cuda

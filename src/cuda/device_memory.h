@@ -1,11 +1,17 @@
-// Device memory for tests, tools and benchmarks, copied in and out synchronously. No CUDA types.
+// Device memory for tests, tools, benchmarks and the model runner, copied in and out synchronously. No CUDA types, and
+// no #if at its users: a build without CUDA has it too, and there every request for the device is refused in a
+// sentence.
 //
-//   DeviceBuffer   one owned allocation
-//   DeviceMirror   the tensors of a call on the device: runs an op on a GPU with arguments that live on the host
+//   DeviceBuffer     one owned allocation on the CUDA device
+//   Memory           one on either device
+//   DeviceMirror     the tensors of a call on the device
+//   run_on_device    runs an op on a GPU with arguments that live on the host
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,7 +21,7 @@
 
 namespace quire::cuda {
 
-// Ok where a CUDA device can be used; otherwise the driver's reason.
+// Ok where a CUDA device can be used; otherwise the driver's reason, or that this build has no CUDA.
 Status device_available();
 
 // "NVIDIA H200, sm_90, 132 SMs, 139.8 GiB", or empty.
@@ -52,7 +58,7 @@ class DeviceBuffer {
 // share a copy, so every stride keeps its meaning; alignment up to 256 bytes is kept too.
 class DeviceMirror {
  public:
-  // Points every defined host tensor of the list at its copy on the device.
+  // Points every defined host tensor of the list at its copy on the device; those on the device stay where they are.
   static Result<DeviceMirror> upload(const std::vector<Tensor*>& tensors);
 
   // Copies what `host`, one of the tensors as it was before upload, spans back to where it points.
@@ -74,4 +80,40 @@ std::vector<Tensor*> tensors_of(ReshapeAndCacheArgs& args);
 std::vector<Tensor*> tensors_of(UnifiedAttentionArgs& args);
 std::vector<Tensor*> tensors_of(MergeAttnStatesArgs& args);
 
+// Calls `op` with copies of the host tensors among args' (those on the device stay where they are), waits, and copies
+// what an op of these arguments writes back to the host tensors among them.
+Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op);
+Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op);
+Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op);
+
 }  // namespace quire::cuda
+
+namespace quire {
+
+// Ok where the device can be used in this build on this machine.
+Status device_available(Device device);
+
+// The device in words, "cpu" or cuda::device_description().
+std::string device_description(Device device);
+
+// Waits for the device's work; reports its first error.
+Status synchronize(Device device);
+
+// Memory on either device, aligned to 64 bytes at least; freed with its last copy.
+class Memory {
+ public:
+  // Zeroed. Zero bytes give no pointer.
+  static Result<Memory> allocate(Device device, std::size_t bytes);
+  static Result<Memory> copy_of(Device device, const void* host, std::size_t bytes);
+
+  void* data() const { return data_.get(); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  static Memory own(cuda::DeviceBuffer buffer);
+
+  std::shared_ptr<void> data_;
+  std::size_t bytes_ = 0;
+};
+
+}  // namespace quire

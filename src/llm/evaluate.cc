@@ -38,11 +38,12 @@ struct Lane {
 };
 
 Result<Lane> make_lane(const ModelConfig& config, ModeId mode, const std::vector<int>& skip_layers,
-                       std::int64_t num_tokens) {
+                       std::int64_t num_tokens, Device device) {
   Result<KVCache> cache = KVCache::create(config, {.layer_modes = {mode},
                                                    .skip_layers = skip_layers,
                                                    .block_size = kBlockSize,
-                                                   .num_blocks = (num_tokens + kBlockSize - 1) / kBlockSize});
+                                                   .num_blocks = (num_tokens + kBlockSize - 1) / kBlockSize,
+                                                   .device = device});
   if (!cache.ok()) return cache.status();
   return Lane(std::move(*cache));
 }
@@ -132,7 +133,8 @@ class Evaluation {
 
     for (const ModeInfo& mode : options_.modes) {
       // A batch of prompts may leave one partly filled block for each.
-      Result<Lane> lane = make_lane(config_, mode.id, options_.skip_layers, std::max(window_tokens_, 2 * longest));
+      Result<Lane> lane =
+          make_lane(config_, mode.id, options_.skip_layers, std::max(window_tokens_, 2 * longest), options_.device);
       if (!lane.ok()) return lane.status();
       lane->score.mode = mode.name;
       int layer = 0;  // the first in the mode
@@ -187,7 +189,7 @@ class Evaluation {
   Status run_windows() {
     Result<ModeId> fp32 = parse_kv_cache_dtype("float32");
     if (!fp32.ok()) return fp32.status();
-    Result<Lane> reference = make_lane(config_, *fp32, {}, window_tokens_);
+    Result<Lane> reference = make_lane(config_, *fp32, {}, window_tokens_, options_.device);
     if (!reference.ok()) return reference.status();
     std::vector<Lane*> all{&*reference};
     for (Lane& lane : lanes_) all.push_back(&lane);
@@ -343,7 +345,7 @@ Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, cons
   return scores;
 }
 
-std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name) {
+std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name, Device device) {
   using nlohmann::ordered_json;
   const auto or_null = [](const std::optional<double>& value) { return value ? ordered_json(*value) : ordered_json(); };
   ordered_json modes = ordered_json::object();
@@ -360,7 +362,7 @@ std::string to_json(const std::vector<EvalScore>& scores, const std::string& mod
                          {"tokens_per_second", score.tokens_per_second}};
     if (!score.skip_layers.empty()) modes[score.mode]["skip_layers"] = score.skip_layers;
   }
-  return ordered_json{{"model", model_name}, {"device", "cpu"}, {"modes", modes}}.dump(2);
+  return ordered_json{{"model", model_name}, {"device", device_name(device)}, {"modes", modes}}.dump(2);
 }
 
 }  // namespace quire::llm

@@ -48,6 +48,7 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 
 struct EvalOptions {
   std::vector<ModeInfo> modes;
+  Device device = Device::kCpu;         // where the caches live and the ops run, those of the reference too
   std::vector<int> skip_layers = {};    // kept in the model's own dtype, whatever the mode
   std::int64_t max_windows = -1;        // -1: all
   std::int64_t max_prompts = -1;        // of each set and context length; -1: all
@@ -69,6 +70,6 @@ struct EvalScore {
 Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, const EvalOptions& options);
 
 // {"model", "device", "modes": {name: {..}}}; what was not measured is null.
-std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name);
+std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name, Device device);
 
 }  // namespace quire::llm

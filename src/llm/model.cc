@@ -46,11 +46,13 @@ void rms_norm(float* x, const std::vector<float>& weight, std::int64_t rows, std
   }
 }
 
-void round_to(DType dtype, float* x, std::int64_t count) {
+// x in a 16-bit float type.
+void convert_to(DType dtype, const float* x, std::int64_t count, std::vector<std::uint16_t>& out) {
+  out.resize(static_cast<std::size_t>(count));
   if (dtype == DType::kBFloat16) {
-    for (std::int64_t i = 0; i < count; ++i) x[i] = format::bfloat16_to_float(format::float_to_bfloat16(x[i]));
-  } else if (dtype == DType::kFloat16) {
-    for (std::int64_t i = 0; i < count; ++i) x[i] = format::half_to_float(format::float_to_half(x[i]));
+    std::transform(x, x + count, out.begin(), [](float value) { return format::float_to_bfloat16(value); });
+  } else {
+    std::transform(x, x + count, out.begin(), [](float value) { return format::float_to_half(value); });
   }
 }
 
@@ -304,10 +306,15 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
   }
   rope(q, c.num_q_heads, n);
   rope(k, c.num_kv_heads, n);
-  round_to(qkv_dtype_, q, n * row_stride);
-
-  const auto heads_of = [&](float* first, int num_heads) {
-    return Tensor::strided(first, DType::kFloat32, {n, num_heads, c.head_size}, {row_stride, c.head_size, 1});
+  void* handed_over = q;
+  if (qkv_dtype_ != DType::kFloat32) {
+    convert_to(qkv_dtype_, q, n * row_stride, qkv_16_);
+    handed_over = qkv_16_.data();
+  }
+  const auto heads_of = [&](const float* first, int num_heads) {
+    const auto offset = (first - q) * static_cast<std::ptrdiff_t>(dtype_bytes(qkv_dtype_));
+    return Tensor::strided(static_cast<std::uint8_t*>(handed_over) + offset, qkv_dtype_, {n, num_heads, c.head_size},
+                           {row_stride, c.head_size, 1});
   };
   const auto vector_of = [](const auto& values, DType dtype) {
     return Tensor::contiguous(const_cast<void*>(static_cast<const void*>(values.data())), dtype,

@@ -45,8 +45,8 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
 
-  // q, k and v are rounded to this float type before they go to the cache: fp32, the default, leaves them; an engine
-  // that computes in bf16 hands over bf16.
+  // The float type in which q, k and v go to the cache. fp32, the default, is what they are computed in; an engine that
+  // computes in bf16 hands over bf16.
   void set_qkv_dtype(DType dtype) { qkv_dtype_ = dtype; }
 
   // Writes logits [R, vocab_size], R = batch.logit_rows.size(). Not for two threads at once: it owns its scratch
@@ -85,7 +85,8 @@ class Model {
 
   // Scratch, [num_tokens, ...] of the largest batch so far.
   std::vector<float> hidden_, normed_, qkv_, attention_, projected_, gate_up_, gated_;
-  std::vector<float> cos_sin_;  // [num_tokens, 2, head_size / 2]
+  std::vector<std::uint16_t> qkv_16_;  // qkv_ in a 16-bit qkv_dtype_
+  std::vector<float> cos_sin_;         // [num_tokens, 2, head_size / 2]
 };
 
 }  // namespace quire::llm

@@ -41,11 +41,13 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
     return invalid_argument("skip_layers names layer " + std::to_string(layer) + ", the model has layers 0 to " +
                             std::to_string(config.num_layers - 1));
   }
+  if (Status status = device_available(options.device); !status) return status;
   const Result<ModeId> model_dtype = parse_kv_cache_dtype("auto");
   if (!model_dtype.ok()) return model_dtype.status();
   KVCache cache;
   cache.block_size_ = options.block_size;
   cache.num_blocks_ = options.num_blocks;
+  cache.device_ = options.device;
   for (std::size_t i = 0; i < num_layers; ++i) {
     KVCacheSpec spec;
     spec.mode = options.layer_modes.size() == 1 ? options.layer_modes[0] : options.layer_modes[i];
@@ -62,14 +64,17 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
     Layer layer;
     layer.layout = *layout;
     const KVCacheBytes bytes = cache_bytes(layer.layout, options.num_blocks);
-    layer.base.resize(static_cast<std::size_t>(bytes.base));
-    layer.v_base.resize(static_cast<std::size_t>(bytes.v_base));
-    layer.k_scales.resize(static_cast<std::size_t>(bytes.k_scales) / sizeof(float));
-    layer.v_scales.resize(static_cast<std::size_t>(bytes.v_scales) / sizeof(float));
-    const auto or_null = [](auto& memory) { return memory.empty() ? nullptr : memory.data(); };
-    layer.views = make_views(layer.layout, options.num_blocks, layer.base.data(), or_null(layer.v_base),
-                             or_null(layer.k_scales), or_null(layer.v_scales));
-    cache.layers_.push_back(std::move(layer));  // moving a vector keeps its memory, so the views stay true
+    for (const auto& [memory, size] : {std::pair(&layer.base, bytes.base),
+                                       {&layer.v_base, bytes.v_base},
+                                       {&layer.k_scales, bytes.k_scales},
+                                       {&layer.v_scales, bytes.v_scales}}) {
+      Result<Memory> allocated = Memory::allocate(options.device, static_cast<std::size_t>(size));
+      if (!allocated.ok()) return allocated.status();
+      *memory = *std::move(allocated);
+    }
+    layer.views = make_views(layer.layout, options.num_blocks, layer.base.data(), layer.v_base.data(),
+                             layer.k_scales.data(), layer.v_scales.data(), options.device);
+    cache.layers_.push_back(std::move(layer));
   }
   return cache;
 }
@@ -81,7 +86,8 @@ Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
   args.value_cache = l.views.value_cache;
   args.k_scale_cache = l.views.k_scale_cache;
   args.v_scale_cache = l.views.v_scale_cache;
-  return quire::reshape_and_cache(args);
+  const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a); };
+  return device_ == Device::kCpu ? store(args) : cuda::run_on_device(args, store);
 }
 
 Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
@@ -92,14 +98,30 @@ Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
   args.k_scale_cache = l.views.k_scale_cache;
   args.v_scale_cache = l.views.v_scale_cache;
 
+  if (device_ == Device::kCpu) return attend(args);
+  // Lengths that a plan cannot look up once they are on the device.
+  const auto* starts = args.cu_seqlens_q.ptr<const std::int32_t>();
+  const auto* lengths = args.seq_lens.ptr<const std::int32_t>();
+  for (std::int64_t b = 0; b < args.seq_lens.shape[0]; ++b) {
+    args.max_query_len = std::max<std::int64_t>(args.max_query_len, starts[b + 1] - starts[b]);
+    args.max_seq_len = std::max<std::int64_t>(args.max_seq_len, lengths[b]);
+  }
+  return cuda::run_on_device(args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); });
+}
+
+// Every tensor is on the cache's device.
+Status KVCache::attend(const UnifiedAttentionArgs& args) {
   Result<AttentionProblem> problem = problem_of(args);
   if (!problem.ok()) return problem.status();
   problem->batch_invariant = true;  // a sequence's output does not depend on its neighbours in the step
   Result<AttentionPlan> plan = plan_unified_attention(*problem);
   if (!plan.ok()) return plan.status();
-  const std::size_t words = (plan->workspace_bytes + 15) / 16 * 2;
-  if (workspace_.size() < words) workspace_.resize(words);
-  return run_unified_attention(*plan, args, workspace_.data(), workspace_.size() * sizeof(std::uint64_t));
+  if (workspace_.bytes() < plan->workspace_bytes) {
+    Result<Memory> larger = Memory::allocate(device_, plan->workspace_bytes);
+    if (!larger.ok()) return larger.status();
+    workspace_ = *std::move(larger);
+  }
+  return run_unified_attention(*plan, args, workspace_.data(), workspace_.bytes());
 }
 
 std::int64_t KVCache::bytes_per_token() const {

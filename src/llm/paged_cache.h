@@ -1,8 +1,7 @@
 // The two halves of a paged KV cache, as an engine keeps them.
 //
-//   KVCache         the memory: per layer, pages of `block_size` token slots in that layer's mode, written and read
-//   only
-//                   by quire's two ops. A block id names the same page of every layer.
+//   KVCache         the memory, on either device: per layer, pages of `block_size` token slots in that layer's mode,
+//                   written and read only by quire's two ops. A block id names the same page of every layer.
 //   BlockAllocator  the bookkeeping: which block ids are free, how many sequences use each one, and which hold a prefix
 //                   that a new sequence can share instead of computing it again.
 //
@@ -17,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/device_memory.h"
 #include "llm/config.h"
 #include "quire/layout.h"
 #include "quire/ops.h"
@@ -29,6 +29,7 @@ struct KVCacheOptions {
   std::vector<int> skip_layers = {};  // these stay in the model's own dtype whatever layer_modes says
   int block_size = 16;
   std::int64_t num_blocks = 0;
+  Device device = Device::kCpu;  // where the pages live and both ops run
 };
 
 // The layers that a list such as "0,1,last" names, ascending; "last" is layer num_layers - 1.
@@ -38,12 +39,14 @@ class KVCache {
  public:
   static Result<KVCache> create(const ModelConfig& config, const KVCacheOptions& options);
 
-  // Fills in the caches and the mode of `layer` and runs the op.
+  // Fills in the caches and the mode of `layer` and runs the op. All other tensors live on the host; for a cache on the
+  // CUDA device they are copied there and the output back, in each call.
   Status reshape_and_cache(int layer, ReshapeAndCacheArgs args) const;
   Status unified_attention(int layer, UnifiedAttentionArgs args);
 
   int block_size() const { return block_size_; }
   std::int64_t num_blocks() const { return num_blocks_; }
+  Device device() const { return device_; }
   const KVCacheLayout& layout(int layer) const { return layers_[static_cast<std::size_t>(layer)].layout; }
   std::int64_t bytes_per_token() const;  // all layers
   std::int64_t bytes() const;            // all layers, all blocks
@@ -52,13 +55,15 @@ class KVCache {
   struct Layer {
     KVCacheLayout layout;
     KVCacheViews views;
-    std::vector<std::uint8_t> base, v_base;  // cache_bytes(layout, num_blocks)
-    std::vector<float> k_scales, v_scales;   // [num_blocks, block_size, num_kv_heads], or empty
+    Memory base, v_base, k_scales, v_scales;  // cache_bytes(layout, num_blocks)
   };
+  Status attend(const UnifiedAttentionArgs& args);
+
   std::vector<Layer> layers_;
   int block_size_ = 0;
   std::int64_t num_blocks_ = 0;
-  std::vector<std::uint64_t> workspace_;  // of the attention plan that needed the most so far
+  Device device_ = Device::kCpu;
+  Memory workspace_;  // of the attention plan that needed the most so far
 };
 
 // A sequence of token ids and the blocks that hold its keys and values.

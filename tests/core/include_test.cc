@@ -33,8 +33,9 @@ const std::map<std::string, Rule> kRules = {
     {"cpu", {{"format", "attention"}, true}},
     {"cuda", {{"format", "attention"}, true}},
     {"core", {{"format", "attention", "cpu", "cuda"}, true}},
-    // The runner is a user of the library: it goes through the public headers, and may use the conversions.
-    {"llm", {{"format"}, true}},
+    // The runner is a user of the library: it goes through the public headers, and may use the conversions and the
+    // memory of a device.
+    {"llm", {{"format", "cuda"}, true}},
 };
 
 // Calls visit(path, included) for every #include "..." of the C++ and CUDA files below a folder.

@@ -7,28 +7,14 @@
 namespace quire::testing {
 
 using cuda::DeviceBuffer;
-using cuda::DeviceMirror;
 
 Status store_on_device(const ReshapeAndCacheArgs& args) {
-  ReshapeAndCacheArgs on_device = args;
-  const Result<DeviceMirror> mirror = DeviceMirror::upload(cuda::tensors_of(on_device));
-  if (!mirror.ok()) return mirror.status();
-  if (Status status = reshape_and_cache(on_device); !status) return status;
-  if (Status status = cuda::synchronize(); !status) return status;
-  for (const Tensor* tensor :
-       {&args.key_cache, &args.value_cache, &args.k_scale_cache, &args.v_scale_cache, &args.error_counter}) {
-    if (Status status = mirror.value().download(*tensor); !status) return status;
-  }
-  return {};
+  return cuda::run_on_device(args, [](const ReshapeAndCacheArgs& on_device) { return reshape_and_cache(on_device); });
 }
 
 Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant) {
-  UnifiedAttentionArgs on_device = args;
-  const Result<DeviceMirror> mirror = DeviceMirror::upload(cuda::tensors_of(on_device));
-  if (!mirror.ok()) return mirror.status();
-  if (num_splits == 0 && !batch_invariant) {
-    if (Status status = unified_attention(on_device); !status) return status;
-  } else {
+  return cuda::run_on_device(args, [&](const UnifiedAttentionArgs& on_device) -> Status {
+    if (num_splits == 0 && !batch_invariant) return unified_attention(on_device);
     Result<AttentionProblem> problem = problem_of(on_device);
     if (!problem.ok()) return problem.status();
     problem->num_splits = num_splits;
@@ -39,14 +25,8 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
     if (!workspace.ok()) return workspace.status();
     if (Status status = workspace->poison(); !status) return status;
     Status status = run_unified_attention(plan.value(), on_device, workspace->data(), workspace->bytes());
-    if (!status) return status;
-    if (status = cuda::synchronize(); !status) return status;
-  }
-  if (Status status = cuda::synchronize(); !status) return status;
-  for (const Tensor* tensor : {&args.out, &args.lse, &args.error_counter}) {
-    if (Status status = mirror.value().download(*tensor); !status) return status;
-  }
-  return {};
+    return status.ok() ? cuda::synchronize() : status;  // before the workspace goes
+  });
 }
 
 Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invariant) {

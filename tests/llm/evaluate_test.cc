@@ -102,7 +102,7 @@ TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
   EXPECT_DOUBLE_EQ(*all.kl_divergence, *score("auto", {}).kl_divergence);
   EXPECT_GT(*some.kl_divergence, *all.kl_divergence);
   EXPECT_GT(*none.kl_divergence, *some.kl_divergence);
-  const auto json = nlohmann::json::parse(llm::to_json({some}, "test"));
+  const auto json = nlohmann::json::parse(llm::to_json({some}, "test", Device::kCpu));
   EXPECT_EQ(json["modes"][mode]["skip_layers"], nlohmann::json::array({0, 2}));
 
   // Mixed and TurboQuant modes run through the same caches.
@@ -128,14 +128,6 @@ TEST(ParseLayers, NumbersAndLast) {
     EXPECT_NE(layers.status().message().find("supported: 0 to 3 and last"), std::string::npos)
         << layers.status().message();
   }
-}
-
-std::string npy_bytes(const std::string& descr, const std::string& shape, const std::string& data) {
-  std::string header = "{'descr': '" + descr + "', 'fortran_order': False, 'shape': " + shape + ", }\n";
-  std::string out = std::string("\x93NUMPY\x01\x00", 8);
-  out.push_back(static_cast<char>(header.size() & 0xff));
-  out.push_back(static_cast<char>(header.size() >> 8));
-  return out + header + data;
 }
 
 TEST(Npy, ReadsTokensAndRefusesTheRest) {

@@ -300,4 +300,13 @@ inline std::vector<float> run_logits(llm::Model& model, const std::vector<std::i
   return logits;
 }
 
+// A .npy file, version 1.0.
+inline std::string npy_bytes(const std::string& descr, const std::string& shape, const std::string& data) {
+  std::string header = "{'descr': '" + descr + "', 'fortran_order': False, 'shape': " + shape + ", }\n";
+  std::string out = std::string("\x93NUMPY\x01\x00", 8);
+  out.push_back(static_cast<char>(header.size() & 0xff));
+  out.push_back(static_cast<char>(header.size() >> 8));
+  return out + header + data;
+}
+
 }  // namespace quire::testing

@@ -90,5 +90,35 @@ TEST_F(Verbs, EvalRefuses) {
   expect_refusal(run_cli({"eval", "--model", model(), "--qkv-dtype", "int8"}), "supported are model, float32");
 }
 
+// Where there is no CUDA, a sentence; where there is, the CPU's answer: greedy tokens of an fp32 cache.
+TEST_F(Verbs, OnCudaOrRefused) {
+  const std::vector<std::vector<std::string>> calls = {
+      {"generate", "--model", model(), "-m", "float32", "--token-ids", "3,1,4", "-n", "5"},
+      {"eval", "--model", model(), "-m", "int4_per_token_head", "--tokens", model() + "/tokens.npy", "--json"}};
+  std::string ids;
+  for (int i = 0; i < 64; ++i) ids += {static_cast<char>(i * 7 % 61), '\0'};
+  dir_.write("tokens.npy", npy_bytes("<u2", "(64,)", ids));
+  for (const auto& call : calls) {
+    const auto on_cpu = run_cli(call);
+    ASSERT_EQ(on_cpu.exit_status, 0) << on_cpu.err;
+    auto with_device = call;
+    with_device.insert(with_device.end(), {"--device", "cuda"});
+    const auto on_cuda = run_cli(with_device);
+    if (on_cuda.exit_status != 0) {
+      expect_refusal(on_cuda, "CUDA");
+      continue;
+    }
+    if (call[0] == "generate") {
+      EXPECT_EQ(on_cuda.out, on_cpu.out);
+    } else {
+      EXPECT_EQ(on_cuda.json()["device"], "cuda");
+      const auto perplexity = [](const auto& outcome) {
+        return outcome.json()["modes"]["int4_per_token_head"]["perplexity"].template get<double>();
+      };
+      EXPECT_NEAR(perplexity(on_cuda), perplexity(on_cpu), 1e-3 * perplexity(on_cpu));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace quire::testing

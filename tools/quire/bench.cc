@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <regex>
 #include <string>
 #include <vector>
 
+#include "cuda/device_memory.h"
 #include "evaluation.h"
 #include "format/float_types.h"
 #include "measure.h"
@@ -22,8 +25,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-using bench::Memory;
-
 template <class T>
 Result<Memory> copy_of(Device device, const std::vector<T>& values) {
   return Memory::copy_of(device, values.data(), values.size() * sizeof(T));
@@ -31,7 +32,7 @@ Result<Memory> copy_of(Device device, const std::vector<T>& values) {
 
 struct Options {
   std::string op = "decode";
-  std::string device = "cpu";
+  Device device = Device::kCpu;
   std::string modes = "auto";
   std::vector<std::string> layouts = {"nhd"};
   std::vector<std::int64_t> batches = {1};
@@ -53,8 +54,9 @@ struct Problem {
   int num_q_heads, num_kv_heads, head_size, head_size_v, block_size;
 };
 
+// Bytes a second that the device itself manages; what attention is held to, and what the store is.
 struct Ceilings {
-  double read = 0.0, copy = 0.0;  // bytes a second
+  double read = 0.0, copy = 0.0;
 };
 
 Result<KVCacheLayout> layout_of(const Problem& problem, ModeId mode) {
@@ -100,7 +102,8 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
   for (const auto& [memory, size] :
        {std::pair{&cache.base, bytes.base}, std::pair{&cache.v_base, bytes.v_base},
         std::pair{&cache.k_scales, bytes.k_scales}, std::pair{&cache.v_scales, bytes.v_scales}}) {
-    QUIRE_ASSIGN(allocated, Memory::allocate(problem.device, static_cast<std::size_t>(size)));
+    constexpr std::int64_t kReadableBehind = 16;  // what page_read_ms asks for
+    QUIRE_ASSIGN(allocated, Memory::allocate(problem.device, static_cast<std::size_t>(size + kReadableBehind)));
     *memory = std::move(allocated);
   }
   cache.views = make_views(layout, num_blocks, cache.base.data(), cache.v_base.data(), cache.k_scales.data(),
@@ -123,7 +126,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
                                     problem.device);
     args.slot_mapping = Tensor::contiguous(slot_mapping.data(), DType::kInt64, {count}, problem.device);
     if (Status status = reshape_and_cache(args); !status) return status;
-    if (Status status = bench::synchronize(problem.device); !status) return status;
+    if (Status status = synchronize(problem.device); !status) return status;
   }
   return cache;
 }
@@ -142,6 +145,34 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
               {"head_size_v", problem.head_size_v},
               {"block_size", problem.block_size},
               {"ms", ms}};
+}
+
+// What a call reads of a page; tensors whose rows lie end to end (K and V of a slot, inline scales) are one.
+std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
+  std::vector<bench::PageRead> reads;
+  for (const Tensor* rows : {&args.key_cache, &args.k_scale_cache, &args.value_cache, &args.v_scale_cache}) {
+    if (!rows->defined()) continue;
+    const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
+    bench::PageRead read;
+    read.base = rows->data;
+    read.block_stride = rows->strides[0] * element;
+    read.slot_stride = rows->strides[1] * element;
+    read.head_stride = rows->strides[2] * element;
+    read.row_bytes = rows->ndim == 4 ? rows->shape[3] * element : element;
+    read.block_size = static_cast<int>(rows->shape[1]);
+    read.num_heads = static_cast<int>(rows->shape[2]);
+    const auto goes_on = [&](const bench::PageRead& before) {
+      return static_cast<const std::uint8_t*>(before.base) + before.row_bytes == read.base &&
+             before.block_stride == read.block_stride && before.slot_stride == read.slot_stride &&
+             before.head_stride == read.head_stride;
+    };
+    if (!reads.empty() && goes_on(reads.back())) {
+      reads.back().row_bytes += read.row_bytes;
+    } else {
+      reads.push_back(read);
+    }
+  }
+  return reads;
 }
 
 // Attention of q_len new tokens on context - q_len cached ones, for each sequence of a batch.
@@ -222,31 +253,13 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.read;
   row["layout_share"] = nullptr;
   if (problem.device == Device::kCuda) {
-    const auto page_read = [&](const Tensor& rows) {
-      const auto element = static_cast<std::int64_t>(dtype_bytes(rows.dtype));
-      bench::PageRead read;
-      read.base = rows.data;
-      read.block_stride = rows.strides[0] * element;
-      read.slot_stride = rows.strides[1] * element;
-      read.head_stride = rows.strides[2] * element;
-      read.row_bytes = rows.ndim == 4 ? rows.shape[3] * element : element;
-      read.block_table = static_cast<const std::int32_t*>(tables.data());
-      read.max_blocks = blocks_per_sequence;
-      read.batch = static_cast<int>(problem.batch);
-      read.num_heads = problem.num_kv_heads;
-      read.block_size = problem.block_size;
-      read.context = problem.context;
-      return read;
-    };
-    std::vector<bench::PageRead> reads = {page_read(args.key_cache), page_read(args.value_cache)};
-    for (const Tensor* scales : {&args.k_scale_cache, &args.v_scale_cache}) {
-      if (scales->defined()) reads.push_back(page_read(*scales));
-    }
-    if (const Result<double> read_ms = bench::page_read_ms(reads); read_ms.ok()) row["layout_share"] = *read_ms / ms;
+    const bench::PageTable pages{static_cast<const std::int32_t*>(tables.data()), blocks_per_sequence,
+                                 static_cast<int>(problem.batch), copies};
+    QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
+    row["layout_share"] = read_ms / ms;
   }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
-  row["kernel"] = plan.kernel;
-  row["splits"] = plan.max_splits;
+  row["kernel"] = fmt::format("{}, {} splits", plan.kernel, plan.max_splits);
   return row;
 }
 
@@ -304,9 +317,18 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   return row;
 }
 
+// The GPU driver's version, "580.159.04", as the kernel module tells it; empty where it does not.
+std::string driver_version() {
+  std::ifstream file("/proc/driver/nvidia/version");
+  std::string line;
+  std::getline(file, line);
+  std::smatch match;
+  return std::regex_search(line, match, std::regex("[0-9]+\\.[0-9.]+")) ? match.str() : std::string();
+}
+
 Status run_bench(const Options& options) {
-  const Device device = options.device == "cuda" ? Device::kCuda : Device::kCpu;
-  if (Status status = bench::device_available(device); !status) return status;
+  const Device device = options.device;
+  if (Status status = device_available(device); !status) return status;
   const Result<std::vector<ModeInfo>> modes = parse_modes(options.modes);
   if (!modes) return modes.status();
   Ceilings ceilings;
@@ -359,7 +381,8 @@ Status run_bench(const Options& options) {
                   rows.push_back(*row);
                 }
   if (options.json) {
-    const Json report{{"device", bench::device_description(device)},
+    const Json report{{"device", device_description(device)},
+                      {"driver", device == Device::kCuda ? Json(driver_version()) : Json()},
                       {"linear_read_gbps", read * 1e-9},
                       {"copy_gbps", copy * 1e-9},
                       {"rows", rows}};
@@ -376,7 +399,7 @@ void add_bench(CLI::App& app, int& exit_status) {
   verb->add_option("op", options->op, "decode, prefill or store")
       ->required()
       ->check(CLI::IsMember({"decode", "prefill", "store"}));
-  verb->add_option("--device", options->device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  add_device(*verb, options->device, "Where the ops run");
   verb->add_option("--mode", options->modes, "kv_cache_dtypes, comma-separated, or all");
   verb->add_option("--layout", options->layouts, "nhd, hnd, nhd_inline, hnd_inline")
       ->delimiter(',')
@@ -395,6 +418,9 @@ void add_bench(CLI::App& app, int& exit_status) {
   verb->add_option("--block-size", options->block_size)->check(CLI::PositiveNumber);
   verb->add_option("--budget-ms", options->budget_ms, "time spent measuring one row");
   verb->add_flag("--json", options->json, "JSON on stdout");
+  verb->footer(
+      "share: of the best linear read of 2 GiB (decode, prefill) or copy of 1 GiB (store) measured first, in the same "
+      "process. layout: of the time a kernel takes that only reads the same pages (cuda).");
   verb->callback([options, &exit_status] {
     if (Status status = run_bench(*options); !status) exit_status = report(status);
   });

@@ -2,7 +2,6 @@
 #include <fmt/core.h>
 
 #include <cmath>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,8 +14,6 @@ namespace quire::cli {
 namespace {
 
 using nlohmann::ordered_json;
-
-const std::map<std::string, Device> kDevices = {{"cpu", Device::kCpu}, {"cuda", Device::kCuda}};
 
 struct Options {
   std::vector<std::string> files;
@@ -105,9 +102,7 @@ void add_check(CLI::App& app, int& exit_status) {
   CLI::App* verb = app.add_subcommand("check", "Replay golden files; exit status 1 if a case misses its tolerance");
   auto options = std::make_shared<Options>();
   verb->add_option("files", options->files, "Golden files, .safetensors or .safetensors.gz")->required();
-  verb->add_option("--device", options->device, "Where the ops run")
-      ->transform(CLI::CheckedTransformer(kDevices, CLI::ignore_case).description(""))
-      ->type_name("cpu|cuda");
+  add_device(*verb, options->device, "Where the ops run");
   verb->add_flag("--json", options->as_json, "Print JSON");
   verb->callback([options, &exit_status] { exit_status = run(*options); });
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <map>
 #include <string>
 
 #include "verbs.h"
@@ -29,6 +30,13 @@ int report_sentence(std::string sentence) {
 }  // namespace
 
 int report(const Status& status) { return report_sentence(status.message()); }
+
+CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description) {
+  static const std::map<std::string, Device> devices = {{"cpu", Device::kCpu}, {"cuda", Device::kCuda}};
+  return verb.add_option("--device", device, description)
+      ->transform(CLI::CheckedTransformer(devices, CLI::ignore_case).description(""))
+      ->type_name("cpu|cuda");
+}
 
 }  // namespace cli
 

@@ -107,7 +107,7 @@ int run(const Options& options) {
 
   if (!options.json_path.empty()) {
     std::ofstream file(options.json_path);
-    file << llm::to_json(*scores, options.model_dir) << "\n";
+    file << llm::to_json(*scores, options.model_dir, Device::kCpu) << "\n";
     if (!file.flush()) return report(not_found(options.json_path + ": cannot write the file"));
   }
   fmt::print(

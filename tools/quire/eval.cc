@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device_memory.h"
 #include "evaluation.h"
 #include "verbs.h"
 
@@ -26,6 +27,7 @@ int run(Options& options) {
   auto modes = parse_modes(options.kv_cache_dtype);
   if (!modes.ok()) return report(modes.status());
   options.eval.modes = std::move(*modes);
+  if (Status status = device_available(options.eval.device); !status) return report(status);
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
   auto skip_layers = llm::parse_layers(options.skip_layers, model->config().num_layers);
@@ -47,7 +49,7 @@ int run(Options& options) {
   const auto scores = llm::evaluate(*model, *sets, options.eval);
   if (!scores.ok()) return report(scores.status());
   if (options.as_json) {
-    fmt::print("{}\n", llm::to_json(*scores, options.model_dir));
+    fmt::print("{}\n", llm::to_json(*scores, options.model_dir, options.eval.device));
   } else {
     print_scores(*scores);
   }
@@ -72,8 +74,10 @@ void add_eval(CLI::App& app, int& exit_status) {
       ->check(CLI::NonNegativeNumber);
   verb->add_option("--qkv-dtype", options->qkv_dtype, "Float type of q, k and v on their way to the cache, or model")
       ->capture_default_str();
+  add_device(*verb, options->eval.device, "Where the cache lives and both ops run");
   verb->add_flag("--json", options->as_json, "Print JSON");
-  verb->footer("Without --tokens, --recall and --arithmetic: the sets that lie in the model's folder.");
+  verb->footer(std::string("Without --tokens, --recall and --arithmetic: the sets that lie in the model's folder.\n") +
+               kDeviceFooter);
   verb->callback([options, &exit_status] { exit_status = run(*options); });
 }
 

@@ -20,6 +20,12 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list);
 std::string skipped_layers(const std::vector<int>& layers);
 inline constexpr const char* kSkipLayersHelp = "Layers that keep the model's own dtype, such as 0,1,last";
 
+// What --device means where a model runs.
+inline constexpr const char* kDeviceFooter =
+    "--device cuda: the pages of the cache are in device memory and both ops run there; the rest of the model runs on "
+    "the CPU, and q, k, v and the output are copied in every layer: that shows what the kernels compute, not their "
+    "speed.";
+
 // heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, where DIR has them.
 llm::EvalPaths sets_beside(const std::string& model_dir);
 

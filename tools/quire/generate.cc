@@ -23,6 +23,7 @@ struct Options {
   std::vector<std::int32_t> token_ids;
   llm::Request request{.prompt = {}, .max_new_tokens = 64, .sampling = {}};
   int block_size = 16;
+  Device device = Device::kCpu;
 };
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {
@@ -56,7 +57,8 @@ int run(Options& options) {
       *model, {.cache = {.layer_modes = {*mode},
                          .skip_layers = *skip_layers,
                          .block_size = options.block_size,
-                         .num_blocks = (capacity + options.block_size - 1) / std::max(options.block_size, 1)}});
+                         .num_blocks = (capacity + options.block_size - 1) / std::max(options.block_size, 1),
+                         .device = options.device}});
   if (!engine.ok()) return report(engine.status());
   if (auto id = engine->add(request); !id.ok()) return report(id.status());
 
@@ -119,6 +121,8 @@ void add_generate(CLI::App& app, int& exit_status) {
   verb->add_option("--seed", request.sampling.seed, "Seed of the sampling")->capture_default_str();
   verb->add_flag("!--ignore-eos", request.stop_at_eos, "Go on after an end-of-sequence token");
   verb->add_option("--block-size", options->block_size, "Token slots of a cache page")->capture_default_str();
+  add_device(*verb, options->device, "Where the cache lives and both ops run");
+  verb->footer(kDeviceFooter);
   verb->callback([options, &exit_status] { exit_status = run(*options); });
 }
 

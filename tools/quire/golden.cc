@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "core/mode_table.h"
-#include "device_copy.h"
+#include "cuda/device_memory.h"
 #include "format/formats.h"
 #include "format/row.h"
 #include "llm/safetensors.h"
@@ -30,6 +30,13 @@ namespace {
 
 using format::FormatId;
 using nlohmann::json;
+
+// An op with arguments that live on the host.
+template <class Args>
+Status run_on(Device device, const Args& args, Status (*op)(const Args& args, void* stream)) {
+  if (device == Device::kCpu) return op(args, nullptr);
+  return cuda::run_on_device(args, [&](const Args& on_device) { return op(on_device, nullptr); });
+}
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -408,7 +415,7 @@ Status replay_write(Replay& replay) {
     args.value_cache = mine->value;
     args.k_scale_cache = mine->k_scale;
     args.v_scale_cache = mine->v_scale;
-    if (Status status = run_on(replay.device, args); !status) {
+    if (Status status = run_on(replay.device, args, &reshape_and_cache); !status) {
       replay.result.reason = "reshape_and_cache: " + status.message();
       return {};
     }
@@ -556,9 +563,9 @@ Status replay_attention(Replay& replay) {
   };
   // The CPU goes first, and alone with --device cpu: it looks at every length and block id, which the other devices and
   // the oracle take on trust.
-  if (Status status = run_on(Device::kCpu, args); !status) return refused(status);
+  if (Status status = run_on(Device::kCpu, args, &unified_attention); !status) return refused(status);
   if (replay.device != Device::kCpu) {
-    if (Status status = run_on(replay.device, args); !status) return refused(status);
+    if (Status status = run_on(replay.device, args, &unified_attention); !status) return refused(status);
   }
   std::vector<int> query_lens;
   std::vector<int> seq_lens;
@@ -601,7 +608,7 @@ Status replay_attention(Replay& replay) {
   }
 
   args.out = replay.scratch.filled(theirs, theirs.dtype, 0xFF);
-  if (Status status = run_on(replay.device, args); !status) return refused(status);
+  if (Status status = run_on(replay.device, args, &unified_attention); !status) return refused(status);
   const std::string what = std::string(dtype_name(theirs.dtype)) + " output against the oracle";
   if (theirs.dtype == DType::kFloat8E4M3) {
     // One element may be off by as much as the whole row's error: tolerance * norm = tolerance * sqrt(dv) * RMS.
