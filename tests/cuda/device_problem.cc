@@ -29,23 +29,18 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
   });
 }
 
-Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invariant) {
-  UnifiedAttentionArgs planned = problem.args;
-  for (Tensor* tensor : cuda::tensors_of(planned)) tensor->device = Device::kCuda;
-  const Result<AttentionProblem> bounds = problem_of(planned);
-  if (!bounds.ok()) return bounds.status();
-  const Result<AttentionPlan> plan = plan_unified_attention(*bounds);
-  if (!plan.ok()) return plan.status();
+Status merge_on_device(const MergeAttnStatesArgs& args) {
+  return cuda::run_on_device(args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device); });
+}
+
+void prepare_for_device(AttentionCase& problem) {
   problem.serial_sums = 4.0;
-  if (plan->kernel.find("tensor cores") != std::string::npos) {
-    const Result<ModeInfo> mode = mode_info(problem.args.mode);
-    if (!mode.ok()) return mode.status();
-    const format::FormatId key = format::find_format(mode->key_format);
-    const bool rotated = key != format::FormatId::kNone && format::format_info(key).rotation != format::Rotation::kNone;
-    problem.query_unit = rotated ? 0x1p-11 : 0x1p-24;
-    problem.weight_unit = problem.args.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
-  }
-  return attend_on_device(problem.args, num_splits, batch_invariant);
+  if (problem.kernel().find("tensor cores") == std::string::npos) return;
+  const ModeInfo mode = *mode_info(problem.args.mode);
+  const format::FormatId key = format::find_format(mode.key_format);
+  const bool rotated = key != format::FormatId::kNone && format::format_info(key).rotation != format::Rotation::kNone;
+  problem.query_unit = rotated ? 0x1p-11 : 0x1p-24;
+  problem.weight_unit = problem.args.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
 }
 
 }  // namespace quire::testing

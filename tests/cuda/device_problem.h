@@ -1,4 +1,4 @@
-// Runs the problems of tests/support on the GPU: the same host arguments, mirrored to the device and back.
+// The ops of tests/support on the GPU: the same host arguments, mirrored to the device and back.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -21,7 +21,9 @@ Status store_on_device(const ReshapeAndCacheArgs& args);
 // poisoned first.
 Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
 
-// AttentionCase::run on the device.
-Status attend_on_device(AttentionCase& problem, int num_splits, bool batch_invariant);
+Status merge_on_device(const MergeAttnStatesArgs& args);
+
+// Sets a case's tolerances by the kernel that the device plans for it.
+void prepare_for_device(AttentionCase& problem);
 
 }  // namespace quire::testing

@@ -4,19 +4,23 @@
 
 namespace {
 
-class Device : public ::testing::Environment {
+class GPU : public ::testing::Environment {
   void SetUp() override {
     const quire::Status status = quire::cuda::device_available();
     if (!status.ok()) GTEST_SKIP() << status.message();
-    quire::testing::AttentionCase::run_elsewhere = quire::testing::attend_on_device;
   }
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  namespace testing = quire::testing;
+  // Before the parameters of the suites are made. A 16-bit query is what tensor cores serve.
+  testing::ops = {quire::Device::kCuda,     {quire::DType::kFloat32, quire::DType::kBFloat16},
+                  testing::store_on_device, testing::attend_on_device,
+                  testing::merge_on_device, testing::prepare_for_device};
   ::testing::InitGoogleTest(&argc, argv);
-  ::testing::AddGlobalTestEnvironment(new Device);
+  ::testing::AddGlobalTestEnvironment(new GPU);
   const std::string device = quire::cuda::device_description();
   if (!device.empty()) std::printf("device: %s\n", device.c_str());
   return RUN_ALL_TESTS();

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <set>
 
 #include "cuda/device_problem.h"
 #include "format/float_types.h"
@@ -76,6 +77,12 @@ std::vector<float> hostile_rows(Random& random, std::int64_t tokens, std::int64_
           break;
         case 14:
           for (int i = 0; i < head_size; ++i) row[i] = 5.0F + row[i] * 0.01F;
+          break;
+        case 15:
+          set_all(nan);
+          break;
+        case 16:
+          set_all(-kInf);
           break;
         default:
           break;
@@ -175,6 +182,89 @@ TEST(CudaStore, BytesEqualTheCpusInEveryLayout) {
         args.slot_mapping = slot_mapping.view;
         expect_same_bytes(options, args);
         if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Head size 128, the size with kernels of its own, over rows of every kind.
+TEST(CudaStore, BytesOfHostileRowsEqualTheCpusInEveryLayout) {
+  constexpr std::int64_t kTokens = 20;
+  for (const std::string& mode : table_modes()) {
+    for (const Layout layout : kAllLayouts) {
+      for (const DType dtype : kInputs) {
+        SCOPED_TRACE(mode + " " + std::string(layout_name(layout)) + " from " + std::string(dtype_name(dtype)));
+        PagedCache::Options options;
+        options.mode = mode;
+        options.head_size = options.head_size_v = 128;
+        options.num_kv_heads = 2;
+        options.num_blocks = 3;
+        options.layout = layout;
+        Random random(8);
+        OwnedTensor key(dtype, {kTokens, 2, 128}), value(dtype, {kTokens, 2, 128});
+        key.fill(hostile_rows(random, kTokens, 2, 128));
+        value.fill(hostile_rows(random, kTokens, 2, 128));
+        OwnedTensor slot_mapping(DType::kInt64, {kTokens});
+        slot_mapping.fill_integers({47, 1, 2, 30, 9, 8, 22, 14, 0, 3, 4, 31, 17, 6, 5, 33, 40, 16, -1, 7});
+        ReshapeAndCacheArgs args;
+        args.key = key.view;
+        args.value = value.view;
+        args.slot_mapping = slot_mapping.view;
+        expect_same_bytes(options, args);
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+// Tokens of one call that name the same slot (a scheduler gives each slot once): each byte of the slot is one that one
+// of them would have stored, and no other byte changes.
+TEST(CudaStore, DuplicateSlotsHoldBytesOfTheirTokens) {
+  constexpr std::int64_t kTokens = 256, kSlots = 4;
+  for (const std::string& mode : table_modes()) {
+    SCOPED_TRACE(mode);
+    PagedCache::Options options;
+    options.mode = mode;
+    options.head_size = 128;
+    options.num_blocks = 2;
+    Random random(9);
+    OwnedTensor key(DType::kBFloat16, {kTokens, 2, 128}), value(DType::kBFloat16, {kTokens, 2, 128});
+    key.fill(random.normals(key.view.numel()));
+    value.fill(random.normals(value.view.numel()));
+    std::vector<std::int64_t> slots;
+    for (std::int64_t t = 0; t < kTokens; ++t) slots.push_back(t / 2 % kSlots);  // neighbours share a slot
+    OwnedTensor slot_mapping(DType::kInt64, {kTokens});
+    slot_mapping.fill_integers(slots);
+    ReshapeAndCacheArgs args;
+    args.key = key.view;
+    args.value = value.view;
+    args.slot_mapping = slot_mapping.view;
+    const PagedCache on_gpu(options);
+    on_gpu.apply(args);
+    QUIRE_ASSERT_OK(store_on_device(args));
+
+    // candidates[buffer][byte]: the values that the tokens of that byte's slot would have given it.
+    const PagedCache untouched(options);
+    std::vector<std::vector<std::set<int>>> candidates(untouched.bytes().size());
+    for (std::size_t b = 0; b < candidates.size(); ++b) candidates[b].resize(untouched.bytes()[b].size());
+    for (std::int64_t round = 0; round < kTokens / kSlots; ++round) {
+      // A token of every slot.
+      std::vector<std::int64_t> only(kTokens, -1);
+      for (std::int64_t s = 0; s < kSlots; ++s) {
+        const std::int64_t t = round / 2 * 2 * kSlots + 2 * s + round % 2;
+        only[static_cast<std::size_t>(t)] = s;
+      }
+      slot_mapping.fill_integers(only);
+      const PagedCache alone(options);
+      alone.apply(args);
+      QUIRE_ASSERT_OK(reshape_and_cache(args));
+      for (std::size_t b = 0; b < candidates.size(); ++b) {
+        for (std::size_t i = 0; i < candidates[b].size(); ++i) candidates[b][i].insert(alone.bytes()[b][i]);
+      }
+    }
+    for (std::size_t b = 0; b < candidates.size(); ++b) {
+      for (std::size_t i = 0; i < candidates[b].size(); ++i) {
+        ASSERT_TRUE(candidates[b][i].contains(on_gpu.bytes()[b][i])) << "buffer " << b << " byte " << i;
       }
     }
   }

@@ -57,7 +57,7 @@ TEST(Merge, IsTheWeightedSum) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     for (int head_size : {32, 80, 512, 640}) {
       Parts parts(dtype, head_size);
-      ASSERT_TRUE(merge_attn_states(parts.args()).ok());
+      ASSERT_TRUE(ops.merge(parts.args()).ok());
       // Two products, one sum and a division in fp32, then half an ulp of the output.
       const double u = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
       for (std::int64_t t = 0; t < kTokens; ++t) {
@@ -98,7 +98,7 @@ TEST(Merge, AnEmptyPartMayHoldAnything) {
     parts.suffix.view.ptr<float>()[parts.suffix.view.strides[1] + i] = kInfinity;  // row (0, 1): suffix empty
     parts.prefix.view.ptr<float>()[2 * parts.prefix.view.strides[1] + i] = kNaN;   // row (0, 2): both
   }
-  ASSERT_TRUE(merge_attn_states(parts.args()).ok());
+  ASSERT_TRUE(ops.merge(parts.args()).ok());
   EXPECT_EQ(parts.out.get(0, 0, 0), expected_other);
   EXPECT_EQ(parts.out.get(0, 1, 7), parts.prefix.get(0, 1, 7));
   EXPECT_EQ(parts.lse.get(0, 0), parts.suffix_lse.get(0, 0));
@@ -113,7 +113,7 @@ TEST(Merge, NaNStaysVisible) {
       Parts parts(DType::kFloat32, 64);
       (in_prefix ? parts.prefix_lse : parts.suffix_lse).view.ptr<float>()[0] = kNaN;
       (in_prefix ? parts.suffix_lse : parts.prefix_lse).view.ptr<float>()[0] = other;
-      ASSERT_TRUE(merge_attn_states(parts.args()).ok());
+      ASSERT_TRUE(ops.merge(parts.args()).ok());
       EXPECT_TRUE(std::isnan(parts.lse.get(0, 0))) << other << (in_prefix ? " prefix" : " suffix");
       EXPECT_TRUE(std::isnan(parts.out.get(0, 0, 3))) << other << (in_prefix ? " prefix" : " suffix");
     }
@@ -122,13 +122,13 @@ TEST(Merge, NaNStaysVisible) {
 
 TEST(Merge, OutMayAliasAPart) {
   Parts apart(DType::kFloat32, 64);
-  ASSERT_TRUE(merge_attn_states(apart.args()).ok());
+  ASSERT_TRUE(ops.merge(apart.args()).ok());
   for (bool in_prefix : {true, false}) {
     Parts parts(DType::kFloat32, 64);
     MergeAttnStatesArgs args = parts.args();
     args.out = in_prefix ? args.prefix_out : args.suffix_out;
     args.lse = in_prefix ? args.prefix_lse : args.suffix_lse;
-    ASSERT_TRUE(merge_attn_states(args).ok());
+    ASSERT_TRUE(ops.merge(args).ok());
     const OwnedTensor& out = in_prefix ? parts.prefix : parts.suffix;
     for (std::int64_t t = 0; t < kTokens; ++t) {
       for (std::int64_t h = 0; h < kHeads; ++h) {
@@ -142,18 +142,18 @@ TEST(Merge, WithoutLse) {
   Parts parts(DType::kFloat32, 64);
   MergeAttnStatesArgs args = parts.args();
   args.lse = Tensor();
-  ASSERT_TRUE(merge_attn_states(args).ok());
+  ASSERT_TRUE(ops.merge(args).ok());
   for (std::uint8_t byte : parts.lse.bytes) ASSERT_EQ(byte, 0xFF);
 }
 
 TEST(Merge, NoTokens) {
   OwnedTensor none(DType::kFloat32, {0, kHeads, 64}), lse(DType::kFloat32, {0, kHeads});
-  EXPECT_TRUE(merge_attn_states({.out = none.view,
-                                 .lse = lse.view,
-                                 .prefix_out = none.view,
-                                 .prefix_lse = lse.view,
-                                 .suffix_out = none.view,
-                                 .suffix_lse = lse.view})
+  EXPECT_TRUE(ops.merge({.out = none.view,
+                         .lse = lse.view,
+                         .prefix_out = none.view,
+                         .prefix_lse = lse.view,
+                         .suffix_out = none.view,
+                         .suffix_lse = lse.view})
                   .ok());
 }
 

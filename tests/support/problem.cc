@@ -127,6 +127,37 @@ double e4m3_step(double x) {
 
 }  // namespace
 
+namespace {
+
+Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant) {
+  if (num_splits == 0 && !batch_invariant) return unified_attention(args);
+  Result<AttentionProblem> problem = problem_of(args);
+  if (!problem.ok()) return problem.status();
+  problem->num_splits = num_splits;
+  problem->batch_invariant = batch_invariant;
+  const Result<AttentionPlan> plan = plan_unified_attention(*problem);
+  if (!plan.ok()) return plan.status();
+  // Exactly as long as the plan says; operator new aligns to 16 bytes.
+  std::vector<std::uint8_t> workspace(std::max<std::size_t>(plan->workspace_bytes, 16), 0xFF);
+  return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes);
+}
+
+}  // namespace
+
+TestedOps ops{Device::kCpu,
+              {DType::kFloat32},
+              [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args); },
+              attend_on_cpu,
+              [](const MergeAttnStatesArgs& args) { return merge_attn_states(args); },
+              [](AttentionCase&) {}};
+
+bool modes_built(std::initializer_list<std::string_view> modes) {
+  for (const std::string_view name : modes) {
+    if (!mode_info(mode_of(name))->compiled) return false;
+  }
+  return true;
+}
+
 ModeId mode_of(std::string_view name) {
   const Result<ModeId> mode = parse_kv_cache_dtype(name);
   if (!mode.ok()) {
@@ -142,6 +173,19 @@ std::vector<std::string> table_modes() {
     if (!mode.registered && mode.compiled) names.push_back(mode.name);
   }
   return names;
+}
+
+std::vector<ModeAndQuery> modes_and_queries() {
+  std::vector<ModeAndQuery> all;
+  for (const std::string& mode : table_modes()) {
+    for (const DType dtype : ops.query_dtypes) all.push_back({mode, dtype});
+  }
+  return all;
+}
+
+std::string test_name(const ModeAndQuery& parameter) {
+  const bool named = parameter.query_dtype != DType::kFloat32;
+  return test_name(parameter.mode) + (named ? "_from_" + std::string(dtype_name(parameter.query_dtype)) : "");
 }
 
 std::string test_name(std::string mode) {
@@ -516,18 +560,38 @@ void AttentionCase::build_inputs(Random& random) {
 Status AttentionCase::run(int num_splits, bool batch_invariant) {
   std::fill(out.bytes.begin(), out.bytes.end(), 0xFF);
   std::fill(lse.bytes.begin(), lse.bytes.end(), 0xFF);
-  if (run_elsewhere != nullptr) return run_elsewhere(*this, num_splits, batch_invariant);
-  if (num_splits == 0 && !batch_invariant) return unified_attention(args);
+  ops.prepare(*this);
+  return ops.attend(args, num_splits, batch_invariant);
+}
 
-  Result<AttentionProblem> problem = problem_of(args);
-  if (!problem.ok()) return problem.status();
-  problem->num_splits = num_splits;
-  problem->batch_invariant = batch_invariant;
+std::string AttentionCase::kernel() const {
+  UnifiedAttentionArgs planned = args;
+  for (Tensor* tensor : {&planned.query,
+                         &planned.out,
+                         &planned.key_cache,
+                         &planned.value_cache,
+                         &planned.k_scale_cache,
+                         &planned.v_scale_cache,
+                         &planned.cu_seqlens_q,
+                         &planned.seq_lens,
+                         &planned.block_table,
+                         &planned.causal_per_seq,
+                         &planned.mm_prefix_range,
+                         &planned.sinks,
+                         &planned.alibi_slopes,
+                         &planned.qq_bias,
+                         &planned.q_scale,
+                         &planned.k_scale,
+                         &planned.v_scale,
+                         &planned.output_scale,
+                         &planned.lse,
+                         &planned.error_counter}) {
+    tensor->device = ops.device;
+  }
+  const Result<AttentionProblem> problem = problem_of(planned);
+  if (!problem.ok()) return problem.status().message();
   const Result<AttentionPlan> plan = plan_unified_attention(*problem);
-  if (!plan.ok()) return plan.status();
-  // Poisoned and exactly as long as the plan says; operator new aligns to 16 bytes.
-  std::vector<std::uint8_t> workspace(std::max<std::size_t>(plan->workspace_bytes, 16), 0xFF);
-  return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes);
+  return plan.ok() ? plan->kernel : plan.status().message();
 }
 
 void AttentionCase::run_oracle() {

@@ -17,11 +17,39 @@
 
 namespace quire::testing {
 
+class AttentionCase;
+
+// The ops as tests call them, with arguments on the host: the CPU's, until a test program puts another device behind
+// them (tests/cuda/main.cc). Tests of tests/ops that go through these run on every device.
+struct TestedOps {
+  Device device;
+  std::vector<DType> query_dtypes;  // those that kernels of their own may serve
+  Status (*store)(const ReshapeAndCacheArgs& args);
+  // The one-call form or, where num_splits or batch_invariant asks for it, plan and run with a poisoned workspace.
+  Status (*attend)(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
+  Status (*merge)(const MergeAttnStatesArgs& args);
+  void (*prepare)(AttentionCase& problem);  // sets the tolerances of a case that is about to run
+};
+extern TestedOps ops;
+
+// Whether this build has these modes (QUIRE_MODES).
+bool modes_built(std::initializer_list<std::string_view> modes);
+#define QUIRE_NEEDS_MODES(...) \
+  if (!::quire::testing::modes_built({__VA_ARGS__})) GTEST_SKIP() << "this build leaves out a mode of " #__VA_ARGS__
+
 // The id of a mode of the table; aborts the test program for a name that is not there.
 ModeId mode_of(std::string_view name);
 
 // Modes of the table with readable formats, in table order.
 std::vector<std::string> table_modes();
+
+// Every mode of the table with every query dtype of `ops`: the parameters of a test suite, and the suffix of its tests.
+struct ModeAndQuery {
+  std::string mode;
+  DType query_dtype;
+};
+std::vector<ModeAndQuery> modes_and_queries();
+std::string test_name(const ModeAndQuery& parameter);
 
 // A mode's name as part of a test's name: letters, digits and underscores only.
 std::string test_name(std::string mode);
@@ -146,12 +174,14 @@ class AttentionCase {
 
   explicit AttentionCase(const Options& options);
 
-  // Runs the library's op through the one-call form or, where num_splits or batch_invariant asks for it, through plan
-  // and run; poisons the output first.
+  // Runs the tested op (see TestedOps::attend); poisons the output first.
   Status run(int num_splits = 0, bool batch_invariant = false);
 
   // Fills expected_out and expected_lse.
   void run_oracle();
+
+  // The kernel that the tested device plans for the one-call form.
+  std::string kernel() const;
 
   // run, run_oracle and matches().
   ::testing::AssertionResult check(int num_splits = 0, bool batch_invariant = false);
@@ -169,9 +199,6 @@ class AttentionCase {
   double query_unit = 0x1p-24;
   double weight_unit = 0x1p-24;
   double serial_sums = 1.0;  // 4 where a kernel sums without SIMD lanes
-
-  // Where run() hands the case over instead, if set: the CUDA tests run the same cases on a GPU.
-  static inline Status (*run_elsewhere)(AttentionCase& problem, int num_splits, bool batch_invariant) = nullptr;
 
   Options options;
   std::int64_t num_tokens = 0;  // queries in use; the tensors have two rows more
