@@ -1,8 +1,10 @@
 // The host side of the attention kernels: the plan that chooses among them, their parameters, the merge of their
 // partial results, and merge_attn_states.
 //
-//   decode_split, prefill_split (decode.cuh, prefill.cuh)   tensor cores; sequences of few and of many query rows
-//   attend_split (attention.cuh)                            fp32 arithmetic: every dtype, alignment and head size
+//   decode_split (decode.cuh)               tensor cores; sequences of few query rows
+//   prefill_split (prefill.cuh)             tensor cores; sequences of many query rows
+//   prefill_split_sm90 (prefill_sm90.cuh)   the same on Hopper, for head sizes up to 128
+//   attend_split (attention.cuh)            fp32 arithmetic: every dtype, alignment and head size
 #include "cuda/attention.cuh"
 
 #include <algorithm>
@@ -364,12 +366,13 @@ std::int64_t choose_splits(std::int64_t blocks, std::int64_t max_keys, int block
 Result<AttentionPlan> plan(const AttentionProblem& problem) {
   constexpr std::int64_t kInvariantSplit = 2048;  // depends on nothing but itself
   constexpr std::int64_t kMaxSplits = 1024;
-  constexpr std::int64_t kSplitMultiple = 64;  // of every kernel's key tile
+  constexpr std::int64_t kSplitMultiple = 128;  // of every kernel's key tile
 
   AttentionPlan plan;
   plan.problem = problem;
   const auto [key, value] = formats_of(problem);
   const TensorEntry* tensor = find_tensor_kernels(problem, key, value);
+  const bool uses_sm90 = tensor != nullptr && tensor->max_head_size <= kMaxHeadSm90 && runs_sm90_kernels();
   const Tiles tiles = count_tiles(problem, problem.max_num_tokens, problem.max_batch, tensor);
   const std::int64_t group_size = problem.num_q_heads / problem.num_kv_heads;
   if (tensor == nullptr) {
@@ -378,7 +381,8 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     const std::string head_class = std::to_string(tensor->max_head_size);
     plan.kernel = "cuda/decode_split<" + head_class + "> (16 rows x 16 keys, tensor cores)";
     if (tiles.many > 0) {
-      plan.kernel = "cuda/prefill_split<" + head_class + "> (" + std::to_string(tensor->prefill_rows) +
+      plan.kernel = (uses_sm90 ? "cuda/prefill_split_sm90 (" : "cuda/prefill_split<" + head_class + "> (") +
+                    std::to_string(tensor->prefill_rows) +
                     " rows, tensor cores) and decode_split for sequences of up to " + std::to_string(kDecodeRows) +
                     " rows";
     }
@@ -394,7 +398,8 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
   } else {
     std::int64_t splits = problem.num_splits;
     if (splits <= 0)
-      splits = tiles.many > 0 ? choose_splits(blocks, max_keys, 2, 4096) : choose_splits(blocks, max_keys, 3, 256);
+      splits = tiles.many > 0 ? choose_splits(blocks, max_keys, uses_sm90 ? 1 : 2, 4096)
+                              : choose_splits(blocks, max_keys, 3, 256);
     splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
     plan.split_size = ceil_div(ceil_div(max_keys, splits), kSplitMultiple) * kSplitMultiple;
   }

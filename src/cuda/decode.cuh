@@ -16,7 +16,7 @@
 // instruction budget: docs/kernels/decode.md.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/softmax.cuh"
 
 namespace quire::cuda {
 
@@ -88,27 +88,17 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
 
   std::uint8_t* const query_rows = Config::kQueryInRegisters ? shared.query_at_first : shared.query_kept;
   for (int r = warp; r < kRows; r += kWarps) {
-    load_query<KeyF, kHead>(p, tile, kv_head, r, query_rows + r * kPitch16<kHead>, shared.row, lane);
+    QueryRow query = fetch_query(p, tile, kv_head, r, lane);
+    put_query<KeyF, kHead>(p, query, row_chunks(query_rows + r * kPitch16<kHead>), shared.row[r], lane);
   }
   __syncthreads();
 
   // This lane's rows of the accumulators: lane / 4 and lane / 4 + 8.
   const int quad = lane / 4;
   const int pair = lane % 4 * 2;
-  const float logit_factor = p.softmax_scale * p.q_scale.at(tile.batch, kv_head) * p.k_scale.at(tile.batch, kv_head) *
-                             KeyF::unrotate(format::row_shape(p.head_size)) /
-                             (KeyF::kLevelNorm ? 1.0F : level_unit<KeyF>)*kLog2E;
-  float factor[2], query_sum[2];
-  attention::KeyRange seen[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = quad + 8 * r;
-    factor[r] = logit_factor * shared.row[row].scale;
-    query_sum[r] = shared.row[row].sum;
-    seen[r] = {shared.row[row].begin, shared.row[row].end};
-  }
-  // A slope that is not positive would turn maxima into minima: such logits are scaled at once, like biased ones.
-  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
+  const float logit_factor = log2_factor<KeyF>(p, tile.batch, kv_head);
+  const bool biased = has_bias(p, logit_factor);
+  RunningSoftmax<1> state(logit_factor, shared.row, quad, kValueMeta ? 0.0F : 1.0F);
 
   const std::uint32_t query_address = ptx::shared_address(query_rows) + (lane % 16) * kPitch16<kHead> + lane / 16 * 16;
   std::uint32_t query[Config::kQueryInRegisters ? kSteps : 1][4];
@@ -146,9 +136,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
       const std::uint32_t readable = __ballot_sync(kFullWarp, place.block >= 0);
       if (lane == 0) own.readable[stage] = readable & 0xffffU;
       __syncwarp();
-      copy_rows<KeyF, kHead, kSlice, 32>(p.key, own.offset[stage][0], key_dense, key_row_bytes, own.raw[stage], lane);
+      copy_rows<KeyF, kHead, kSlice, 32>(p.key, own.offset[stage][0], key_dense, key_row_bytes,
+                                         raw_rows<KeyF, kHead>(own.raw[stage]), lane);
       copy_rows<ValueF, kHead, kSlice, 32>(p.value, own.offset[stage][1], value_dense, value_row_bytes,
-                                           own.raw[stage] + Config::kKeyBytes, lane);
+                                           raw_rows<ValueF, kHead>(own.raw[stage] + Config::kKeyBytes), lane);
     }
     ptx::cp_async_commit();
   };
@@ -157,11 +148,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
   for (int s = 0; s < kStages; ++s) start_copies(slice + s * kWarps, place_of(slice + s * kWarps), s);
   KeyPlace next_place = place_of(slice + kStages * kWarps);
 
-  float acc[kSteps * 2][4] = {};
-  float max[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {}, offset[2] = {};
-  float unit = 1.0F;  // of the whole warp
-  if constexpr (kValueMeta) unit = 0.0F;
+  float acc[1][kSteps * 2][4] = {};
 
   // The lane's addresses for ldmatrix: K by rows of 8 keys and 8 + 8 elements, V transposed.
   const int key_offset = (lane / 16 * 8 + lane % 8) * kPitch16<kHead> + lane / 8 % 2 * 16;
@@ -183,7 +170,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     float squares = 0.0F;
     if constexpr (!kRaw16<KeyF>) {
       convert_part<KeyF, kHead / 64>(key_row + copy_part * (kHead / 2 / KeyF::kUnit * KeyF::kUnitBytes), key_aligned,
-                                     own.converted + copy_key * kPitch16<kHead> + copy_part * kHead,
+                                     row_chunks(own.converted + copy_key * kPitch16<kHead> + copy_part * kHead),
                                      p.head_size - copy_part * kHead / 2, &squares);
     }
     if constexpr (KeyF::kLevelNorm) squares += __shfl_xor_sync(kFullWarp, squares, kSlice);
@@ -208,7 +195,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     __syncwarp();
 
     // Logits of 16 rows x 16 keys: s[t][..] belongs to keys 8 t + pair + {0, 1}, rows quad and quad + 8.
-    float s[2][4] = {};
+    float s[1][2][4] = {};
     const std::uint32_t key_address =
         ptx::shared_address(kRaw16<KeyF> ? raw_key : own.converted) + static_cast<std::uint32_t>(key_offset);
 #pragma unroll
@@ -216,106 +203,38 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
       std::uint32_t b[4];
       ptx::ldmatrix_x4(b, key_address + 32 * k);
       if constexpr (Config::kQueryInRegisters) {
-        ptx::mma_16x8x16<kKeyBf16>(s[0], query[k], b[0], b[1]);
-        ptx::mma_16x8x16<kKeyBf16>(s[1], query[k], b[2], b[3]);
+        ptx::mma_16x8x16<kKeyBf16>(s[0][0], query[k], b[0], b[1]);
+        ptx::mma_16x8x16<kKeyBf16>(s[0][1], query[k], b[2], b[3]);
       } else {
         ptx::ldmatrix_x4(query[0], query_address + 32 * k);
-        ptx::mma_16x8x16<kKeyBf16>(s[0], query[0], b[0], b[1]);
-        ptx::mma_16x8x16<kKeyBf16>(s[1], query[0], b[2], b[3]);
+        ptx::mma_16x8x16<kKeyBf16>(s[0][0], query[0], b[0], b[1]);
+        ptx::mma_16x8x16<kKeyBf16>(s[0][1], query[0], b[2], b[3]);
       }
     }
 
     const int first_key = slice * kSlice;
     const bool all_seen = readable == 0xffffU && first_key >= tile.full_begin && first_key + kSlice <= tile.full_end;
-    // In units of 1 / slope: the factor waits for the exponential, unless a bias comes between.
-    if constexpr (kKeyMeta) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = 8 * (i / 4) + pair + i % 2;
-        s[i / 4][i % 4] *= own.key_scale[n];
-        if constexpr (KeyF::kHasOffset)
-          s[i / 4][i % 4] = fmaf(own.key_offset[n], query_sum[i % 4 / 2], s[i / 4][i % 4]);
-      }
-    }
-    if (has_bias) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const BiasRow bias = bias_row(p, tile, shared.row[quad + 8 * r]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& x = s[i / 2][2 * r + i % 2];
-          x = kLog2E * add_bias(bias, x * (factor[r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
-        }
-      }
-    }
-    if (!all_seen) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = 8 * (i / 4) + pair + i % 2;
-        const attention::KeyRange& range = seen[i % 4 / 2];
-        const int key = first_key + n;
-        if (key < range.begin || key >= range.end || (readable >> n & 1U) == 0) s[i / 4][i % 4] = -INFINITY;
-      }
-    }
-
-    // The running softmax, in base 2.
-    float correction[2];
-    bool moved = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float slope = has_bias ? 1.0F : factor[r];
-      float largest = fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-      const float next = fmaxf(max[r], largest);
-      const float base = next == -INFINITY ? 0.0F : slope * next;
-      correction[r] = ptx::ex2_approx(max[r] == -INFINITY ? -INFINITY : fmaf(slope, max[r], -base));
-      moved = moved || next != max[r];
-      max[r] = next;
-      sum[r] *= correction[r];
-      offset[r] *= correction[r];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[i / 2][2 * r + i % 2];
-        x = ptx::ex2_approx(fmaf(slope, x, -base));
-        sum[r] += x;
-      }
-    }
+    scale_logits<KeyF>(s, state, own.key_scale, own.key_offset, pair);
+    if (biased) bias_logits(s, state, p, tile, shared.row, first_key, quad, pair);
+    if (!all_seen) mask_logits(s, shared.row, &readable, first_key, quad, pair);
+    float correction[1][2];
+    bool moved = exponentials(s, state, biased, correction);
     if constexpr (kValueMeta) {
       const std::uint32_t largest = __reduce_max_sync(kFullWarp, __float_as_uint(fabsf(value_scale)));
-      const bool poisoned = largest >= 0x7f800000U;  // some scale of the slice is NaN
-      const float next =
-          fmaxf(unit, poisoned ? largest_finite<kSlice>(own.value_scale) : power_above(__uint_as_float(largest)));
-      if (next != unit) {
-        moved = true;
-        correction[0] *= unit / next;
-        correction[1] *= unit / next;
-        unit = next;
-      }
-      const float inverse = unit > 0.0F ? 1.0F / unit : 0.0F;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& x = s[i / 4][i % 4];
-        const int n = 8 * (i / 4) + pair + i % 2;
-        const bool weightless = poisoned && x == 0.0F;  // 0 times a NaN scale is not 0
-        if constexpr (ValueF::kHasOffset) offset[i % 4 / 2] += weightless ? 0.0F : x * own.value_offset[n];
-        x = weightless ? 0.0F : x * (own.value_scale[n] * inverse);
-      }
+      moved |= weigh_values<ValueF>(s, state, own.value_scale, own.value_offset, largest, correction, pair);
     }
-    if (__any_sync(kFullWarp, moved)) {
+    if (__any_sync(kFullWarp, moved)) rescale(acc, correction);
+    std::uint32_t weights[4];
 #pragma unroll
-      for (int n = 0; n < 2 * kSteps; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[n][i] *= correction[i / 2];
-      }
+    for (int i = 0; i < 4; ++i) {
+      weights[i] = pack_pair<kValueBf16>(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1]);
     }
-    const std::uint32_t weights[4] = {pack_pair<kValueBf16>(s[0][0], s[0][1]), pack_pair<kValueBf16>(s[0][2], s[0][3]),
-                                      pack_pair<kValueBf16>(s[1][0], s[1][1]), pack_pair<kValueBf16>(s[1][2], s[1][3])};
 
     if constexpr (!kRaw16<ValueF>) {
       if constexpr (!kRaw16<KeyF>) __syncwarp();  // K's levels have been read
       convert_part<ValueF, kHead / 64>(value_row + copy_part * (kHead / 2 / ValueF::kUnit * ValueF::kUnitBytes),
-                                       value_aligned, own.converted + copy_key * kPitch16<kHead> + copy_part * kHead,
+                                       value_aligned,
+                                       row_chunks(own.converted + copy_key * kPitch16<kHead> + copy_part * kHead),
                                        p.head_size_v - copy_part * kHead / 2, &squares);
       __syncwarp();
     }
@@ -325,37 +244,30 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     for (int n = 0; n < kSteps; ++n) {
       std::uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, value_address + 32 * n);
-      ptx::mma_16x8x16<kValueBf16>(acc[2 * n], weights, b[0], b[1]);
-      ptx::mma_16x8x16<kValueBf16>(acc[2 * n + 1], weights, b[2], b[3]);
+      ptx::mma_16x8x16<kValueBf16>(acc[0][2 * n], weights, b[0], b[1]);
+      ptx::mma_16x8x16<kValueBf16>(acc[0][2 * n + 1], weights, b[2], b[3]);
     }
     __syncwarp();
     start_copies(slice + kStages * kWarps, next_place, stage);
     next_place = place_of(slice + (kStages + 1) * kWarps);
   }
   ptx::cp_async_wait<0>();
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    sum[r] += __shfl_xor_sync(kFullWarp, sum[r], 1);
-    sum[r] += __shfl_xor_sync(kFullWarp, sum[r], 2);
-    offset[r] += __shfl_xor_sync(kFullWarp, offset[r], 1);
-    offset[r] += __shfl_xor_sync(kFullWarp, offset[r], 2);
-  }
+  state.finish(biased);
   __syncthreads();  // the pipelines' memory becomes Merge
 
 #pragma unroll
   for (int n = 0; n < 2 * kSteps; ++n) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      *reinterpret_cast<float2*>(&shared.merge.acc[warp][quad + 8 * r][8 * n + pair]) =
-          make_float2(acc[n][2 * r] * unit + offset[r], acc[n][2 * r + 1] * unit + offset[r]);
+      *reinterpret_cast<float2*>(&shared.merge.acc[warp][quad + 8 * r][8 * n + pair]) = make_float2(
+          acc[0][n][2 * r] * state.unit + state.offset[0][r], acc[0][n][2 * r + 1] * state.unit + state.offset[0][r]);
     }
   }
   if (pair == 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      shared.merge.max[warp][quad + 8 * r] =
-          max[r] == -INFINITY ? -INFINITY : max[r] * (has_bias ? kLn2 : factor[r] * kLn2);
-      shared.merge.sum[warp][quad + 8 * r] = sum[r];
+      shared.merge.max[warp][quad + 8 * r] = state.max[0][r];
+      shared.merge.sum[warp][quad + 8 * r] = state.sum[0][r];
     }
   }
   __syncthreads();
@@ -366,15 +278,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     if (info.query < 0) break;
     const std::int64_t token = tile.query_begin + info.query;
     const int query_head = info.head;
-    attention::SoftmaxState state;
+    attention::SoftmaxState merged_state;
     float weight[kWarps];
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) state.max = fmaxf(state.max, shared.merge.max[w][row]);
+    for (int w = 0; w < kWarps; ++w) merged_state.max = fmaxf(merged_state.max, shared.merge.max[w][row]);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       // A warp without a visible key is left out, whatever its accumulator holds.
-      weight[w] = shared.merge.sum[w][row] == 0.0F ? 0.0F : attention::rescale(shared.merge.max[w][row], state.max);
-      state.sum = fmaf(shared.merge.sum[w][row], weight[w], state.sum);
+      weight[w] =
+          shared.merge.sum[w][row] == 0.0F ? 0.0F : attention::rescale(shared.merge.max[w][row], merged_state.max);
+      merged_state.sum = fmaf(shared.merge.sum[w][row], weight[w], merged_state.sum);
     }
     float* merged = shared.merge.acc[0][row];
     bool finite = true;
@@ -390,11 +303,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
       // An infinite or NaN value has met weights of 0: again, value by value.
       if (!__all_sync(kFullWarp, finite)) {
-        state = exact_row<KeyF, ValueF>(p, tile, kv_head, token, query_head, merged, lane);
+        merged_state = exact_row<KeyF, ValueF>(p, tile, kv_head, token, query_head, merged, lane);
       }
     }
     __syncwarp();
-    write_row<RowTile<8, 32, true>>(p, merged, state, token, query_head, lane);
+    write_row<RowTile<8, 32, true>>(p, merged, merged_state, token, query_head, lane);
   }
 }
 

@@ -26,6 +26,22 @@ inline int access_bytes(const void* address, std::initializer_list<std::int64_t>
   return static_cast<int>(bits & -bits);
 }
 
+// Whether the current device runs the kernels that are compiled for sm_90a alone, and they were compiled. False where
+// there is no device.
+inline bool runs_sm90_kernels() {
+#ifdef QUIRE_CUDA_SM90A
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return false;
+#endif
+}
+
 template <class Launch>
 struct PairEntry {
   format::FormatId key, value;

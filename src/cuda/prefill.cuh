@@ -9,16 +9,15 @@
 //   one
 //           raw buffer and become 16-bit levels in shared memory once per tile, while the next tile's codes arrive.
 //
-// The arithmetic is decode.cuh's. Byte and instruction budget: docs/kernels/prefill.md.
+// On Hopper head sizes up to 128 are prefill_sm90.cuh's. The arithmetic is decode.cuh's. Byte and instruction budget:
+// docs/kernels/prefill.md.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/launch.h"
+#include "cuda/prefill_sm90.cuh"
+#include "cuda/softmax.cuh"
 
 namespace quire::cuda {
-
-// Rows of a tile: two tiles of 16 a warp where their accumulators fit its registers.
-template <int kHead>
-inline constexpr int kPrefillRows = kHead <= 128 ? 128 : 64;
 
 template <class KeyF, class ValueF, int kHead>
 struct PrefillConfig {
@@ -52,16 +51,14 @@ struct PrefillConfig {
       Rows rows;
     };
     RowInfo row[kRows];
-    float max[kRows], sum[kRows];
     std::uint32_t readable[2][kWarps];    // one bit a key, 32 keys a word; two copies, used in turn
     std::uint32_t largest_scale[kWarps];  // of the tile's V scales, as bits
   };
   static_assert(sizeof(Storage) <= 227 * 1024);
 };
 
-template <format::Format KeyF, format::Format ValueF, int kHead>
-__global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
-    prefill_split(const __grid_constant__ AttentionParams p) {
+template <class KeyF, class ValueF, int kHead>
+__device__ __forceinline__ void prefill_rows(const AttentionParams& p) {
   using Config = PrefillConfig<KeyF, ValueF, kHead>;
   constexpr int kKeys = Config::kKeys;
   constexpr int kSteps = kHead / 16;              // of 16 elements
@@ -109,10 +106,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
   const auto start_copies = [&](int buffer) {
     copy_rows<KeyF, kHead, kKeys, kAttentionThreads>(
         p.key, tiles.offset[buffer][0], key_dense, key_row_bytes,
-        Config::kConvertsKey ? tiles.key_raw : tiles.key[buffer % kKeyBuffers], thread);
+        raw_rows<KeyF, kHead>(Config::kConvertsKey ? tiles.key_raw : tiles.key[buffer % kKeyBuffers]), thread);
     copy_rows<ValueF, kHead, kKeys, kAttentionThreads>(
         p.value, tiles.offset[buffer][1], value_dense, value_row_bytes,
-        Config::kConvertsValue ? tiles.value_raw : tiles.value[buffer % kValueBuffers], thread);
+        raw_rows<ValueF, kHead>(Config::kConvertsValue ? tiles.value_raw : tiles.value[buffer % kValueBuffers]),
+        thread);
     if (kKeyScales && copy_part == 0) copy_scale(p.key, place, kv_head, &tiles.scales[0][copy_key]);
     if (kValueScales && copy_part == 1) copy_scale(p.value, place, kv_head, &tiles.scales[1][copy_key]);
     ptx::cp_async_commit();
@@ -125,38 +123,21 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
     look_up(first_key + kKeys, 1);
   }
 
-  for (int r = warp * Config::kWarpRows; r < (warp + 1) * Config::kWarpRows; ++r) {
-    load_query<KeyF, kHead>(p, tile, kv_head, r, tiles.query + r * kPitch16<kHead>, shared.row, lane);
-  }
+  const int first_row = warp * Config::kWarpRows;
+  load_queries<KeyF, kHead, Config::kWarpRows>(
+      p, tile, kv_head, first_row, [&](int row) { return row_chunks(tiles.query + row * kPitch16<kHead>); }, shared.row,
+      lane);
   __syncwarp();
 
   // This lane's rows: quad + 8 r of each of the warp's tiles of 16.
   const int quad = lane / 4;
   const int pair = lane % 4 * 2;
-  const float logit_factor = p.softmax_scale * p.q_scale.at(tile.batch, kv_head) * p.k_scale.at(tile.batch, kv_head) *
-                             KeyF::unrotate(format::row_shape(p.head_size)) /
-                             (KeyF::kLevelNorm ? 1.0F : level_unit<KeyF>)*kLog2E;
-  float factor[kTiles][2], query_sum[kTiles][2];
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = warp * Config::kWarpRows + 16 * m + 8 * r + quad;
-      factor[m][r] = logit_factor * shared.row[row].scale;
-      query_sum[m][r] = shared.row[row].sum;
-    }
-  }
-  // A slope that is not positive would turn maxima into minima: such logits are scaled at once, like biased ones.
-  const bool has_bias = p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
-
+  const float logit_factor = log2_factor<KeyF>(p, tile.batch, kv_head);
+  const bool biased = has_bias(p, logit_factor);
+  RunningSoftmax<kTiles> state(logit_factor, shared.row + first_row, quad, kValueMeta ? 0.0F : 1.0F);
   float acc[kTiles][2 * kSteps][4] = {};
-  float max[kTiles][2], sum[kTiles][2] = {}, offset[kTiles][2] = {};
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) max[m][0] = max[m][1] = -INFINITY;
-  float unit = kValueMeta ? 0.0F : 1.0F;
-
   const std::uint32_t query_address =
-      ptx::shared_address(tiles.query) + (warp * Config::kWarpRows + lane % 16) * kPitch16<kHead> + lane / 16 * 16;
+      ptx::shared_address(tiles.query) + (first_row + lane % 16) * kPitch16<kHead> + lane / 16 * 16;
   const int key_offset = (lane / 16 * 8 + lane % 8) * kPitch16<kHead> + lane / 8 % 2 * 16;
   const int value_offset = (lane % 16) * kPitch16<kHead> + lane / 16 * 16;
 
@@ -180,15 +161,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
           }
         }
         convert_part<KeyF, kPart / 32>(key_row + copy_part * (kPart / KeyF::kUnit * KeyF::kUnitBytes), key_aligned,
-                                       tiles.key[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2,
+                                       row_chunks(tiles.key[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2),
                                        p.head_size - copy_part * kPart, &squares);
       }
       if constexpr (Config::kConvertsValue) {
         float unused = 0.0F;
-        convert_part<ValueF, kPart / 32>(value_row + copy_part * (kPart / ValueF::kUnit * ValueF::kUnitBytes),
-                                         value_aligned,
-                                         tiles.value[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2,
-                                         p.head_size_v - copy_part * kPart, &unused);
+        convert_part<ValueF, kPart / 32>(
+            value_row + copy_part * (kPart / ValueF::kUnit * ValueF::kUnitBytes), value_aligned,
+            row_chunks(tiles.value[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2),
+            p.head_size_v - copy_part * kPart, &unused);
       }
       if constexpr (kKeyMeta) {
         if (copy_part == 0) {
@@ -245,134 +226,18 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
     }
 
     look_up(first_key + 2 * kKeys, buffer);
-    // Logits in units of 1 / slope: the factor waits for the exponential, unless a bias comes between.
-    if constexpr (kKeyMeta) {
-#pragma unroll
-      for (int t = 0; t < 2 * kKeySteps; ++t) {
-        const float2 scale = *reinterpret_cast<const float2*>(&tiles.key_scale[8 * t + pair]);
-        float2 zero = make_float2(0.0F, 0.0F);
-        if constexpr (KeyF::kHasOffset) zero = *reinterpret_cast<const float2*>(&tiles.key_offset[8 * t + pair]);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            s[m][t][2 * r] *= scale.x;
-            s[m][t][2 * r + 1] *= scale.y;
-            if constexpr (KeyF::kHasOffset) {
-              s[m][t][2 * r] = fmaf(zero.x, query_sum[m][r], s[m][t][2 * r]);
-              s[m][t][2 * r + 1] = fmaf(zero.y, query_sum[m][r], s[m][t][2 * r + 1]);
-            }
-          }
-        }
-      }
-    }
-    if (has_bias) {
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const BiasRow bias = bias_row(p, tile, shared.row[warp * Config::kWarpRows + 16 * m + 8 * r + quad]);
-#pragma unroll
-          for (int i = 0; i < 4 * kKeySteps; ++i) {
-            float& x = s[m][i / 2][2 * r + i % 2];
-            x = kLog2E * add_bias(bias, x * (factor[m][r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
-          }
-        }
-      }
-    }
-    if (!all_seen) {
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const RowInfo& seen = shared.row[warp * Config::kWarpRows + 16 * m + 8 * r + quad];
-#pragma unroll
-          for (int t = 0; t < 2 * kKeySteps; ++t) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int n = 8 * t + pair + e;
-              const int key = first_key + n;
-              if (key < seen.begin || key >= seen.end || (readable[n / 32] >> (n % 32) & 1U) == 0)
-                s[m][t][2 * r + e] = -INFINITY;
-            }
-          }
-        }
-      }
-    }
-
-    // The running softmax, in base 2.
-    float unit_ratio = 1.0F;
-    float inverse_unit = 1.0F;
-    bool poisoned = false;  // some scale of the tile is NaN
+    scale_logits<KeyF>(s, state, tiles.key_scale, tiles.key_offset, pair);
+    if (biased) bias_logits(s, state, p, tile, shared.row + first_row, first_key, quad, pair);
+    if (!all_seen) mask_logits(s, shared.row + first_row, readable, first_key, quad, pair);
+    float correction[kTiles][2];
+    bool moved = exponentials(s, state, biased, correction);
     if constexpr (kValueMeta) {
       std::uint32_t largest = shared.largest_scale[0];
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) largest = ::max(largest, shared.largest_scale[w]);
-      poisoned = largest >= 0x7f800000U;
-      const float next =
-          fmaxf(unit, poisoned ? largest_finite<kKeys>(tiles.value_scale) : power_above(__uint_as_float(largest)));
-      unit_ratio = next > 0.0F ? unit / next : 1.0F;
-      inverse_unit = next > 0.0F ? 1.0F / next : 0.0F;
-      unit = next;
+      moved |= weigh_values<ValueF>(s, state, tiles.value_scale, tiles.value_offset, largest, correction, pair);
     }
-    float correction[kTiles][2];
-    bool moved = unit_ratio != 1.0F;
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float slope = has_bias ? 1.0F : factor[m][r];
-        float largest = -INFINITY;
-#pragma unroll
-        for (int t = 0; t < 2 * kKeySteps; ++t) largest = fmaxf(largest, fmaxf(s[m][t][2 * r], s[m][t][2 * r + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-        const float next = fmaxf(max[m][r], largest);
-        const float base = next == -INFINITY ? 0.0F : slope * next;
-        const float shrink = ptx::ex2_approx(max[m][r] == -INFINITY ? -INFINITY : fmaf(slope, max[m][r], -base));
-        moved = moved || next != max[m][r];
-        max[m][r] = next;
-        correction[m][r] = shrink * unit_ratio;
-        sum[m][r] *= shrink;
-        offset[m][r] *= shrink;
-#pragma unroll
-        for (int i = 0; i < 4 * kKeySteps; ++i) {
-          float& x = s[m][i / 2][2 * r + i % 2];
-          x = ptx::ex2_approx(fmaf(slope, x, -base));
-          sum[m][r] += x;
-        }
-      }
-    }
-    if constexpr (kValueMeta) {
-#pragma unroll
-      for (int t = 0; t < 2 * kKeySteps; ++t) {
-        const float2 scale = *reinterpret_cast<const float2*>(&tiles.value_scale[8 * t + pair]);
-        float2 zero = make_float2(0.0F, 0.0F);
-        if constexpr (ValueF::kHasOffset) zero = *reinterpret_cast<const float2*>(&tiles.value_offset[8 * t + pair]);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float& x = s[m][t][i];
-            const bool weightless = poisoned && x == 0.0F;  // 0 times a NaN scale is not 0
-            if constexpr (ValueF::kHasOffset) {
-              offset[m][i / 2] += weightless ? 0.0F : x * (i % 2 == 0 ? zero.x : zero.y);
-            }
-            x = weightless ? 0.0F : x * ((i % 2 == 0 ? scale.x : scale.y) * inverse_unit);
-          }
-        }
-      }
-    }
-    if (__any_sync(kFullWarp, moved)) {
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2 * kSteps; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[m][n][i] *= correction[m][i / 2];
-        }
-      }
-    }
+    if (__any_sync(kFullWarp, moved)) rescale(acc, correction);
 
     const std::uint32_t value_address = ptx::shared_address(tiles.value[Config::kConvertsValue ? 0 : buffer]) +
                                         static_cast<std::uint32_t>(value_offset);
@@ -400,48 +265,24 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
   }
 
   __syncthreads();  // the tiles' memory becomes Rows
-  const float value_factor = p.v_scale.at(tile.batch, kv_head);
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = warp * Config::kWarpRows + 16 * m + 8 * r + quad;
-#pragma unroll
-      for (int step = 1; step <= 2; step *= 2) {
-        sum[m][r] += __shfl_xor_sync(kFullWarp, sum[m][r], step);
-        offset[m][r] += __shfl_xor_sync(kFullWarp, offset[m][r], step);
-      }
-      shared.max[row] = max[m][r] == -INFINITY ? -INFINITY : max[m][r] * (has_bias ? kLn2 : factor[m][r] * kLn2);
-      shared.sum[row] = sum[m][r];
-#pragma unroll
-      for (int n = 0; n < 2 * kSteps; ++n) {
-        *reinterpret_cast<float2*>(&shared.rows.acc[row][8 * n + pair]) =
-            make_float2((acc[m][n][2 * r] * unit + offset[m][r]) * value_factor,
-                        (acc[m][n][2 * r + 1] * unit + offset[m][r]) * value_factor);
-      }
-    }
-  }
-  __syncwarp();
-  for (int row = warp * Config::kWarpRows; row < (warp + 1) * Config::kWarpRows; ++row) {
-    const RowInfo& info = shared.row[row];
-    if (info.query < 0) break;
-    const std::int64_t token = tile.query_begin + info.query;
-    const int head = info.head;
-    attention::SoftmaxState state{shared.max[row], shared.sum[row]};
-    if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
-      bool finite = true;
-      for (int c = lane; c < p.head_size_v; c += 32) finite = finite && exact::is_finite(shared.rows.acc[row][c]);
-      if (!__all_sync(kFullWarp, finite)) {
-        state = exact_row<KeyF, ValueF>(p, tile, kv_head, token, head, shared.rows.acc[row], lane);
-      }
-    }
-    __syncwarp();
-    write_row<RowTile<8, 32, true>>(p, shared.rows.acc[row], state, token, head, lane);
+  finish_rows<KeyF, ValueF>(p, tile, kv_head, acc, state, biased, shared.rows.acc, shared.row, first_row, lane);
+}
+
+template <format::Format KeyF, format::Format ValueF, int kHead>
+__global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 2 : 1)
+    prefill_split(const __grid_constant__ AttentionParams p) {
+  if constexpr (kHasWgmma && kHead <= kMaxHeadSm90) {
+    __trap();  // prefill_split_sm90 serves these
+  } else {
+    prefill_rows<KeyF, ValueF, kHead>(p);
   }
 }
 
 template <format::Format KeyF, format::Format ValueF, int kHead>
 cudaError_t launch_prefill(const AttentionParams& params, std::int64_t tiles, int num_kv_heads, cudaStream_t stream) {
+  if constexpr (kHead <= kMaxHeadSm90) {
+    if (runs_sm90_kernels()) return launch_prefill_sm90<KeyF, ValueF>(params, tiles, num_kv_heads, stream);
+  }
   constexpr std::size_t kBytes = sizeof(typename PrefillConfig<KeyF, ValueF, kHead>::Storage);
   const auto kernel = &prefill_split<KeyF, ValueF, kHead>;
   const cudaError_t error =

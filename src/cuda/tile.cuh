@@ -82,9 +82,10 @@ __device__ __forceinline__ void sum_squares(const std::uint8_t* at, bool aligned
   }
 }
 
-// 32 kGroups elements of a raw row from `at` on as 16-bit levels to `to`; a kLevelNorm format adds their squares.
-template <class F, int kGroups>
-__device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligned, std::uint8_t* to, int elements,
+// 32 kGroups elements of a raw row from `at` on as 16-bit levels, 16 bytes at a time to place(0), place(1), ..; a
+// kLevelNorm format adds their squares.
+template <class F, int kGroups, class Place>
+__device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligned, Place&& place, int elements,
                                              float* squares) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligne
     if constexpr (F::kLevelNorm) add_squares(pairs, elements - g * 32, squares);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      reinterpret_cast<uint4*>(to + g * 64)[i] =
+      *reinterpret_cast<uint4*>(place(4 * g + i)) =
           make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
     }
   }
@@ -137,24 +138,26 @@ __device__ __forceinline__ int row_skew(const CacheSide& side, std::int64_t offs
   return static_cast<int>((reinterpret_cast<std::uintptr_t>(side.data) + static_cast<std::uintptr_t>(offset)) & 15U);
 }
 
-// Starts the copies of kNumRows rows by kThreads threads, neighbouring threads on neighbouring chunks. Rows that are
-// not read (offset -1) become zeros. `dense`: aligned rows that fill the head-size class.
-template <class F, int kHead, int kNumRows, int kThreads>
+// Starts the copies of kNumRows rows by kThreads threads, neighbouring threads on neighbouring chunks of 16 bytes, to
+// place(row, chunk) in shared memory. Rows that are not read (offset -1) become zeros. `dense`: aligned rows that fill
+// the head-size class.
+template <class F, int kHead, int kNumRows, int kThreads, class Place>
 __device__ __forceinline__ void copy_rows(const CacheSide& side, const std::int64_t* offsets, bool dense, int row_bytes,
-                                          std::uint8_t* to, int thread) {
+                                          Place&& place, int thread) {
   using Row = RawRow<F, kHead>;
-  const std::uint32_t target = ptx::shared_address(to);
   if (Row::kBytes % 16 == 0 && dense) {
     constexpr int kChunks = Row::kBytes / 16;
+    static_assert(Row::kBytes % 16 != 0 || kThreads % kChunks == 0);
+    constexpr int kRowsAtOnce = kThreads / kChunks;
+    const int first_row = thread / kChunks;
+    const int chunk = thread % kChunks;
+    const std::uint8_t* from = side.data + 16 * chunk;
 #pragma unroll
-    for (int j = 0; j < (kNumRows * kChunks + kThreads - 1) / kThreads; ++j) {
-      const int i = j * kThreads + thread;
-      if (kNumRows * kChunks % kThreads != 0 && i >= kNumRows * kChunks) break;
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
+    for (int j = 0; j < (kNumRows + kRowsAtOnce - 1) / kRowsAtOnce; ++j) {
+      const int row = first_row + j * kRowsAtOnce;
+      if (kNumRows % kRowsAtOnce != 0 && row >= kNumRows) break;
       const std::int64_t offset = offsets[row];
-      ptx::cp_async_16(target + row * Row::kPitch + 16 * chunk, side.data + (offset < 0 ? 0 : offset) + 16 * chunk,
-                       offset < 0 ? 0 : 16);
+      ptx::cp_async_16_unless(place(row, chunk), from + offset, offset < 0);
     }
     return;
   }
@@ -167,14 +170,31 @@ __device__ __forceinline__ void copy_rows(const CacheSide& side, const std::int6
     const int skew = kRaw16<F> ? 0 : row_skew(side, offset < 0 ? 0 : offset);
     const std::uint8_t* cover = side.data + (offset < 0 ? 0 : offset) - skew;
     const int bytes = offset < 0 ? 0 : min(max(skew + row_bytes - 16 * chunk, 0), 16);
-    ptx::cp_async_16(target + row * Row::kPitch + 16 * chunk, bytes > 0 ? cover + 16 * chunk : cover, bytes);
+    ptx::cp_async_16(place(row, chunk), bytes > 0 ? cover + 16 * chunk : cover, bytes);
   }
+}
+
+// Raw rows one after the other, RawRow::kPitch apart.
+template <class F, int kHead>
+__device__ __forceinline__ auto raw_rows(const std::uint8_t* to) {
+  return [target = ptx::shared_address(to)](int row, int chunk) -> std::uint32_t {
+    return target + row * RawRow<F, kHead>::kPitch + 16 * chunk;
+  };
+}
+
+// A row of 16-bit elements, by chunks of 16 bytes.
+__device__ __forceinline__ auto row_chunks(std::uint8_t* row) {
+  return [row](int chunk) { return row + 16 * chunk; };
 }
 
 template <class F, int kHead>
 __device__ __forceinline__ bool is_dense(const CacheSide& side, int head_size) {
   return head_size == kHead && side.row_access >= 16;
 }
+
+// Rows of a prefill tile: as many as have room for their accumulators.
+template <int kHead>
+inline constexpr int kPrefillRows = kHead <= 128 ? 128 : 64;
 
 // The rows of this block and the keys they see.
 struct TileRows {
@@ -268,46 +288,60 @@ __device__ __forceinline__ bool find_tile_rows(const AttentionParams& p, std::in
   return complete_rows(p, tile_rows, false, tile);
 }
 
-// One warp: query row `row` of the tile, rotated, over a power of two, as 16-bit elements; zeros for a row past the
-// end.
-template <class KeyF, int kHead>
-__device__ __forceinline__ void load_query(const AttentionParams& p, const TileRows& tile, int kv_head, int row,
-                                           std::uint8_t* to, RowInfo* row_infos, int lane) {
-  constexpr int kPer = kHead / 32 < 8 ? 8 : kHead / 32;
-  using Tile = RowTile<kPer, 32, true>;
-  RowInfo info = row_info(p, tile, kv_head, row);
-  const bool exists = info.query >= 0;
-  const std::int64_t token = tile.query_begin + info.query;
-  const int head = info.head;
-  if (!exists) {
-    for (int c = lane; c < kHead / 8; c += 32) reinterpret_cast<uint4*>(to)[c] = make_uint4(0, 0, 0, 0);
-    if (lane == 0) row_infos[row] = info;
-    return;
-  }
-  float y[kPer] = {};
-  const std::uint8_t* from = p.query + token * p.query_token_stride + head * p.query_head_stride;
+// A query row on its way from global to shared memory: 8 elements a lane, bf16 or (float8 too) fp16.
+struct QueryRow {
+  static constexpr int kPer = 8;
+  RowInfo info;
+  std::uint32_t words[kPer / 2];
+};
+
+// One warp: query row `row` of the tile; zeros for a row past the end.
+__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, int kv_head, int row,
+                                                int lane) {
+  constexpr int kPer = QueryRow::kPer;
+  QueryRow query{row_info(p, tile, kv_head, row), {}};
+  if (query.info.query < 0) return query;
+  const std::int64_t token = tile.query_begin + query.info.query;
+  const std::uint8_t* from = p.query + token * p.query_token_stride + query.info.head * p.query_head_stride +
+                             lane * kPer * p.query_element_bytes;
+  const int elements = p.head_size - lane * kPer;
   if (p.query_vectors) {
-#pragma unroll
-    for (int j = 0; j < kPer; j += 8) {
-      if (lane * kPer + j >= p.head_size) break;
-      const uint4 vector = reinterpret_cast<const uint4*>(from)[(lane * kPer + j) / 8];
-      const std::uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const bool is_half = p.query_dtype == DType::kFloat16;
-        const float2 halves = __half22float2(as_half2(words[w]));
-        y[j + 2 * w] = is_half ? halves.x : __uint_as_float(words[w] << 16);
-        y[j + 2 * w + 1] = is_half ? halves.y : __uint_as_float(words[w] & 0xffff0000U);
-      }
+    if (elements > 0) {
+      const uint4 vector = *reinterpret_cast<const uint4*>(from);
+      query.words[0] = vector.x;
+      query.words[1] = vector.y;
+      query.words[2] = vector.z;
+      query.words[3] = vector.w;
     }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) {
-      const int i = lane * kPer + j;
-      if (i < p.head_size) y[j] = load_float(from + i * p.query_element_bytes, p.query_dtype);
-    }
+    return query;
   }
-  rotate<Tile>(KeyF::kRotation, y, lane, format::row_shape(p.head_size).block);
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    if (j >= elements) break;
+    const std::uint32_t code = p.query_element_bytes == 2
+                                   ? reinterpret_cast<const std::uint16_t*>(from)[j]
+                                   : __half_as_ushort(__float2half_rn(load_float(from + j, p.query_dtype)));
+    query.words[j / 2] |= code << (16 * (j % 2));
+  }
+  return query;
+}
+
+// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1), ..; its info, completed,
+// to `info`.
+template <class KeyF, int kHead, class Place>
+__device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& query, Place&& place, RowInfo& info,
+                                          int lane) {
+  constexpr int kPer = QueryRow::kPer;
+  static_assert(kHead <= 32 * kPer);
+  float y[kPer];
+#pragma unroll
+  for (int w = 0; w < kPer / 2; ++w) {
+    const bool is_half = p.query_dtype != DType::kBFloat16;
+    const float2 halves = __half22float2(as_half2(query.words[w]));
+    y[2 * w] = is_half ? halves.x : __uint_as_float(query.words[w] << 16);
+    y[2 * w + 1] = is_half ? halves.y : __uint_as_float(query.words[w] & 0xffff0000U);
+  }
+  rotate<RowTile<kPer, 32, true>>(KeyF::kRotation, y, lane, format::row_shape(p.head_size).block);
   float unit = 1.0F;
   if constexpr (!std::is_same_v<KeyF, format::BFloat16>) {
     float largest = 0.0F;
@@ -319,24 +353,39 @@ __device__ __forceinline__ void load_query(const AttentionParams& p, const TileR
     if (exponent > 0x08000000U && exponent < 0x7f000000U) unit = __uint_as_float(exponent);
   }
   float total = 0.0F;
+  alignas(16) std::uint16_t codes[kPer];
 #pragma unroll
   for (int j = 0; j < kPer; ++j) {
-    const int i = lane * kPer + j;
-    if (i >= kHead) continue;
     if constexpr (std::is_same_v<KeyF, format::BFloat16>) {
-      const std::uint16_t code = format::float_to_bfloat16(y[j]);
-      reinterpret_cast<std::uint16_t*>(to)[i] = code;
-      total += format::bfloat16_to_float(code);
+      codes[j] = format::float_to_bfloat16(y[j]);
+      total += format::bfloat16_to_float(codes[j]);
     } else {
       const __half code = __float2half_rn(y[j] * (1.0F / unit));
-      reinterpret_cast<__half*>(to)[i] = code;
+      codes[j] = __half_as_ushort(code);
       total += __half2float(code);
     }
   }
-  total = warp_sum(total);
-  info.scale = unit;
-  info.sum = total;
-  if (lane == 0) row_infos[row] = info;
+  if (lane * kPer < kHead) *reinterpret_cast<uint4*>(place(lane)) = *reinterpret_cast<const uint4*>(codes);
+  query.info.scale = unit;
+  query.info.sum = warp_sum(total);
+  if (lane == 0) info = query.info;
+}
+
+// One warp: its query rows, first_row on, to place(row) in shared memory; several loads under way at a time.
+template <class KeyF, int kHead, int kNumRows, class PlaceOfRow>
+__device__ __forceinline__ void load_queries(const AttentionParams& p, const TileRows& tile, int kv_head, int first_row,
+                                             PlaceOfRow&& place, RowInfo* row_infos, int lane) {
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int r = first_row; r < first_row + kNumRows; r += kAtOnce) {
+    QueryRow query[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, kv_head, r + i, lane);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      put_query<KeyF, kHead>(p, query[i], place(r + i), row_infos[r + i], lane);
+    }
+  }
 }
 
 // The power of two above x, for positive finite x; 0 otherwise.

@@ -1,0 +1,282 @@
+// The softmax between the two products of the tensor-core attention kernels, on logits in accumulator fragments.
+//
+// s[m][t][..] are a lane's logits of row tile m (16 rows) and keys 8 t + pair + {0, 1}: elements 0 and 1 belong to row
+// `quad`, 2 and 3 to row quad + 8, where quad = lane / 4 and pair = lane % 4 * 2. Four neighbouring lanes share a row.
+//
+//   scale_logits   s = a_k s + b_k sum(q16)                            in units of 1 / factor
+//   bias_logits    s = log2(e) (softcap, ALiBi and query-query bias of factor s)   where there is one
+//   mask_logits    s = -inf where the row does not see the key
+//   exponentials   s = 2^(factor s - factor max), running max and sum
+//   weigh_values   s = s a_v / unit, running sum of p b_v; unit is a power of two no a_v has exceeded so far, so that
+//                  s <= 1 fits 16 bits
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace quire::cuda {
+
+// A lane's rows: quad + 8 r of each tile of 16.
+template <int kTiles>
+struct RunningSoftmax {
+  float factor[kTiles][2];     // from units of s to log2
+  float query_sum[kTiles][2];  // of the 16-bit query
+  float max[kTiles][2];        // in units of s
+  float sum[kTiles][2];        // this lane's keys only, as is `offset`
+  float offset[kTiles][2];
+  float unit;
+
+  // `rows`: the first row of tile 0. `unit`: 1 where values carry no scale.
+  __device__ __forceinline__ RunningSoftmax(float logit_factor, const RowInfo* rows, int quad, float first_unit)
+      : sum{}, offset{}, unit(first_unit) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowInfo& row = rows[16 * m + 8 * r + quad];
+        factor[m][r] = logit_factor * row.scale;
+        query_sum[m][r] = row.sum;
+        max[m][r] = -INFINITY;
+      }
+    }
+  }
+
+  // The state of a row as attention::SoftmaxState has it: natural logarithms. Call in all lanes.
+  __device__ __forceinline__ void finish(bool has_bias) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int step = 1; step <= 2; step *= 2) {
+          sum[m][r] += __shfl_xor_sync(kFullWarp, sum[m][r], step);
+          offset[m][r] += __shfl_xor_sync(kFullWarp, offset[m][r], step);
+        }
+        if (max[m][r] != -INFINITY) max[m][r] *= has_bias ? kLn2 : factor[m][r] * kLn2;
+      }
+    }
+  }
+};
+
+// From the 16-bit query's product with levels to a logit in log2, but for the row's scale.
+template <class KeyF>
+__device__ __forceinline__ float log2_factor(const AttentionParams& p, int batch, int kv_head) {
+  return p.softmax_scale * p.q_scale.at(batch, kv_head) * p.k_scale.at(batch, kv_head) *
+         KeyF::unrotate(format::row_shape(p.head_size)) / (KeyF::kLevelNorm ? 1.0F : level_unit<KeyF>)*kLog2E;
+}
+
+// Whether logits are scaled before the softmax. A factor that is not positive would turn maxima into minima.
+__device__ __forceinline__ bool has_bias(const AttentionParams& p, float logit_factor) {
+  return p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
+}
+
+// key_scale, key_offset: of the tile's keys.
+template <class KeyF, int kTiles, int kFragments>
+__device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], const RunningSoftmax<kTiles>& state,
+                                             const float* key_scale, const float* key_offset, int pair) {
+  if constexpr (KeyF::kMetaBytes > 0) {
+#pragma unroll
+    for (int t = 0; t < kFragments; ++t) {
+      const float2 scale = *reinterpret_cast<const float2*>(&key_scale[8 * t + pair]);
+      float2 zero = make_float2(0.0F, 0.0F);
+      if constexpr (KeyF::kHasOffset) zero = *reinterpret_cast<const float2*>(&key_offset[8 * t + pair]);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = s[m][t][i];
+          x *= i % 2 == 0 ? scale.x : scale.y;
+          if constexpr (KeyF::kHasOffset) x = fmaf(i % 2 == 0 ? zero.x : zero.y, state.query_sum[m][i / 2], x);
+        }
+      }
+    }
+  }
+}
+
+template <int kTiles, int kFragments>
+__device__ __forceinline__ void bias_logits(float (&s)[kTiles][kFragments][4], const RunningSoftmax<kTiles>& state,
+                                            const AttentionParams& p, const TileRows& tile, const RowInfo* rows,
+                                            int first_key, int quad, int pair) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const BiasRow bias = bias_row(p, tile, rows[16 * m + 8 * r + quad]);
+#pragma unroll
+      for (int i = 0; i < 2 * kFragments; ++i) {
+        float& x = s[m][i / 2][2 * r + i % 2];
+        x = kLog2E * add_bias(bias, x * (state.factor[m][r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
+      }
+    }
+  }
+}
+
+// readable: one bit a key of the tile, 32 a word.
+template <int kTiles, int kFragments>
+__device__ __forceinline__ void mask_logits(float (&s)[kTiles][kFragments][4], const RowInfo* rows,
+                                            const std::uint32_t* readable, int first_key, int quad, int pair) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowInfo& seen = rows[16 * m + 8 * r + quad];
+      const int begin = seen.begin - first_key;
+      const int end = seen.end - first_key;
+#pragma unroll
+      for (int i = 0; i < 2 * kFragments; ++i) {
+        const int n = 8 * (i / 2) + pair + i % 2;
+        if (n < begin || n >= end || (readable[n / 32] >> (n % 32) & 1U) == 0) s[m][i / 2][2 * r + i % 2] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Returns whether this lane's accumulators have to be multiplied by `correction`.
+template <int kTiles, int kFragments>
+__device__ __forceinline__ bool exponentials(float (&s)[kTiles][kFragments][4], RunningSoftmax<kTiles>& state,
+                                             bool has_bias, float (&correction)[kTiles][2]) {
+  bool moved = false;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float slope = has_bias ? 1.0F : state.factor[m][r];
+      float largest = -INFINITY;
+#pragma unroll
+      for (int t = 0; t < kFragments; ++t) largest = fmaxf(largest, fmaxf(s[m][t][2 * r], s[m][t][2 * r + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+      float& max = state.max[m][r];
+      const float next = fmaxf(max, largest);
+      const float base = next == -INFINITY ? 0.0F : slope * next;
+      correction[m][r] = ptx::ex2_approx(max == -INFINITY ? -INFINITY : fmaf(slope, max, -base));
+      moved = moved || next != max;
+      max = next;
+      state.sum[m][r] *= correction[m][r];
+      state.offset[m][r] *= correction[m][r];
+#pragma unroll
+      for (int i = 0; i < 2 * kFragments; ++i) {
+        float& x = s[m][i / 2][2 * r + i % 2];
+        x = ptx::ex2_approx(fmaf(slope, x, -base));
+        state.sum[m][r] += x;
+      }
+    }
+  }
+  return moved;
+}
+
+// value_scale, value_offset: of the tile's keys; `largest`: the bits of the largest magnitude among the scales. Returns
+// whether `unit`, and with it `correction`, changed.
+template <class ValueF, int kTiles, int kFragments>
+__device__ __forceinline__ bool weigh_values(float (&s)[kTiles][kFragments][4], RunningSoftmax<kTiles>& state,
+                                             const float* value_scale, const float* value_offset, std::uint32_t largest,
+                                             float (&correction)[kTiles][2], int pair) {
+  bool moved = false;
+  if constexpr (ValueF::kMetaBytes > 0) {
+    const bool poisoned = largest >= 0x7f800000U;  // some scale of the tile is NaN
+    const float next = fmaxf(
+        state.unit, poisoned ? largest_finite<8 * kFragments>(value_scale) : power_above(__uint_as_float(largest)));
+    if (next != state.unit) {
+      moved = true;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        correction[m][0] *= state.unit / next;
+        correction[m][1] *= state.unit / next;
+      }
+      state.unit = next;
+    }
+    const float inverse = next > 0.0F ? 1.0F / next : 0.0F;
+    const auto weigh = [&](auto skips_zeros) {
+#pragma unroll
+      for (int t = 0; t < kFragments; ++t) {
+        float2 scale = *reinterpret_cast<const float2*>(&value_scale[8 * t + pair]);
+        scale.x *= inverse;
+        scale.y *= inverse;
+        float2 zero = make_float2(0.0F, 0.0F);
+        if constexpr (ValueF::kHasOffset) zero = *reinterpret_cast<const float2*>(&value_offset[8 * t + pair]);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& x = s[m][t][i];
+            if (decltype(skips_zeros)::value && x == 0.0F) continue;
+            if constexpr (ValueF::kHasOffset) {
+              float& offset = state.offset[m][i / 2];
+              offset = fmaf(x, i % 2 == 0 ? zero.x : zero.y, offset);
+            }
+            x *= i % 2 == 0 ? scale.x : scale.y;
+          }
+        }
+      }
+    };
+    // 0 times a NaN scale is not 0: keys without weight must not meet it.
+    if (poisoned) {
+      weigh(std::true_type{});
+    } else {
+      weigh(std::false_type{});
+    }
+  }
+  return moved;
+}
+
+template <int kTiles, int kFragments>
+__device__ __forceinline__ void rescale(float (&acc)[kTiles][kFragments][4], const float (&correction)[kTiles][2]) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] *= correction[m][i / 2];
+    }
+  }
+}
+
+// One warp: its rows, first_row on, from accumulators to the output or the split's partials, through `rows` in shared
+// memory.
+template <class KeyF, class ValueF, int kTiles, int kFragments>
+__device__ __forceinline__ void finish_rows(const AttentionParams& p, const TileRows& tile, int kv_head,
+                                            const float (&acc)[kTiles][kFragments][4], RunningSoftmax<kTiles>& softmax,
+                                            bool biased, float (*rows)[8 * kFragments + 4], const RowInfo* row_infos,
+                                            int first_row, int lane) {
+  const int quad = lane / 4;
+  const int pair = lane % 4 * 2;
+  const float value_factor = p.v_scale.at(tile.batch, kv_head);
+  softmax.finish(biased);
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float* row = rows[first_row + 16 * m + 8 * r + quad];
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n) {
+        *reinterpret_cast<float2*>(&row[8 * n + pair]) =
+            make_float2((acc[m][n][2 * r] * softmax.unit + softmax.offset[m][r]) * value_factor,
+                        (acc[m][n][2 * r + 1] * softmax.unit + softmax.offset[m][r]) * value_factor);
+      }
+      // The row's state rides in its padding.
+      if (pair == 0) {
+        *reinterpret_cast<float2*>(&row[8 * kFragments]) = make_float2(softmax.max[m][r], softmax.sum[m][r]);
+      }
+    }
+  }
+  __syncwarp();
+  for (int r = first_row; r < first_row + 16 * kTiles; ++r) {
+    const RowInfo& info = row_infos[r];
+    if (info.query < 0) break;
+    float* row = rows[r];
+    const std::int64_t token = tile.query_begin + info.query;
+    attention::SoftmaxState state{row[8 * kFragments], row[8 * kFragments + 1]};
+    if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
+      // An infinite or NaN value has met weights of 0: again, value by value.
+      bool finite = true;
+      for (int c = lane; c < p.head_size_v; c += 32) finite = finite && exact::is_finite(row[c]);
+      if (!__all_sync(kFullWarp, finite)) {
+        const TileRows same_tile = tile;  // so that no one else's lives in memory
+        state = exact_row<KeyF, ValueF>(p, same_tile, kv_head, token, info.head, row, lane);
+      }
+    }
+    __syncwarp();
+    write_row<RowTile<8, 32, true>>(p, row, state, token, info.head, lane);
+  }
+}
+
+}  // namespace quire::cuda
