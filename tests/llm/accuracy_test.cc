@@ -24,6 +24,8 @@ llm::EvalSets tiny_lm_sets(const llm::ModelConfig& config) {
 // window may lie half as high again, so the bounds here are 1.5 times vLLM's KL (int8: half of vLLM's, which
 // truncates), and the order of the modes, which the table fixes with gaps of two and more.
 TEST(Accuracy, ModesRankAsTheirBitsSay) {
+  QUIRE_NEEDS_MODES("float32", "bfloat16", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head",
+                    "int2_per_token_head");
   auto model = Model::load(tiny_lm_dir());
   ASSERT_TRUE(model.ok()) << model.status().message();
   const auto sets = tiny_lm_sets(model->config());

@@ -22,12 +22,6 @@ using llm::Model;
 using llm::Request;
 using llm::Sequence;
 
-ModeId mode_of(const std::string& name) {
-  const auto mode = parse_kv_cache_dtype(name);
-  EXPECT_TRUE(mode.ok()) << mode.status().message();
-  return *mode;
-}
-
 std::vector<std::int32_t> iota_tokens(std::int64_t n, std::int32_t first = 0) {
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(n));
   std::iota(tokens.begin(), tokens.end(), first);
@@ -205,6 +199,7 @@ TEST_F(TinyLm, GreedyTextOfTheEightBitModesBeginsAsBf16s) {
   const auto expected = generate("bfloat16", request).tokens;
   ASSERT_EQ(expected.size(), 64U);
   for (const char* mode : {"fp8", "int8_per_token_head", "fp8_per_token_head"}) {
+    if (!modes_built({mode})) continue;
     const auto tokens = generate(mode, request).tokens;
     ASSERT_EQ(tokens.size(), 64U);
     const auto same = std::mismatch(tokens.begin(), tokens.end(), expected.begin()).first - tokens.begin();
@@ -239,6 +234,7 @@ TEST_F(TinyLm, DecodingStepByStepEqualsOneShotPrefill) {
   const auto exact = run_logits(*model_, tokens, "float32");
   for (const char* mode : {"float32", "bfloat16", "fp8", "int8_per_token_head", "fp8_per_token_head",
                            "int4_per_token_head", "int2_per_token_head"}) {
+    if (!modes_built({mode})) continue;
     const auto at_once = run_logits(*model_, tokens, mode);
     const auto step_by_step = run_logits(*model_, tokens, mode, /*chunk=*/1);
     if (std::string(mode) == "float32") {
@@ -253,6 +249,7 @@ TEST_F(TinyLm, DecodingStepByStepEqualsOneShotPrefill) {
 // results must agree in every bit: what differs is only which pages hold the prefix and who wrote them.
 TEST_F(TinyLm, SharedPrefixesGiveTheSameBits) {
   for (const char* mode : {"bfloat16", "int8_per_token_head", "int4_per_token_head", "int2_per_token_head"}) {
+    if (!modes_built({mode})) continue;
     std::map<bool, Stream> second;
     std::map<bool, std::int64_t> computed;
     for (const bool share : {false, true}) {
@@ -311,10 +308,10 @@ TEST_F(TinyLm, RaggedBatchesGiveEachSequenceItsOwnTokens) {
 
 TEST_F(TinyLm, SeedsDecideWhatIsSampled) {
   Request request{.prompt = prompt_, .max_new_tokens = 24, .sampling = {.temperature = 1.0F, .seed = 5}};
-  const auto first = generate("int8_per_token_head", request).tokens;
-  EXPECT_EQ(generate("int8_per_token_head", request).tokens, first);
+  const auto first = generate("bfloat16", request).tokens;
+  EXPECT_EQ(generate("bfloat16", request).tokens, first);
   request.sampling.seed = 6;
-  EXPECT_NE(generate("int8_per_token_head", request).tokens, first);
+  EXPECT_NE(generate("bfloat16", request).tokens, first);
 }
 
 TEST_F(TinyLm, RefusesWhatCannotRun) {

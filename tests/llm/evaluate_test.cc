@@ -17,6 +17,7 @@ using llm::Model;
 
 // Perplexity and divergence against their definitions, from the oracle's logits in double.
 TEST(Evaluate, MatchesTheDefinitions) {
+  QUIRE_NEEDS_MODES("float32", "int2_per_token_head");
   const TestModel test_model("LlamaForCausalLM", {{"max_position_embeddings", 24}});
   const TempDir dir;
   test_model.save(dir);
@@ -78,6 +79,7 @@ TEST(Evaluate, MatchesTheDefinitions) {
 }
 
 TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
+  QUIRE_NEEDS_MODES("float32", "int2_per_token_head", "turboquant_4bit_nc", "k=int8_per_token_head,v=turboquant_v3");
   const TestModel test_model("LlamaForCausalLM", {{"max_position_embeddings", 24}});
   const TempDir dir;
   test_model.save(dir);

@@ -22,6 +22,7 @@
 #include "llm/model.h"
 #include "llm/safetensors_writer.h"
 #include "quire/mode.h"
+#include "support/modes.h"
 #include "support/random.h"
 
 namespace quire::testing {
@@ -265,11 +266,7 @@ inline std::vector<double> oracle_logits(const TestModel& model, const std::vect
 
 inline std::vector<ModeInfo> modes_of(std::initializer_list<const char*> names) {
   std::vector<ModeInfo> modes;
-  for (const char* name : names) {
-    const auto id = parse_kv_cache_dtype(name);
-    EXPECT_TRUE(id.ok()) << id.status().message();
-    modes.push_back(*mode_info(*id));
-  }
+  for (const char* name : names) modes.push_back(*mode_info(mode_of(name)));
   return modes;
 }
 

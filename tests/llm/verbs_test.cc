@@ -65,6 +65,7 @@ TEST_F(Verbs, GenerateRefuses) {
 }
 
 TEST_F(Verbs, EvalWritesJson) {
+  QUIRE_NEEDS_MODES("int8_per_token_head");
   dir_.write("p.jsonl", "{\"prompt\": [1, 2, 3], \"answer\": [4], \"context\": 250}\n");
   const auto outcome = run_cli({"eval", "--model", model(), "-m", "float32,int8_per_token_head", "--recall",
                                 model() + "/p.jsonl", "--arithmetic", model() + "/p.jsonl", "--limit", "1", "--json"});
@@ -92,6 +93,7 @@ TEST_F(Verbs, EvalRefuses) {
 
 // Where there is no CUDA, a sentence; where there is, the CPU's answer: greedy tokens of an fp32 cache.
 TEST_F(Verbs, OnCudaOrRefused) {
+  QUIRE_NEEDS_MODES("float32", "int4_per_token_head");
   const std::vector<std::vector<std::string>> calls = {
       {"generate", "--model", model(), "-m", "float32", "--token-ids", "3,1,4", "-n", "5"},
       {"eval", "--model", model(), "-m", "int4_per_token_head", "--tokens", model() + "/tokens.npy", "--json"}};

@@ -1,7 +1,6 @@
 #include "support/problem.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -151,30 +150,6 @@ TestedOps ops{Device::kCpu,
               [](const MergeAttnStatesArgs& args) { return merge_attn_states(args); },
               [](AttentionCase&) {}};
 
-bool modes_built(std::initializer_list<std::string_view> modes) {
-  for (const std::string_view name : modes) {
-    if (!mode_info(mode_of(name))->compiled) return false;
-  }
-  return true;
-}
-
-ModeId mode_of(std::string_view name) {
-  const Result<ModeId> mode = parse_kv_cache_dtype(name);
-  if (!mode.ok()) {
-    std::fprintf(stderr, "test: %s\n", mode.status().message().c_str());
-    std::abort();
-  }
-  return *mode;
-}
-
-std::vector<std::string> table_modes() {
-  std::vector<std::string> names;
-  for (const ModeInfo& mode : list_modes()) {
-    if (!mode.registered && mode.compiled) names.push_back(mode.name);
-  }
-  return names;
-}
-
 std::vector<ModeAndQuery> modes_and_queries() {
   std::vector<ModeAndQuery> all;
   for (const std::string& mode : table_modes()) {
@@ -186,13 +161,6 @@ std::vector<ModeAndQuery> modes_and_queries() {
 std::string test_name(const ModeAndQuery& parameter) {
   const bool named = parameter.query_dtype != DType::kFloat32;
   return test_name(parameter.mode) + (named ? "_from_" + std::string(dtype_name(parameter.query_dtype)) : "");
-}
-
-std::string test_name(std::string mode) {
-  for (char& c : mode) {
-    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
-  }
-  return mode;
 }
 
 std::string_view layout_name(Layout layout) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "quire/quire.h"
+#include "support/modes.h"
 #include "support/random.h"
 
 namespace quire::testing {
@@ -32,17 +33,6 @@ struct TestedOps {
 };
 extern TestedOps ops;
 
-// Whether this build has these modes (QUIRE_MODES).
-bool modes_built(std::initializer_list<std::string_view> modes);
-#define QUIRE_NEEDS_MODES(...) \
-  if (!::quire::testing::modes_built({__VA_ARGS__})) GTEST_SKIP() << "this build leaves out a mode of " #__VA_ARGS__
-
-// The id of a mode of the table; aborts the test program for a name that is not there.
-ModeId mode_of(std::string_view name);
-
-// Modes of the table with readable formats, in table order.
-std::vector<std::string> table_modes();
-
 // Every mode of the table with every query dtype of `ops`: the parameters of a test suite, and the suffix of its tests.
 struct ModeAndQuery {
   std::string mode;
@@ -50,9 +40,6 @@ struct ModeAndQuery {
 };
 std::vector<ModeAndQuery> modes_and_queries();
 std::string test_name(const ModeAndQuery& parameter);
-
-// A mode's name as part of a test's name: letters, digits and underscores only.
-std::string test_name(std::string mode);
 
 // How rows lie in memory. "row" is a format's row in bytes.
 enum class Layout {
