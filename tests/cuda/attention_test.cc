@@ -31,6 +31,7 @@ TEST(CudaAttention, BlockIdsOutsideTheCacheAreSkippedAndCounted) {
 
 TEST(CudaAttention, PagesPastFourGiB) {
   for (const char* mode : {"bfloat16", "int4_per_token_head", "fp8_per_token_head"}) {
+    if (!modes_built({mode})) continue;
     SCOPED_TRACE(mode);
     Options options;
     options.mode = mode;
@@ -112,6 +113,7 @@ INSTANTIATE_TEST_SUITE_P(Modes, CudaSmall, ::testing::ValuesIn(table_modes()),
 
 // The kernels that must have run.
 TEST(CudaAttention, ThePlanNamesItsKernel) {
+  QUIRE_NEEDS_MODES("int4_per_token_head", "bfloat16");
   AttentionProblem problem;
   problem.device = Device::kCuda;
   problem.mode = mode_of("int4_per_token_head");
