@@ -79,24 +79,23 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
   return cache;
 }
 
+template <class Args>
+void KVCache::fill_in(const Layer& layer, Args& args) {
+  args.mode = layer.layout.spec.mode;
+  args.key_cache = layer.views.key_cache;
+  args.value_cache = layer.views.value_cache;
+  args.k_scale_cache = layer.views.k_scale_cache;
+  args.v_scale_cache = layer.views.v_scale_cache;
+}
+
 Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
-  const Layer& l = layers_[static_cast<std::size_t>(layer)];
-  args.mode = l.layout.spec.mode;
-  args.key_cache = l.views.key_cache;
-  args.value_cache = l.views.value_cache;
-  args.k_scale_cache = l.views.k_scale_cache;
-  args.v_scale_cache = l.views.v_scale_cache;
+  fill_in(layers_[static_cast<std::size_t>(layer)], args);
   const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a); };
   return device_ == Device::kCpu ? store(args) : cuda::run_on_device(args, store);
 }
 
 Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
-  const Layer& l = layers_[static_cast<std::size_t>(layer)];
-  args.mode = l.layout.spec.mode;
-  args.key_cache = l.views.key_cache;
-  args.value_cache = l.views.value_cache;
-  args.k_scale_cache = l.views.k_scale_cache;
-  args.v_scale_cache = l.views.v_scale_cache;
+  fill_in(layers_[static_cast<std::size_t>(layer)], args);
 
   if (device_ == Device::kCpu) return attend(args);
   // Lengths that a plan cannot look up once they are on the device.

@@ -57,6 +57,8 @@ class KVCache {
     KVCacheViews views;
     Memory base, v_base, k_scales, v_scales;  // cache_bytes(layout, num_blocks)
   };
+  template <class Args>
+  static void fill_in(const Layer& layer, Args& args);  // mode and caches
   Status attend(const UnifiedAttentionArgs& args);
 
   std::vector<Layer> layers_;

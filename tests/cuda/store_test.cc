@@ -116,6 +116,41 @@ bool packing_divides(const std::string& mode, HeadSizes head) {
   return make_layout(spec).ok();
 }
 
+// What a store is given.
+struct InputOptions {
+  std::vector<std::int64_t> slots;
+  DType slot_dtype = DType::kInt64;
+  DType key = DType::kBFloat16, value = DType::kBFloat16;
+  bool hostile = false;           // rows of every kind, not Gaussian ones
+  std::int64_t without_slot = 0;  // tokens past the end of slot_mapping
+  std::int64_t gap = 0;           // elements after each row
+  std::uint64_t seed = 7;
+};
+struct Inputs {
+  Inputs(const PagedCache::Options& cache, const InputOptions& options) {
+    const auto num_slots = static_cast<std::int64_t>(options.slots.size());
+    const std::int64_t tokens = num_slots + options.without_slot;
+    const std::int64_t heads = cache.num_kv_heads;
+    Random random(options.seed);
+    const auto rows = [&](DType dtype, int head_size) {
+      OwnedTensor tensor(dtype, {tokens, heads, head_size}, options.gap);
+      tensor.fill(options.hostile ? hostile_rows(random, tokens, heads, head_size)
+                                  : random.normals(tokens * heads * head_size));
+      return tensor;
+    };
+    key = rows(options.key, cache.head_size);
+    value = rows(options.value, cache.head_size_v == 0 ? cache.head_size : cache.head_size_v);
+    slot_mapping = OwnedTensor(options.slot_dtype, {num_slots});
+    slot_mapping.fill_integers(options.slots);
+    args.key = key.view;
+    args.value = value.view;
+    args.slot_mapping = slot_mapping.view;
+  }
+
+  OwnedTensor key, value, slot_mapping;
+  ReshapeAndCacheArgs args;  // without a cache
+};
+
 TEST(CudaStore, BytesEqualTheCpusInEveryModeHeadSizeAndInput) {
   for (const std::string& mode : table_modes()) {
     for (const HeadSizes head : kHeadSizes) {
@@ -129,27 +164,20 @@ TEST(CudaStore, BytesEqualTheCpusInEveryModeHeadSizeAndInput) {
         options.head_size_v = head.v;
         options.num_kv_heads = 3;
         options.num_blocks = 4;
-        Random random(static_cast<std::uint64_t>(head.k * 1000 + head.v));
-        constexpr std::int64_t kTokens = 41;
-        OwnedTensor key(dtype, {kTokens, 3, head.k}), value(dtype, {kTokens, 3, head.v});
-        key.fill(hostile_rows(random, kTokens, 3, head.k));
-        value.fill(hostile_rows(random, kTokens, 3, head.v));
+        const auto seed = static_cast<std::uint64_t>(head.k * 1000 + head.v);
         std::vector<std::int64_t> slots(4 * 16);
         for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
-        random.shuffle(slots);
-        slots.resize(kTokens);
+        Random(seed + 1).shuffle(slots);
+        slots.resize(41);
         slots[17] = -1;
         slots[40] = -7;
-        OwnedTensor slot_mapping(DType::kInt64, {kTokens});
-        slot_mapping.fill_integers(slots);
-        ReshapeAndCacheArgs args;
-        args.key = key.view;
-        args.value = value.view;
-        args.slot_mapping = slot_mapping.view;
+        Inputs inputs(options, {.slots = slots, .key = dtype, .value = dtype, .hostile = true, .seed = seed});
         OwnedTensor scale(DType::kFloat32, {3});
         scale.fill({0.37F, 1.0F, 12.5F});
-        if (mode.starts_with("fp8") && mode != "fp8_per_token_head") args.k_scale = args.v_scale = scale.view;
-        expect_same_bytes(options, args);
+        if (mode.starts_with("fp8") && mode != "fp8_per_token_head") {
+          inputs.args.k_scale = inputs.args.v_scale = scale.view;
+        }
+        expect_same_bytes(options, inputs.args);
         if (::testing::Test::HasFatalFailure()) return;
       }
     }
@@ -165,22 +193,15 @@ TEST(CudaStore, BytesEqualTheCpusInEveryLayout) {
         options.mode = mode;
         options.head_size = 96;
         options.head_size_v = 64;
-        options.num_kv_heads = 2;
         options.num_blocks = 3;
         options.block_size = 8;
         options.layout = layout;
-        Random random(7);
-        OwnedTensor key(DType::kBFloat16, {20, 2, 96}, gap), value(DType::kFloat16, {20, 2, 64}, gap);
-        key.fill(random.normals(key.view.numel()));
-        value.fill(random.normals(value.view.numel()));
-        // Fewer slots than tokens: the rest of the rows is ignored.
-        OwnedTensor slot_mapping(DType::kInt32, {15});
-        slot_mapping.fill_integers({23, 1, 2, -1, 9, 8, 22, 14, 0, 3, 4, -1, 17, 6, 5});
-        ReshapeAndCacheArgs args;
-        args.key = key.view;
-        args.value = value.view;
-        args.slot_mapping = slot_mapping.view;
-        expect_same_bytes(options, args);
+        const Inputs inputs(options, {.slots = {23, 1, 2, -1, 9, 8, 22, 14, 0, 3, 4, -1, 17, 6, 5},
+                                      .slot_dtype = DType::kInt32,
+                                      .value = DType::kFloat16,
+                                      .without_slot = 5,
+                                      .gap = gap});
+        expect_same_bytes(options, inputs.args);
         if (::testing::Test::HasFatalFailure()) return;
       }
     }
@@ -189,28 +210,20 @@ TEST(CudaStore, BytesEqualTheCpusInEveryLayout) {
 
 // Head size 128, the size with kernels of its own, over rows of every kind.
 TEST(CudaStore, BytesOfHostileRowsEqualTheCpusInEveryLayout) {
-  constexpr std::int64_t kTokens = 20;
   for (const std::string& mode : table_modes()) {
     for (const Layout layout : kAllLayouts) {
       for (const DType dtype : kInputs) {
         SCOPED_TRACE(mode + " " + std::string(layout_name(layout)) + " from " + std::string(dtype_name(dtype)));
         PagedCache::Options options;
         options.mode = mode;
-        options.head_size = options.head_size_v = 128;
-        options.num_kv_heads = 2;
+        options.head_size = 128;
         options.num_blocks = 3;
         options.layout = layout;
-        Random random(8);
-        OwnedTensor key(dtype, {kTokens, 2, 128}), value(dtype, {kTokens, 2, 128});
-        key.fill(hostile_rows(random, kTokens, 2, 128));
-        value.fill(hostile_rows(random, kTokens, 2, 128));
-        OwnedTensor slot_mapping(DType::kInt64, {kTokens});
-        slot_mapping.fill_integers({47, 1, 2, 30, 9, 8, 22, 14, 0, 3, 4, 31, 17, 6, 5, 33, 40, 16, -1, 7});
-        ReshapeAndCacheArgs args;
-        args.key = key.view;
-        args.value = value.view;
-        args.slot_mapping = slot_mapping.view;
-        expect_same_bytes(options, args);
+        const Inputs inputs(options, {.slots = {47, 1, 2, 30, 9, 8, 22, 14, 0, 3, 4, 31, 17, 6, 5, 33, 40, 16, -1, 7},
+                                      .key = dtype,
+                                      .value = dtype,
+                                      .hostile = true});
+        expect_same_bytes(options, inputs.args);
         if (::testing::Test::HasFatalFailure()) return;
       }
     }
@@ -227,18 +240,10 @@ TEST(CudaStore, DuplicateSlotsHoldBytesOfTheirTokens) {
     options.mode = mode;
     options.head_size = 128;
     options.num_blocks = 2;
-    Random random(9);
-    OwnedTensor key(DType::kBFloat16, {kTokens, 2, 128}), value(DType::kBFloat16, {kTokens, 2, 128});
-    key.fill(random.normals(key.view.numel()));
-    value.fill(random.normals(value.view.numel()));
     std::vector<std::int64_t> slots;
     for (std::int64_t t = 0; t < kTokens; ++t) slots.push_back(t / 2 % kSlots);  // neighbours share a slot
-    OwnedTensor slot_mapping(DType::kInt64, {kTokens});
-    slot_mapping.fill_integers(slots);
-    ReshapeAndCacheArgs args;
-    args.key = key.view;
-    args.value = value.view;
-    args.slot_mapping = slot_mapping.view;
+    Inputs inputs(options, {.slots = slots});
+    ReshapeAndCacheArgs& args = inputs.args;
     const PagedCache on_gpu(options);
     on_gpu.apply(args);
     QUIRE_ASSERT_OK(store_on_device(args));
@@ -254,7 +259,7 @@ TEST(CudaStore, DuplicateSlotsHoldBytesOfTheirTokens) {
         const std::int64_t t = round / 2 * 2 * kSlots + 2 * s + round % 2;
         only[static_cast<std::size_t>(t)] = s;
       }
-      slot_mapping.fill_integers(only);
+      inputs.slot_mapping.fill_integers(only);
       const PagedCache alone(options);
       alone.apply(args);
       QUIRE_ASSERT_OK(reshape_and_cache(args));
@@ -296,19 +301,14 @@ TEST(CudaStore, HeadMajorLayout) {
                         : std::string(mode) == "fp8"     ? DType::kFloat8E4M3
                                                          : DType::kFloat8E5M2;
     const std::int64_t x = 16 / static_cast<std::int64_t>(dtype_bytes(dtype));
-    Random random(5);
-    OwnedTensor key(DType::kBFloat16, {11, 3, 64}), value(DType::kBFloat16, {11, 3, 80});
-    key.fill(random.normals(key.view.numel()));
-    value.fill(random.normals(value.view.numel()));
-    OwnedTensor slot_mapping(DType::kInt64, {11});
-    slot_mapping.fill_integers({15, 0, 3, -1, 8, 9, 10, 11, 7, 31, 30});
+    PagedCache::Options rows;
+    rows.head_size_v = 80;
+    rows.num_kv_heads = 3;
+    const Inputs inputs(rows, {.slots = {15, 0, 3, -1, 8, 9, 10, 11, 7, 31, 30}});
     OwnedTensor k_cpu(dtype, {2, 3, 64 / x, 16, x}), v_cpu(dtype, {2, 3, 80, 16});
     OwnedTensor k_gpu(dtype, {2, 3, 64 / x, 16, x}), v_gpu(dtype, {2, 3, 80, 16});
-    ReshapeAndCacheArgs args;
+    ReshapeAndCacheArgs args = inputs.args;
     args.mode = mode_of(mode);
-    args.key = key.view;
-    args.value = value.view;
-    args.slot_mapping = slot_mapping.view;
     args.key_cache = k_cpu.view;
     args.value_cache = v_cpu.view;
     QUIRE_ASSERT_OK(reshape_and_cache(args));
@@ -346,18 +346,11 @@ TEST(CudaStore, SlotsOutsideTheCacheAreSkippedAndCounted) {
     options.mode = mode;
     options.num_blocks = 2;
     const PagedCache on_cpu(options), on_gpu(options);
-    Random random(11);
-    OwnedTensor key(DType::kFloat32, {6, 2, 64}), value(DType::kFloat32, {6, 2, 64});
-    key.fill(random.normals(key.view.numel()));
-    value.fill(random.normals(value.view.numel()));
-    OwnedTensor good(DType::kInt64, {6}), bad(DType::kInt64, {6});
-    good.fill_integers({0, -1, 31, -1, -1, 7});
+    const Inputs good(options, {.slots = {0, -1, 31, -1, -1, 7}});
+    OwnedTensor bad(DType::kInt64, {6});
     bad.fill_integers({0, 32, 31, std::int64_t{1} << 40, -1, 7});
     std::int64_t counter = 100;
-    ReshapeAndCacheArgs args;
-    args.key = key.view;
-    args.value = value.view;
-    args.slot_mapping = good.view;
+    ReshapeAndCacheArgs args = good.args;
     on_cpu.apply(args);
     QUIRE_ASSERT_OK(reshape_and_cache(args));
     args.slot_mapping = bad.view;
@@ -370,13 +363,8 @@ TEST(CudaStore, SlotsOutsideTheCacheAreSkippedAndCounted) {
 }
 
 TEST(CudaStore, NoTokens) {
-  PagedCache::Options options;
-  OwnedTensor key(DType::kFloat32, {0, 2, 64}), value(DType::kFloat32, {0, 2, 64}), slot_mapping(DType::kInt64, {0});
-  ReshapeAndCacheArgs args;
-  args.key = key.view;
-  args.value = value.view;
-  args.slot_mapping = slot_mapping.view;
-  expect_same_bytes(options, args);
+  const PagedCache::Options options;
+  expect_same_bytes(options, Inputs(options, {}).args);
 }
 
 // Pages that lie gigabytes apart: an offset that loses its high bits would land inside the first 4 GiB.
@@ -387,18 +375,10 @@ TEST(CudaStore, OffsetsPastFourGiB) {
     options.mode = mode;
     options.num_blocks = 3;
     const PagedCache small(options);
-    Random random(13);
-    OwnedTensor key(DType::kFloat32, {48, 2, 64}), value(DType::kFloat32, {48, 2, 64});
-    key.fill(random.normals(key.view.numel()));
-    value.fill(random.normals(value.view.numel()));
-    OwnedTensor slot_mapping(DType::kInt64, {48});
     std::vector<std::int64_t> slots(48);
     for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
-    slot_mapping.fill_integers(slots);
-    ReshapeAndCacheArgs args;
-    args.key = key.view;
-    args.value = value.view;
-    args.slot_mapping = slot_mapping.view;
+    const Inputs inputs(options, {.slots = slots});
+    ReshapeAndCacheArgs args = inputs.args;
     small.apply(args);
     QUIRE_ASSERT_OK(reshape_and_cache(args));
 
@@ -416,11 +396,7 @@ TEST(CudaStore, OffsetsPastFourGiB) {
       offset += cache->strides[0] * static_cast<std::int64_t>(dtype_bytes(cache->dtype));
       cache->strides[0] = kPageDistance / static_cast<std::int64_t>(dtype_bytes(cache->dtype));
     }
-    const std::vector<Tensor*> inputs = {&args.key, &args.value, &args.slot_mapping};
-    const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(inputs);
-    ASSERT_TRUE(mirror.ok()) << mirror.status().message();
-    QUIRE_ASSERT_OK(reshape_and_cache(args));
-    QUIRE_ASSERT_OK(cuda::synchronize());
+    QUIRE_ASSERT_OK(store_on_device(args));
     for (int c = 0; c < 4; ++c) {
       if (!expected[c]->defined()) continue;
       const std::int64_t page_bytes =

@@ -213,22 +213,6 @@ PagedCache::PagedCache(const Options& options) : options_(options) {
   if (vs > 0) v_scale_cache = scales(planes.v_scale);
 }
 
-void PagedCache::apply(ReshapeAndCacheArgs& args) const {
-  args.mode = mode_of(options_.mode);
-  args.key_cache = key_cache;
-  args.value_cache = value_cache;
-  args.k_scale_cache = k_scale_cache;
-  args.v_scale_cache = v_scale_cache;
-}
-
-void PagedCache::apply(UnifiedAttentionArgs& args) const {
-  args.mode = mode_of(options_.mode);
-  args.key_cache = key_cache;
-  args.value_cache = value_cache;
-  args.k_scale_cache = k_scale_cache;
-  args.v_scale_cache = v_scale_cache;
-}
-
 // ---- OwnedTensor
 // -----------------------------------------------------------------------------------------------------
 

@@ -78,9 +78,15 @@ class PagedCache {
 
   const Options& options() const { return options_; }
 
-  // Sets mode and caches.
-  void apply(ReshapeAndCacheArgs& args) const;
-  void apply(UnifiedAttentionArgs& args) const;
+  // Sets mode and caches of either op's arguments.
+  template <class Args>
+  void apply(Args& args) const {
+    args.mode = mode_of(options_.mode);
+    args.key_cache = key_cache;
+    args.value_cache = value_cache;
+    args.k_scale_cache = k_scale_cache;
+    args.v_scale_cache = v_scale_cache;
+  }
 
   // Every byte, gaps included: two caches of equal options hold the same exactly when these are equal.
   const std::vector<std::vector<std::uint8_t>>& bytes() const { return buffers_; }
