@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "llm/npy.h"
@@ -27,6 +28,12 @@ struct Lane {
   std::int64_t num_scored = 0, num_positions = 0, num_same_top = 0;
   std::int64_t num_tokens = 0;
   double seconds = 0.0;
+  std::unique_ptr<Lane> on_cpu;  // against_cpu: computes the keys and values, runs first
+
+  std::optional<double> perplexity() const {
+    if (num_scored == 0) return std::nullopt;
+    return std::exp(nll_sum / static_cast<double>(num_scored));
+  }
 
   Status forward(Model& model, const Batch& batch, float* logits) {
     const auto begin = std::chrono::steady_clock::now();
@@ -128,7 +135,8 @@ class Evaluation {
       }
     }
     const auto num_modes = static_cast<std::int64_t>(options_.modes.size());
-    total_tokens_ = num_windows_ * window_tokens_ * (num_modes + 1) + prompt_tokens * num_modes;
+    const std::int64_t lanes_of_mode = options_.against_cpu ? 2 : 1;
+    total_tokens_ = num_windows_ * window_tokens_ * (num_modes * lanes_of_mode + 1) + prompt_tokens * num_modes;
     if (total_tokens_ == 0) return invalid_argument("there is nothing to evaluate: no whole window and no prompts");
 
     for (const ModeInfo& mode : options_.modes) {
@@ -142,6 +150,11 @@ class Evaluation {
       lane->score.bytes_per_token_head = lane->cache.layout(layer).bytes_per_token_head;
       lane->score.skip_layers = options_.skip_layers;
       lane->score.bytes_per_token = lane->cache.bytes_per_token();
+      if (options_.against_cpu) {
+        Result<Lane> on_cpu = make_lane(config_, mode.id, options_.skip_layers, window_tokens_, Device::kCpu);
+        if (!on_cpu.ok()) return on_cpu.status();
+        lane->on_cpu = std::make_unique<Lane>(std::move(*on_cpu));
+      }
       lanes_.push_back(std::move(*lane));
     }
     if (num_windows_ > 0) {
@@ -153,8 +166,9 @@ class Evaluation {
 
     std::vector<EvalScore> scores;
     for (Lane& lane : lanes_) {
+      lane.score.perplexity = lane.perplexity();
+      if (lane.on_cpu) lane.score.cpu_perplexity = lane.on_cpu->perplexity();
       if (lane.num_scored > 0) {
-        lane.score.perplexity = std::exp(lane.nll_sum / static_cast<double>(lane.num_scored));
         lane.score.kl_divergence = lane.kl_sum / static_cast<double>(lane.num_positions);
         lane.score.same_top_token = static_cast<double>(lane.num_same_top) / static_cast<double>(lane.num_positions);
       }
@@ -192,9 +206,13 @@ class Evaluation {
     Result<Lane> reference = make_lane(config_, *fp32, {}, window_tokens_, options_.device);
     if (!reference.ok()) return reference.status();
     std::vector<Lane*> all{&*reference};
-    for (Lane& lane : lanes_) all.push_back(&lane);
+    for (Lane& lane : lanes_) {
+      if (lane.on_cpu) all.push_back(lane.on_cpu.get());
+      all.push_back(&lane);
+    }
 
     Distributions distributions;
+    Model::KVTape tape;
     const auto vocab_size = static_cast<std::int64_t>(config_.vocab_size);
     for (std::int64_t w = 0; w < num_windows_; ++w) {
       const auto begin = sets_.tokens.begin() + w * window_tokens_;
@@ -210,7 +228,12 @@ class Evaluation {
           Batch batch;
           batch.add(lane->window, count, count, kBlockSize);
           logits_.resize(static_cast<std::size_t>(count * vocab_size));
-          if (Status status = lane->forward(model_, batch, logits_.data()); !status) return status;
+          const bool leads = options_.against_cpu && !lane->on_cpu;  // its partner follows
+          model_.record_kv(leads ? &tape : nullptr);
+          if (lane->on_cpu) model_.replay_kv(&tape);
+          const Status status = lane->forward(model_, batch, logits_.data());
+          model_.record_kv(nullptr);
+          if (!status) return status;
           lane->window.num_stored += count;
           if (lane == all[0]) {
             to_distributions(logits_, count, config_.vocab_size, distributions);
@@ -355,6 +378,7 @@ std::string to_json(const std::vector<EvalScore>& scores, const std::string& mod
     modes[score.mode] = {{"bytes_per_token_head", score.bytes_per_token_head},
                          {"bytes_per_token", score.bytes_per_token},
                          {"perplexity", or_null(score.perplexity)},
+                         {"cpu_perplexity", or_null(score.cpu_perplexity)},
                          {"kl_divergence", or_null(score.kl_divergence)},
                          {"same_top_token", or_null(score.same_top_token)},
                          {"recall", recall},

@@ -10,6 +10,12 @@
 // divergence is the cost of the cache alone, and a bf16 cache of a bf16 model has none. (That rounding, about 2e-5 nats
 // for tiny-lm, is counted in with qkv_dtype = float32.)
 //
+// Two devices round differently, and a difference in the last bit of a hidden state moves some keys and values across a
+// rounding boundary of a quantized format; from there on the two caches hold other noise of the same size, and over a
+// few windows their perplexities differ by it: 0.2 % over 4096 tokens for 3 and 4 bits, on one device with other thread
+// counts, too. against_cpu takes that noise out: each window also goes through a cache on the CPU, and the device's
+// cache is given the very keys and values that the CPU's was, so that only the ops differ.
+//
 // A greedy continuation equals the answer exactly where each answer token is the largest logit after the prompt and the
 // answer tokens before it: prompt and answer run as one prefill, and nothing is decoded step by step.
 #pragma once
@@ -49,6 +55,7 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 struct EvalOptions {
   std::vector<ModeInfo> modes;
   Device device = Device::kCpu;         // where the caches live and the ops run, those of the reference too
+  bool against_cpu = false;             // also measures cpu_perplexity; windows only
   std::vector<int> skip_layers = {};    // kept in the model's own dtype, whatever the mode
   std::int64_t max_windows = -1;        // -1: all
   std::int64_t max_prompts = -1;        // of each set and context length; -1: all
@@ -61,6 +68,7 @@ struct EvalScore {
   std::int64_t bytes_per_token_head = 0;  // K + V + scales, of a layer in the mode
   std::int64_t bytes_per_token = 0;       // all heads of all layers, skipped ones too
   std::optional<double> perplexity, kl_divergence, same_top_token;
+  std::optional<double> cpu_perplexity;   // of a cache on the CPU that holds the same keys and values
   std::map<std::int64_t, double> recall;  // by context length
   std::optional<double> arithmetic;
   double tokens_per_second = 0.0;  // of the model's forward passes, prefill

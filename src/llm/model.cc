@@ -306,6 +306,16 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
   }
   rope(q, c.num_q_heads, n);
   rope(k, c.num_kv_heads, n);
+  const std::int64_t kv_size = 2 * c.kv_size();
+  if (recorded_ != nullptr) {
+    recorded_->resize(layers_.size());
+    std::vector<float>& tape = (*recorded_)[static_cast<std::size_t>(layer_index)];
+    tape.resize(static_cast<std::size_t>(n * kv_size));
+    for (std::int64_t i = 0; i < n; ++i) std::copy_n(k + i * row_stride, kv_size, tape.data() + i * kv_size);
+  } else if (replayed_ != nullptr) {
+    const std::vector<float>& tape = replayed_->at(static_cast<std::size_t>(layer_index));
+    for (std::int64_t i = 0; i < n; ++i) std::copy_n(tape.data() + i * kv_size, kv_size, k + i * row_stride);
+  }
   void* handed_over = q;
   if (qkv_dtype_ != DType::kFloat32) {
     convert_to(qkv_dtype_, q, n * row_stride, qkv_16_);

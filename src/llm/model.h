@@ -49,6 +49,13 @@ class Model {
   // computes in bf16 hands over bf16.
   void set_qkv_dtype(DType dtype) { qkv_dtype_ = dtype; }
 
+  // The keys and values of one forward pass, per layer [N, k | v], before they are rounded or stored.
+  using KVTape = std::vector<std::vector<float>>;
+  // The passes to come fill `tape`, or take its keys and values for their own (of a pass over the same tokens), so that
+  // two passes differ in attention only; null ends that.
+  void record_kv(KVTape* tape) { recorded_ = tape, replayed_ = nullptr; }
+  void replay_kv(const KVTape* tape) { recorded_ = nullptr, replayed_ = tape; }
+
   // Writes logits [R, vocab_size], R = batch.logit_rows.size(). Not for two threads at once: it owns its scratch
   // memory.
   Status forward(const Batch& batch, KVCache& cache, float* logits);
@@ -77,6 +84,8 @@ class Model {
 
   ModelConfig config_;
   DType qkv_dtype_ = DType::kFloat32;
+  KVTape* recorded_ = nullptr;
+  const KVTape* replayed_ = nullptr;
   std::vector<float> embedding_;  // [vocab_size, hidden_size]
   std::vector<Layer> layers_;
   std::vector<float> final_norm_;

@@ -70,7 +70,7 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
                                        {&layer.v_scales, bytes.v_scales}}) {
       Result<Memory> allocated = Memory::allocate(options.device, static_cast<std::size_t>(size));
       if (!allocated.ok()) return allocated.status();
-      *memory = *std::move(allocated);
+      *memory = std::move(*allocated);
     }
     layer.views = make_views(layer.layout, options.num_blocks, layer.base.data(), layer.v_base.data(),
                              layer.k_scales.data(), layer.v_scales.data(), options.device);
@@ -118,7 +118,7 @@ Status KVCache::attend(const UnifiedAttentionArgs& args) {
   if (workspace_.bytes() < plan->workspace_bytes) {
     Result<Memory> larger = Memory::allocate(device_, plan->workspace_bytes);
     if (!larger.ok()) return larger.status();
-    workspace_ = *std::move(larger);
+    workspace_ = std::move(*larger);
   }
   return run_unified_attention(*plan, args, workspace_.data(), workspace_.bytes());
 }

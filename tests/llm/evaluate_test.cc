@@ -111,6 +111,15 @@ TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
   EXPECT_EQ(score("k=int8_per_token_head,v=turboquant_v3", {}).bytes_per_token, 3 * 2 * (32 + 4 + 12 + 4));
   EXPECT_EQ(score("turboquant_4bit_nc", {1}).bytes_per_token, 2 * 2 * (16 + 2 + 16 + 4) + 2 * 128);
 
+  // A second cache beside each, with the same keys and values: on one device, the same computation.
+  const auto paired = llm::evaluate(
+      *model, sets,
+      {.modes = modes_of({mode, "turboquant_4bit_nc"}), .against_cpu = true, .skip_layers = {}, .progress = {}});
+  ASSERT_TRUE(paired.ok()) << paired.status().message();
+  EXPECT_EQ(none.cpu_perplexity, std::nullopt);
+  EXPECT_EQ(*paired->at(0).perplexity, *none.perplexity);
+  for (const auto& each : *paired) EXPECT_EQ(each.cpu_perplexity, each.perplexity) << each.mode;
+
   for (int layer : {-1, 3}) {
     const auto refused =
         llm::evaluate(*model, sets, {.modes = modes_of({mode}), .skip_layers = {layer}, .progress = {}});

@@ -75,6 +75,8 @@ void add_eval(CLI::App& app, int& exit_status) {
   verb->add_option("--qkv-dtype", options->qkv_dtype, "Float type of q, k and v on their way to the cache, or model")
       ->capture_default_str();
   add_device(*verb, options->eval.device, "Where the cache lives and both ops run");
+  verb->add_flag("--against-cpu", options->eval.against_cpu,
+                 "Measure cpu_perplexity too, and give the device's cache the CPU's keys and values");
   verb->add_flag("--json", options->as_json, "Print JSON");
   verb->footer(std::string("Without --tokens, --recall and --arithmetic: the sets that lie in the model's folder.\n") +
                kDeviceFooter);

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <set>
@@ -111,6 +112,12 @@ void print_scores(const std::vector<llm::EvalScore>& scores) {
                number(score.kl_divergence, "{:.6f}"), number(score.same_top_token, "{:.3f}"),
                recall.empty() ? "-" : recall, recall_width, number(score.arithmetic, "{:.3f}"),
                score.tokens_per_second);
+  }
+  for (const auto& score : scores) {
+    if (!score.perplexity || !score.cpu_perplexity) continue;
+    fmt::print("{:<{}} perplexity on the CPU, over the same keys and values: {:.4f}, relative difference {:.1e}\n",
+               score.mode, mode_width, *score.cpu_perplexity,
+               std::abs(*score.perplexity / *score.cpu_perplexity - 1.0));
   }
   if (!scores.empty() && !scores[0].skip_layers.empty()) {
     fmt::print("\n{}\n", skipped_layers(scores[0].skip_layers));
