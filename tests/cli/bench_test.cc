@@ -1,0 +1,82 @@
+// quire bench: which rows it prints and what is in them. Times are not looked at.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+#include "cli/cli.h"
+
+namespace quire::test {
+namespace {
+
+using nlohmann::json;
+
+const std::set<std::string> kColumns = {"op",           "device",     "mode",        "layout",       "batch",
+                                        "context",      "q_len",      "num_q_heads", "num_kv_heads", "head_size",
+                                        "head_size_v",  "block_size", "ms",          "cache_gbps",   "bandwidth_share",
+                                        "layout_share", "tflops",     "kernel"};
+
+TEST(Bench, RowsOfAGrid) {
+  const CliResult result = run_cli({"bench",          "decode", "--mode",        "bfloat16,float32",
+                                    "--batch",        "2",      "--context",     "40,64",
+                                    "--q-len",        "1,3",    "--num-q-heads", "4",
+                                    "--num-kv-heads", "2",      "--head-size",   "64",
+                                    "--head-size-v",  "32",     "--layout",      "nhd,hnd",
+                                    "--budget-ms",    "1",      "--json"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const json report = result.json();
+  EXPECT_EQ(report["device"], "cpu");
+  EXPECT_TRUE(report["driver"].is_null());
+  EXPECT_GT(report["linear_read_gbps"], 0.0);
+  EXPECT_GT(report["copy_gbps"], 0.0);
+  ASSERT_EQ(report["rows"].size(), 2U * 2U * 2U * 2U);
+  std::set<std::string> problems;
+  for (const json& row : report["rows"]) {
+    std::set<std::string> columns;
+    for (const auto& [name, value] : row.items()) columns.insert(name);
+    EXPECT_EQ(columns, kColumns);
+    EXPECT_EQ(row["op"], "decode");
+    EXPECT_EQ(row["head_size_v"], 32);
+    EXPECT_EQ(row["block_size"], 16);
+    EXPECT_TRUE(row["layout_share"].is_null());
+    EXPECT_GT(row["ms"], 0.0);
+    // A key and value of 64 + 32 elements, 2 heads.
+    const double element = row["mode"] == "float32" ? 4.0 : 2.0;
+    const double bytes = 2.0 * row["context"].get<double>() * 2.0 * 96.0 * element;
+    EXPECT_NEAR(row["cache_gbps"].get<double>(), bytes / row["ms"].get<double>() * 1e-6, 1e-9);
+    EXPECT_NEAR(row["bandwidth_share"].get<double>(),
+                row["cache_gbps"].get<double>() / report["linear_read_gbps"].get<double>(), 1e-9);
+    problems.insert(row["mode"].dump() + row["layout"].dump() + row["context"].dump() + row["q_len"].dump());
+  }
+  EXPECT_EQ(problems.size(), 16U);
+}
+
+TEST(Bench, StoreIsHeldToACopy) {
+  const CliResult result = run_cli({"bench", "store", "--mode", "bfloat16", "--context", "64", "--num-kv-heads", "2",
+                                    "--head-size", "64", "--budget-ms", "1", "--json"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const json report = result.json();
+  ASSERT_EQ(report["rows"].size(), 1U);
+  const json& row = report["rows"][0];
+  EXPECT_EQ(row["op"], "store");
+  // bf16 in, bf16 out.
+  EXPECT_NEAR(row["cache_gbps"].get<double>(), 2.0 * 64.0 * 2.0 * 128.0 * 2.0 / row["ms"].get<double>() * 1e-6, 1e-9);
+  EXPECT_NEAR(row["bandwidth_share"].get<double>(), row["cache_gbps"].get<double>() / report["copy_gbps"].get<double>(),
+              1e-9);
+}
+
+TEST(Bench, Refuses) {
+  for (const auto& [arguments, says] : {std::pair<std::vector<std::string>, std::string>{{"bench"}, "op is required"},
+                                        {{"bench", "encode"}, "encode"},
+                                        {{"bench", "decode", "--mode", "int5"}, "int5"},
+                                        {{"bench", "decode", "--layout", "dhn"}, "dhn"},
+                                        {{"bench", "decode", "--batch", "0"}, "0"}}) {
+    const CliResult result = run_cli(arguments);
+    EXPECT_EQ(result.exit_status, 2) << says;
+    EXPECT_TRUE(result.one_sentence()) << result.err;
+    EXPECT_NE(result.err.find(says), std::string::npos) << result.err;
+  }
+}
+
+}  // namespace
+}  // namespace quire::test
