@@ -47,7 +47,7 @@ cuda:
 
 cuda-archs:
 	@scripts/bootstrap build test cuda
-	@$(CONFIGURE) -S . -B build-cuda-archs -DQUIRE_CUDA=ON -DQUIRE_CUDA_ARCHITECTURES="80;90a;100" \
+	@$(CONFIGURE) -S . -B build-cuda-archs -DQUIRE_CUDA=ON -DQUIRE_CUDA_ARCHITECTURES="80-real;90a-real;100-real" \
 	  -DQUIRE_BUILD_TESTS=OFF -DQUIRE_BUILD_TOOLS=OFF --log-level=WARNING
 	@$(NINJA) build-cuda-archs -j $(JOBS) --target quire
 
