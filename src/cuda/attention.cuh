@@ -15,6 +15,8 @@
 // Keys are grouped by absolute position, so a sequence's bits depend only on the split size.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -158,13 +160,13 @@ using WideTile = RowTile<16, 32, true>;
 
 // Sixteen bits of x in the dtype.
 __device__ __forceinline__ std::uint32_t narrow_to_16(DType dtype, float x) {
-  return dtype == DType::kFloat16 ? format::float_to_half(x) : format::float_to_bfloat16(x);
+  return dtype == DType::kFloat16 ? __half_as_ushort(__float2half_rn(x)) : __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
 // One warp writes one row: `row` [head_size_v] in shared memory holds sum p v under `state`, rotated, before 1 / sum.
 template <class Tile = WideTile>
 __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* row, attention::SoftmaxState state,
-                                           std::int64_t token, int head, int lane) {
+                                           std::int64_t token, int head, int lane, bool exists = true) {
   constexpr int kE = Tile::kElements;
   const bool empty = state.sum == 0.0F;  // whatever its accumulator holds, the output is 0
   float factor = 1.0F;
@@ -179,6 +181,7 @@ __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* 
   rotate_back<Tile>(rule.rotation, y, lane, rule.shape.block);
 #pragma unroll
   for (int j = 0; j < kE; ++j) y[j] *= rule.unrotate;
+  if (!exists) return;
   std::uint8_t* out = rule.out + token * rule.token_stride + head * rule.head_stride;
   if (rule.vectors) {
 #pragma unroll

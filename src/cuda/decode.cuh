@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     float squares = 0.0F;
     if constexpr (!kRaw16<KeyF>) {
       convert_part<KeyF, kHead / 64>(key_row + copy_part * (kHead / 2 / KeyF::kUnit * KeyF::kUnitBytes), key_aligned,
-                                     row_chunks(own.converted + copy_key * kPitch16<kHead> + copy_part * kHead),
+                                     own.converted + copy_key * kPitch16<kHead> + copy_part * kHead,
                                      p.head_size - copy_part * kHead / 2, &squares);
     }
     if constexpr (KeyF::kLevelNorm) squares += __shfl_xor_sync(kFullWarp, squares, kSlice);
@@ -233,8 +233,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
     if constexpr (!kRaw16<ValueF>) {
       if constexpr (!kRaw16<KeyF>) __syncwarp();  // K's levels have been read
       convert_part<ValueF, kHead / 64>(value_row + copy_part * (kHead / 2 / ValueF::kUnit * ValueF::kUnitBytes),
-                                       value_aligned,
-                                       row_chunks(own.converted + copy_key * kPitch16<kHead> + copy_part * kHead),
+                                       value_aligned, own.converted + copy_key * kPitch16<kHead> + copy_part * kHead,
                                        p.head_size_v - copy_part * kHead / 2, &squares);
       __syncwarp();
     }

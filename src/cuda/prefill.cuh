@@ -161,15 +161,15 @@ __device__ __forceinline__ void prefill_rows(const AttentionParams& p) {
           }
         }
         convert_part<KeyF, kPart / 32>(key_row + copy_part * (kPart / KeyF::kUnit * KeyF::kUnitBytes), key_aligned,
-                                       row_chunks(tiles.key[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2),
+                                       tiles.key[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2,
                                        p.head_size - copy_part * kPart, &squares);
       }
       if constexpr (Config::kConvertsValue) {
         float unused = 0.0F;
-        convert_part<ValueF, kPart / 32>(
-            value_row + copy_part * (kPart / ValueF::kUnit * ValueF::kUnitBytes), value_aligned,
-            row_chunks(tiles.value[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2),
-            p.head_size_v - copy_part * kPart, &unused);
+        convert_part<ValueF, kPart / 32>(value_row + copy_part * (kPart / ValueF::kUnit * ValueF::kUnitBytes),
+                                         value_aligned,
+                                         tiles.value[0] + copy_key * kPitch16<kHead> + copy_part * kPart * 2,
+                                         p.head_size_v - copy_part * kPart, &unused);
       }
       if constexpr (kKeyMeta) {
         if (copy_part == 0) {

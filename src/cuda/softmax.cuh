@@ -137,28 +137,43 @@ __device__ __forceinline__ bool exponentials(float (&s)[kTiles][kFragments][4], 
   bool moved = false;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
+    // Four chains, two a row: an addition waits four clocks for the one before.
+    float largest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i] = s[m][0][i];
+#pragma unroll
+    for (int t = 1; t < kFragments; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest[i] = fmaxf(largest[i], s[m][t][i]);
+    }
+    float slope[2], base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float slope = has_bias ? 1.0F : state.factor[m][r];
-      float largest = -INFINITY;
-#pragma unroll
-      for (int t = 0; t < kFragments; ++t) largest = fmaxf(largest, fmaxf(s[m][t][2 * r], s[m][t][2 * r + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+      slope[r] = has_bias ? 1.0F : state.factor[m][r];
+      float next = fmaxf(largest[2 * r], largest[2 * r + 1]);
+      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 1));
+      next = fmaxf(next, __shfl_xor_sync(kFullWarp, next, 2));
       float& max = state.max[m][r];
-      const float next = fmaxf(max, largest);
-      const float base = next == -INFINITY ? 0.0F : slope * next;
-      correction[m][r] = ptx::ex2_approx(max == -INFINITY ? -INFINITY : fmaf(slope, max, -base));
+      next = fmaxf(max, next);
+      base[r] = next == -INFINITY ? 0.0F : slope[r] * next;
+      correction[m][r] = ptx::ex2_approx(max == -INFINITY ? -INFINITY : fmaf(slope[r], max, -base[r]));
       moved = moved || next != max;
       max = next;
-      state.sum[m][r] *= correction[m][r];
-      state.offset[m][r] *= correction[m][r];
+    }
+    float sum[4] = {};
 #pragma unroll
-      for (int i = 0; i < 2 * kFragments; ++i) {
-        float& x = s[m][i / 2][2 * r + i % 2];
-        x = ptx::ex2_approx(fmaf(slope, x, -base));
-        state.sum[m][r] += x;
+    for (int t = 0; t < kFragments; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[m][t][i];
+        x = ptx::ex2_approx(fmaf(slope[i / 2], x, -base[i / 2]));
+        sum[i] += x;
       }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      state.sum[m][r] = fmaf(state.sum[m][r], correction[m][r], sum[2 * r] + sum[2 * r + 1]);
+      state.offset[m][r] *= correction[m][r];
     }
   }
   return moved;
@@ -185,6 +200,7 @@ __device__ __forceinline__ bool weigh_values(float (&s)[kTiles][kFragments][4], 
       state.unit = next;
     }
     const float inverse = next > 0.0F ? 1.0F / next : 0.0F;
+    float offset[kTiles][4] = {};
     const auto weigh = [&](auto skips_zeros) {
 #pragma unroll
       for (int t = 0; t < kFragments; ++t) {
@@ -199,10 +215,7 @@ __device__ __forceinline__ bool weigh_values(float (&s)[kTiles][kFragments][4], 
           for (int i = 0; i < 4; ++i) {
             float& x = s[m][t][i];
             if (decltype(skips_zeros)::value && x == 0.0F) continue;
-            if constexpr (ValueF::kHasOffset) {
-              float& offset = state.offset[m][i / 2];
-              offset = fmaf(x, i % 2 == 0 ? zero.x : zero.y, offset);
-            }
+            if constexpr (ValueF::kHasOffset) offset[m][i] = fmaf(x, i % 2 == 0 ? zero.x : zero.y, offset[m][i]);
             x *= i % 2 == 0 ? scale.x : scale.y;
           }
         }
@@ -213,6 +226,13 @@ __device__ __forceinline__ bool weigh_values(float (&s)[kTiles][kFragments][4], 
       weigh(std::true_type{});
     } else {
       weigh(std::false_type{});
+    }
+    if constexpr (ValueF::kHasOffset) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        state.offset[m][0] += offset[m][0] + offset[m][1];
+        state.offset[m][1] += offset[m][2] + offset[m][3];
+      }
     }
   }
   return moved;
@@ -259,23 +279,35 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const Tile
     }
   }
   __syncwarp();
-  for (int r = first_row; r < first_row + 16 * kTiles; ++r) {
-    const RowInfo& info = row_infos[r];
-    if (info.query < 0) break;
-    float* row = rows[r];
-    const std::int64_t token = tile.query_begin + info.query;
-    attention::SoftmaxState state{row[8 * kFragments], row[8 * kFragments + 1]};
+  // Several rows at a time, a group of lanes each.
+  using Tile = RowTile<16, 8 * kFragments / 16, true>;
+  constexpr int kRowsAtOnce = 32 / Tile::kLanes;
+  const int row_lane = lane % Tile::kLanes;
+#pragma unroll 1
+  for (int r = first_row; r < first_row + 16 * kTiles; r += kRowsAtOnce) {
+    if (row_infos[r].query < 0) break;
+    const RowInfo& info = row_infos[r + lane / Tile::kLanes];
+    const bool exists = info.query >= 0;
+    float* row = rows[r + lane / Tile::kLanes];
     if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
       // An infinite or NaN value has met weights of 0: again, value by value.
       bool finite = true;
-      for (int c = lane; c < p.head_size_v; c += 32) finite = finite && exact::is_finite(row[c]);
-      if (!__all_sync(kFullWarp, finite)) {
-        const TileRows same_tile = tile;  // so that no one else's lives in memory
-        state = exact_row<KeyF, ValueF>(p, same_tile, kv_head, token, info.head, row, lane);
+      for (int c = row_lane; c < p.head_size_v; c += Tile::kLanes) finite = finite && exact::is_finite(row[c]);
+      const std::uint32_t odd = __ballot_sync(kFullWarp, exists && !finite);
+      if (odd != 0) {
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          if ((odd >> (i * Tile::kLanes) & (0xffffffffU >> (32 - Tile::kLanes))) == 0) continue;
+          const TileRows same_tile = tile;  // so that no one else's lives in memory
+          const RowInfo& again = row_infos[r + i];
+          const attention::SoftmaxState state = exact_row<KeyF, ValueF>(
+              p, same_tile, kv_head, tile.query_begin + again.query, again.head, rows[r + i], lane);
+          if (lane == 0) *reinterpret_cast<float2*>(&rows[r + i][8 * kFragments]) = make_float2(state.max, state.sum);
+        }
+        __syncwarp();
       }
     }
-    __syncwarp();
-    write_row<RowTile<8, 32, true>>(p, row, state, token, info.head, lane);
+    const attention::SoftmaxState state{row[8 * kFragments], row[8 * kFragments + 1]};
+    write_row<Tile>(p, row, state, tile.query_begin + info.query, info.head, row_lane, exists);
   }
 }
 

@@ -82,22 +82,35 @@ __device__ __forceinline__ void sum_squares(const std::uint8_t* at, bool aligned
   }
 }
 
-// 32 kGroups elements of a raw row from `at` on as 16-bit levels, 16 bytes at a time to place(0), place(1), ..; a
-// kLevelNorm format adds their squares.
-template <class F, int kGroups, class Place>
-__device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligned, Place&& place, int elements,
+// A row of 16-bit elements, by chunks of 16 bytes.
+__device__ __forceinline__ auto row_chunks(std::uint8_t* row) {
+  return [row](int chunk) { return row + 16 * chunk; };
+}
+
+// 32 elements as 16-bit levels, 16 bytes at a time to place(0) .. place(3); a kLevelNorm format adds their squares, as
+// far as they are among `elements`.
+template <class F, class Place>
+__device__ __forceinline__ void put_levels(const std::uint32_t (&codes)[Levels16<F>::kWords], Place&& place,
+                                           int elements, float* squares) {
+  std::uint32_t pairs[16];
+  Levels16<F>::convert(codes, pairs);
+  if constexpr (F::kLevelNorm) add_squares(pairs, elements, squares);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<uint4*>(place(i)) =
+        make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+  }
+}
+
+// 32 kGroups elements of a raw row from `at` on as levels to `to`.
+template <class F, int kGroups>
+__device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligned, std::uint8_t* to, int elements,
                                              float* squares) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    std::uint32_t codes[Levels16<F>::kWords], pairs[16];
+    std::uint32_t codes[Levels16<F>::kWords];
     load_codes<F>(at, aligned, g, codes);
-    Levels16<F>::convert(codes, pairs);
-    if constexpr (F::kLevelNorm) add_squares(pairs, elements - g * 32, squares);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(place(4 * g + i)) =
-          make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
-    }
+    put_levels<F>(codes, row_chunks(to + 64 * g), elements - 32 * g, squares);
   }
 }
 
@@ -180,11 +193,6 @@ __device__ __forceinline__ auto raw_rows(const std::uint8_t* to) {
   return [target = ptx::shared_address(to)](int row, int chunk) -> std::uint32_t {
     return target + row * RawRow<F, kHead>::kPitch + 16 * chunk;
   };
-}
-
-// A row of 16-bit elements, by chunks of 16 bytes.
-__device__ __forceinline__ auto row_chunks(std::uint8_t* row) {
-  return [row](int chunk) { return row + 16 * chunk; };
 }
 
 template <class F, int kHead>
@@ -511,18 +519,19 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
   return state;
 }
 
-// One warp: a row's result as the output, or as this split's partial.
+// The lanes of a Tile: a row's result as the output, or as this split's partial, where it `exists`. All of a warp call.
 template <class Tile>
 __device__ __forceinline__ void write_row(const AttentionParams& p, const float* row,
-                                          const attention::SoftmaxState& state, std::int64_t token, int head,
-                                          int lane) {
+                                          const attention::SoftmaxState& state, std::int64_t token, int head, int lane,
+                                          bool exists = true) {
   if (p.max_splits == 1) {
-    finish_row<Tile>(p.output, row, state, token, head, lane);
+    finish_row<Tile>(p.output, row, state, token, head, lane, exists);
     return;
   }
+  if (!exists) return;
   const std::int64_t at = (token * p.num_q_heads + head) * p.max_splits + blockIdx.z;
   float* to = p.partials.acc + at * p.head_size_v;
-  for (int c = lane; c < p.head_size_v; c += 32) to[c] = row[c];
+  for (int c = lane; c < p.head_size_v; c += Tile::kLanes) to[c] = row[c];
   if (lane == 0) p.partials.state[at] = make_float2(state.max, state.sum);
 }
 
