@@ -85,7 +85,7 @@ struct PrefillSm90Config {
   static_assert(kStorageBytes <= 227 * 1024);
 };
 
-// Barriers of a block by number; 0 is __syncthreads. The last three are one for each consumer.
+// Barriers of a block by number; 0 is __syncthreads. The last two are pairs, one for each consumer.
 enum : int { kProducersBarrier = 1, kConsumersBarrier = 2, kConsumerBarrier = 3, kTurnBarrier = 5 };
 
 // Fills the stages of K or V, tile after tile. A thread looks up and converts one row of a tile; all of the warpgroup
