@@ -105,6 +105,71 @@ TEST_P(CudaSmall, StoreAndAttend) {
 INSTANTIATE_TEST_SUITE_P(Modes, CudaSmall, ::testing::ValuesIn(table_modes()),
                          [](const auto& param) { return test_name(param.param); });
 
+// Long prompts over longer contexts: tiles enough that every stage of a kernel's pipeline is filled, emptied and filled
+// again, whole ones, masked ones, and ones no row sees.
+struct LongPrompt {
+  const char* name;
+  void (*apply)(Options&);
+};
+constexpr LongPrompt kLongPrompts[] = {
+    {"plain", [](Options&) {}},
+    {"window", [](Options& o) { o.window = 200; }},
+    {"window, not causal",
+     [](Options& o) {
+       o.window = 70;
+       o.causal = false;
+     }},
+    {"biases",
+     [](Options& o) {
+       o.softcap = 20.0F;
+       o.alibi = o.sinks = true;
+     }},
+    {"chunks",
+     [](Options& o) {
+       o.window = 400;
+       o.chunk_lookback = 1;
+     }},
+    {"prefix ranges", [](Options& o) { o.mm_prefix = true; }},
+    {"rows with gaps", [](Options& o) { o.layout = Layout::kPadded; }},
+    {"one KV head, packed",
+     [](Options& o) {
+       o.num_kv_heads = 1;
+       o.group = 8;
+       o.layout = Layout::kPackedInline;
+     }},
+    {"smaller heads",
+     [](Options& o) {
+       o.head_size = 72;
+       o.head_size_v = 40;
+     }},
+    {"larger heads", [](Options& o) { o.head_size = 192; }},
+    {"fp16", [](Options& o) { o.dtype = o.out_dtype = o.auto_dtype = DType::kFloat16; }},
+    {"fp8 query", [](Options& o) { o.dtype = DType::kFloat8E4M3; }},
+};
+
+class CudaLongPrompt : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(CudaLongPrompt, AloneAndInSplits) {
+  std::uint64_t seed = 1;
+  for (const LongPrompt& prompt : kLongPrompts) {
+    SCOPED_TRACE(prompt.name);
+    Options options;
+    options.mode = GetParam();
+    options.head_size = 128;
+    options.group = 3;
+    options.sequences = {{90, 1100}, {1, 700}, {45, 400}, {140, 140}};
+    options.dtype = DType::kBFloat16;
+    options.seed = ++seed;
+    prompt.apply(options);
+    AttentionCase problem(options);
+    EXPECT_TRUE(problem.check());
+    EXPECT_TRUE(problem.check(3));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Modes, CudaLongPrompt, ::testing::ValuesIn(table_modes()),
+                         [](const auto& param) { return test_name(param.param); });
+
 // The kernels that must have run.
 TEST(CudaAttention, ThePlanNamesItsKernel) {
   QUIRE_NEEDS_MODES("int4_per_token_head", "bfloat16");
