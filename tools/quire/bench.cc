@@ -8,7 +8,6 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
-#include <regex>
 #include <string>
 #include <vector>
 
@@ -317,13 +316,15 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   return row;
 }
 
-// The GPU driver's version, "580.159.04", as the kernel module tells it; empty where it does not.
+// The GPU driver's version as the kernel module tells it ("NVRM version: ..  580.159.04  Release Build ..": the first
+// word that begins with a digit); empty where it does not.
 std::string driver_version() {
   std::ifstream file("/proc/driver/nvidia/version");
-  std::string line;
-  std::getline(file, line);
-  std::smatch match;
-  return std::regex_search(line, match, std::regex("[0-9]+\\.[0-9.]+")) ? match.str() : std::string();
+  std::string word;
+  while (file >> word) {
+    if (word[0] >= '0' && word[0] <= '9') return word;
+  }
+  return {};
 }
 
 Status run_bench(const Options& options) {
