@@ -87,7 +87,15 @@ TEST_P(CudaSmall, StoreAndAttend) {
   narrow.mm_prefix = true;
   narrow.window = 9;
   narrow.softcap = 5.0F;
-  for (const Options& options : {wide, narrow}) {
+  Options prompt;  // 16-bit queries: tensor cores
+  prompt.mode = GetParam();
+  prompt.num_kv_heads = 1;
+  prompt.group = 3;
+  prompt.dtype = DType::kBFloat16;
+  prompt.sequences = {{45, 300}, {2, 200}};
+  Options large_heads = prompt;
+  large_heads.head_size = 136;
+  for (const Options& options : {wide, narrow, prompt, large_heads}) {
     AttentionCase problem(options);
     const PagedCache stored(problem.cache->options());
     ReshapeAndCacheArgs store;
