@@ -1,6 +1,7 @@
-// reshape_and_cache as kernels: K rows and V rows of one call in one launch (blockIdx.y says which).
+// reshape_and_cache as kernels: K rows and V rows of one call in one launch.
 //
-//   store_rows      any format: a row over the lanes of a warp (row.cuh), written where its slot says
+//   store_rows      any format: a token head's K row and V row over the lanes of a warp (row.cuh), written where its
+//                   slot says
 //   store_elements  formats without statistics or rotation, one thread per element: the head-major layout, where a row
 //                   is not contiguous, and float8 inputs, whose codes are copied
 //
@@ -9,8 +10,11 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 
+#include "cuda/launch.h"
 #include "cuda/row.cuh"
 #include "format/formats.h"
 
@@ -58,6 +62,12 @@ struct Divider {
 
 struct StoreParams {
   StoreSide key, value;
+
+  // Staged rows. Whether a V row starts where its K row ends; how many neighbouring heads' slots adjoin, as a divisor
+  // of the rows of a warp; bytes per access to the stage and to the cache.
+  bool slots_adjoin = false;
+  int run_rows = 1, stage_access = 1, run_access = 1;
+
   const std::uint8_t* slot_mapping = nullptr;  // [num_tokens] int32 or int64
   std::int64_t slot_mapping_stride = 0;
   bool slots_are_int64 = false;
@@ -80,14 +90,15 @@ __device__ __forceinline__ std::int64_t load_slot(const StoreParams& p, std::int
   return p.slots_are_int64 ? *reinterpret_cast<const std::int64_t*>(at) : *reinterpret_cast<const std::int32_t*>(at);
 }
 
-__device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int64_t slot, bool counts_errors) {
+__device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int64_t slot, bool fits_31_bits,
+                                                 bool counts_errors) {
   SlotAddress address;
   if (slot < 0) return address;
   if (slot >= p.num_slots) {
     if (counts_errors && p.error_counter != nullptr) atomicAdd(p.error_counter, 1ULL);
     return address;
   }
-  if (p.slots_fit_31_bits) {
+  if (fits_31_bits) {
     const std::uint32_t block = p.block.quotient(static_cast<std::uint32_t>(slot));
     address.block = block;
     address.offset = static_cast<std::uint32_t>(slot) - block * p.block.divisor;
@@ -99,59 +110,210 @@ __device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int6
   return address;
 }
 
-template <format::Format F, class Tile>
-__device__ __forceinline__ void store_row(const StoreParams& p, const StoreSide& side, std::uint32_t row, int lane,
-                                          bool counts_errors) {
-  const int head_size = Tile::head_size(side.head_size);
-  const std::uint32_t token = p.num_heads.quotient(row);
-  const std::uint32_t head = row - token * p.num_heads.divisor;
-  float y[Tile::kElements] = {};
-  SlotAddress slot;
-  if (token < p.num_tokens) {
-    // The input does not wait for the slot: both loads are on their way together.
-    const std::int64_t slot_index = load_slot(p, token);
-    const std::uint8_t* input = side.input + token * side.input_token_stride + head * side.input_head_stride;
-    if (Tile::kExact || side.input_access > 0) {
-      load_lane<Tile>(input, side.input_dtype, Tile::kExact ? 16 : side.input_access, lane, head_size, y);
-    } else {
-#pragma unroll
-      for (int j = 0; j < Tile::kElements; ++j) {
-        const int i = lane * Tile::kElements + j;
-        if (i < head_size) y[j] = load_float(input + i * side.input_element_stride, side.input_dtype);
-      }
-    }
-    slot = find_slot(p, slot_index, counts_errors && head == 0 && lane == 0);
+inline constexpr int kStoreThreads = 128;  // of store_elements
+
+// Whether a lane's part of a row takes so many registers that it holds one row at a time.
+template <class Tile>
+inline constexpr bool kRowByRow = Tile::kElements >= 32;
+
+// Threads of a block of store_rows, and how many blocks share a multiprocessor where the compiler would spend registers
+// on fewer. Long-lived warps come in small blocks: the launch ends sooner after the last one starts.
+template <class Tile>
+inline constexpr int kTileThreads = kRowByRow<Tile> ? 64 : 128;
+template <class Tile>
+inline constexpr int kMinBlocks = kRowByRow<Tile> ? 640 / Tile::kElements : 0;
+
+// Rows with metadata inside lie at odd addresses. Such pairs of formats are assembled in shared memory, K row and V row
+// of a token head one behind the other, and copied from there: whole runs of slots where they adjoin, 16 bytes at a
+// time, so that no sector is written in parts.
+template <format::Format KeyF, format::Format ValueF>
+inline constexpr bool kStaged =
+    KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
+
+// Bytes per access to a row in the stage.
+template <format::Format KeyF, format::Format ValueF>
+constexpr int stage_access(int head_size, int head_size_v) {
+  const std::int64_t bits = 16 | format::row_bytes<KeyF>(head_size) | format::code_bytes<KeyF>(head_size) |
+                            format::row_bytes<ValueF>(head_size_v) | format::code_bytes<ValueF>(head_size_v);
+  return static_cast<int>(bits & -bits);
+}
+
+template <format::Format KeyF, format::Format ValueF, class Tile>
+struct StoreStage {
+  static constexpr int kWarpRows = 32 / Tile::kLanes;
+  static constexpr int kHeadSize = Tile::kElements * Tile::kLanes;
+  static constexpr int kBytes =
+      kStaged<KeyF, ValueF>
+          ? static_cast<int>(kWarpRows * (format::row_bytes<KeyF>(kHeadSize) + format::row_bytes<ValueF>(kHeadSize)))
+          : 1;
+  struct alignas(16) Warp {
+    std::uint8_t bytes[kBytes];
+  };
+  Warp warps[kTileThreads<Tile> / 32];
+};
+
+// pointer + index * stride. Where every lane is full the launcher has seen that both fit 32 bits.
+template <class Tile, class Byte>
+__device__ __forceinline__ Byte* advance(Byte* pointer, std::int64_t index, std::int64_t stride) {
+  if constexpr (Tile::kExact) {
+    std::int64_t distance;
+    asm("mul.wide.s32 %0, %1, %2;"
+        : "=l"(distance)
+        : "r"(static_cast<std::int32_t>(index)), "r"(static_cast<std::int32_t>(stride)));
+    return pointer + distance;
+  } else {
+    return pointer + index * stride;
   }
+}
+
+template <class Tile>
+__device__ __forceinline__ const std::uint8_t* input_row(const StoreSide& side, std::uint32_t token,
+                                                         std::uint32_t head) {
+  return advance<Tile>(advance<Tile>(side.input, token, side.input_token_stride), head, side.input_head_stride);
+}
+
+template <class Tile>
+__device__ __forceinline__ LaneInput<Tile> load_input(const StoreSide& side, std::uint32_t token, std::uint32_t head,
+                                                      int lane) {
+  LaneInput<Tile> input;
+  const std::uint8_t* row = input_row<Tile>(side, token, head);
+  if constexpr (Tile::kExact) {
+    input.load(row, lane);
+  } else if (side.input_access > 0) {
+    load_lane<Tile>(row, side.input_dtype, side.input_access, lane, side.head_size, input.y);
+  } else {
+#pragma unroll
+    for (int j = 0; j < Tile::kElements; ++j) {
+      const int i = lane * Tile::kElements + j;
+      if (i < side.head_size) input.y[j] = load_float(row + i * side.input_element_stride, side.input_dtype);
+    }
+  }
+  return input;
+}
+
+// Where a token head lies in a tensor of [num_blocks, block_size, num_heads, ..].
+template <class Tile>
+__device__ __forceinline__ std::uint8_t* paged(std::uint8_t* tensor, const SlotAddress& slot, std::uint32_t head,
+                                               std::int64_t block_stride, std::int64_t slot_stride,
+                                               std::int64_t head_stride) {
+  return advance<Tile>(advance<Tile>(advance<Tile>(tensor, slot.block, block_stride), slot.offset, slot_stride), head,
+                       head_stride);
+}
+template <class Tile>
+__device__ __forceinline__ std::uint8_t* row_address(const StoreSide& side, const SlotAddress& slot,
+                                                     std::uint32_t head) {
+  return paged<Tile>(side.cache, slot, head, side.block_stride, side.slot_stride, side.head_stride);
+}
+
+// Encodes one side's row, y, to `data`: its place in the cache, or in the stage.
+template <format::Format F, class Tile>
+__device__ __forceinline__ void store_row(const StoreSide& side, float (&y)[Tile::kElements], const SlotAddress& slot,
+                                          std::uint32_t head, int lane, std::uint8_t* data, int access) {
+  const int head_size = Tile::head_size(side.head_size);
   float tensor_scale = 1.0F;
   if (F::kTensorScale && side.tensor_scale != nullptr)
     tensor_scale = side.tensor_scale[head * side.tensor_scale_stride];
-
-  std::uint8_t* data =
-      side.cache + slot.block * side.block_stride + slot.offset * side.slot_stride + head * side.head_stride;
   std::uint8_t* meta = nullptr;
   if constexpr (F::kMetaPlace == format::MetaPlace::kScaleCache) {
-    meta = side.scales + slot.block * side.scale_block_stride + slot.offset * side.scale_slot_stride +
-           head * side.scale_head_stride;
+    meta =
+        paged<Tile>(side.scales, slot, head, side.scale_block_stride, side.scale_slot_stride, side.scale_head_stride);
   } else if constexpr (F::kMetaPlace == format::MetaPlace::kInRow) {
     meta = data + format::code_bytes<F>(head_size);
   }
-  encode_row<F, Tile>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, side.cache_access, meta);
+  encode_row<F, Tile>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, access, meta);
 }
 
-inline constexpr int kStoreThreads = 128;
+// A warp copies `bytes` bytes, `access` of them at a time, 16-byte aligned in shared memory or as `to` is.
+template <class Word>
+__device__ __forceinline__ void copy_words(const std::uint8_t* from, std::uint8_t* to, int bytes) {
+  for (int i = static_cast<int>(format::lane::index() * sizeof(Word)); i < bytes; i += 32 * sizeof(Word)) {
+    *reinterpret_cast<Word*>(to + i) = *reinterpret_cast<const Word*>(from + i);
+  }
+}
+__device__ __forceinline__ void copy_by_warp(const std::uint8_t* from, std::uint8_t* to, int bytes, int access) {
+  if (access == 16) return copy_words<uint4>(from, to, bytes);
+  if (access >= 4) return copy_words<std::uint32_t>(from, to, bytes);
+  if (access >= 2) return copy_words<std::uint16_t>(from, to, bytes);
+  copy_words<std::uint8_t>(from, to, bytes);
+}
 
+// The pointer into `base` of another lane. (As a distance: the compiler sees that it points to global memory.)
+__device__ __forceinline__ std::uint8_t* shuffle_pointer(std::uint8_t* base, std::uint8_t* pointer, int lane) {
+  return base + __shfl_sync(kFullWarp, static_cast<long long>(pointer - base), lane);
+}
+
+// K and V of a token head by the same lanes, so that the slot is found once. Both rows are loaded before the first is
+// worked on; where a row takes most registers, V is loaded when K has been stored.
 template <format::Format KeyF, format::Format ValueF, class Tile>
-__global__ void __launch_bounds__(kStoreThreads) store_rows(const __grid_constant__ StoreParams p) {
-  constexpr int kRowsPerBlock = kStoreThreads / Tile::kLanes;
+__global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
+    store_rows(const __grid_constant__ StoreParams p) {
+  constexpr int kRowsPerBlock = kTileThreads<Tile> / Tile::kLanes;
   const int lane = static_cast<int>(threadIdx.x) % Tile::kLanes;
   const std::uint32_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / Tile::kLanes;
-  const bool is_key = blockIdx.y == 0;
-  if constexpr (std::is_same_v<KeyF, ValueF>) {
-    store_row<KeyF, Tile>(p, is_key ? p.key : p.value, row, lane, is_key);
-  } else if (is_key) {
-    store_row<KeyF, Tile>(p, p.key, row, lane, true);
+  const std::uint32_t token = p.num_heads.quotient(row);
+  const std::uint32_t head = row - token * p.num_heads.divisor;
+  // Lanes past the last row work on it too, and store nothing. The inputs do not wait for the slot: all loads are on
+  // their way together.
+  const bool exists = token < p.num_tokens;
+  const std::uint32_t read = exists ? token : static_cast<std::uint32_t>(p.num_tokens) - 1;
+  std::int64_t slot_index = load_slot(p, read);
+  LaneInput<Tile> input = load_input<Tile>(p.key, read, head, lane);
+  LaneInput<Tile> value;
+  if constexpr (kRowByRow<Tile>) {
+    // Two lanes, two lines: V's 256 bytes come as far as the L2.
+    static_assert(Tile::kLanes * 128 == Tile::kElements * Tile::kLanes * 2);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(input_row<Tile>(p.value, read, head) + lane * 128));
   } else {
-    store_row<ValueF, Tile>(p, p.value, row, lane, false);
+    value = load_input<Tile>(p.value, read, head, lane);
+  }
+  if (!exists) slot_index = -1;
+  const SlotAddress slot = find_slot(p, slot_index, Tile::kExact || p.slots_fit_31_bits, head == 0 && lane == 0);
+  float y[Tile::kElements];
+  if constexpr (kRowByRow<Tile> && !kStaged<KeyF, ValueF> && std::is_same_v<KeyF, ValueF>) {
+    // One body for both sides: half the instructions to fetch.
+#pragma unroll 1
+    for (int s = 0;; ++s) {
+      const StoreSide& side = s == 0 ? p.key : p.value;
+      int own_lane = lane;
+      asm volatile("" : "+r"(own_lane));  // else the masks of the signs are kept in registers from K to V
+      input.template widen<KeyF>(side.input_dtype, own_lane, y);
+      store_row<KeyF, Tile>(side, y, slot, head, lane, row_address<Tile>(side, slot, head), side.cache_access);
+      if (s == 1) return;
+      input = load_input<Tile>(p.value, read, head, lane);
+    }
+  }
+  input.template widen<KeyF>(p.key.input_dtype, lane, y);
+  std::uint8_t* const key_to = row_address<Tile>(p.key, slot, head);
+  std::uint8_t* const value_to = row_address<Tile>(p.value, slot, head);
+  if constexpr (!kStaged<KeyF, ValueF>) {
+    store_row<KeyF, Tile>(p.key, y, slot, head, lane, key_to, p.key.cache_access);
+    if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
+    value.template widen<ValueF>(p.value.input_dtype, lane, y);
+    store_row<ValueF, Tile>(p.value, y, slot, head, lane, value_to, p.value.cache_access);
+  } else {
+    using Stage = StoreStage<KeyF, ValueF, Tile>;
+    __shared__ Stage stage;
+    const int key_bytes = static_cast<int>(format::row_bytes<KeyF>(Tile::head_size(p.key.head_size)));
+    const int value_bytes = static_cast<int>(format::row_bytes<ValueF>(Tile::head_size(p.value.head_size)));
+    const int slot_bytes = key_bytes + value_bytes;
+    const int access = Tile::kExact ? stage_access<KeyF, ValueF>(Stage::kHeadSize, Stage::kHeadSize) : p.stage_access;
+    std::uint8_t* const staged = stage.warps[threadIdx.x / 32].bytes;
+    std::uint8_t* const own = staged + static_cast<int>(threadIdx.x) % 32 / Tile::kLanes * slot_bytes;
+    store_row<KeyF, Tile>(p.key, y, slot, head, lane, own, access);
+    if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
+    value.template widen<ValueF>(p.value.input_dtype, lane, y);
+    store_row<ValueF, Tile>(p.value, y, slot, head, lane, own + key_bytes, access);
+    __syncwarp();
+    for (int r = 0; r < Stage::kWarpRows; r += p.run_rows) {
+      const int source = r * Tile::kLanes;
+      const bool stored = __shfl_sync(kFullWarp, slot.stored ? 1 : 0, source) != 0;
+      std::uint8_t* const to = shuffle_pointer(p.key.cache, key_to, source);
+      std::uint8_t* const other = p.slots_adjoin ? nullptr : shuffle_pointer(p.value.cache, value_to, source);
+      if (!stored) continue;
+      const std::uint8_t* const from = staged + r * slot_bytes;
+      copy_by_warp(from, to, p.slots_adjoin ? p.run_rows * slot_bytes : key_bytes, p.run_access);
+      if (other != nullptr) copy_by_warp(from + key_bytes, other, value_bytes, p.run_access);
+    }
   }
 }
 
@@ -168,7 +330,7 @@ __device__ __forceinline__ void store_element(const StoreParams& p, const StoreS
   const std::int64_t token = row / p.num_heads.divisor;
   const int head = static_cast<int>(row - token * p.num_heads.divisor);
   if (token >= p.num_tokens) return;
-  const SlotAddress slot = find_slot(p, load_slot(p, token), counts_errors && head == 0 && i == 0);
+  const SlotAddress slot = find_slot(p, load_slot(p, token), p.slots_fit_31_bits, counts_errors && head == 0 && i == 0);
   if (!slot.stored) return;
   const std::uint8_t* input =
       side.input + token * side.input_token_stride + head * side.input_head_stride + i * side.input_element_stride;
@@ -196,25 +358,61 @@ __global__ void __launch_bounds__(kStoreThreads) store_elements(const __grid_con
   }
 }
 
-inline dim3 store_grid(std::int64_t items, std::int64_t items_per_block) {
-  return {static_cast<unsigned>((items + items_per_block - 1) / items_per_block), 2, 1};
+inline unsigned blocks_for(std::int64_t items, std::int64_t items_per_block) {
+  return static_cast<unsigned>((items + items_per_block - 1) / items_per_block);
 }
+
+// Fewer rows than this leave multiprocessors idle if few lanes share a row: then latency counts, not instructions.
+inline constexpr std::int64_t kManyRows = 8192;
 
 // Whether a tile serves a side; an exact tile also takes its input in 16-byte loads.
 template <class Tile>
-bool tile_serves(const StoreSide& side) {
-  return Tile::holds(side.head_size) && (!Tile::kExact || side.input_access == 16);
+bool tile_serves(const StoreSide& side, std::int64_t num_rows) {
+  if (!Tile::kExact) return Tile::holds(side.head_size);
+  if (kRowByRow<Tile> && num_rows < kManyRows) return false;
+  const auto fits_32_bits = [](std::int64_t distance) { return distance == static_cast<std::int32_t>(distance); };
+  return Tile::holds(side.head_size) && side.input_access == 16 && side.input_dtype != DType::kFloat32 &&
+         fits_32_bits(side.input_token_stride) && fits_32_bits(side.input_head_stride) &&
+         fits_32_bits(side.block_stride) && fits_32_bits(side.slot_stride) && fits_32_bits(side.head_stride) &&
+         fits_32_bits(side.scale_block_stride) && fits_32_bits(side.scale_slot_stride) &&
+         fits_32_bits(side.scale_head_stride);
+}
+
+// How staged rows are copied.
+template <format::Format KeyF, format::Format ValueF, class Tile>
+void plan_stage(StoreParams& p) {
+  const std::int64_t key_bytes = format::row_bytes<KeyF>(p.key.head_size);
+  const std::int64_t value_bytes = format::row_bytes<ValueF>(p.value.head_size);
+  const StoreSide& k = p.key;
+  const StoreSide& v = p.value;
+  p.stage_access = stage_access<KeyF, ValueF>(k.head_size, v.head_size);
+  p.slots_adjoin = v.cache == k.cache + key_bytes && v.block_stride == k.block_stride &&
+                   v.slot_stride == k.slot_stride && v.head_stride == k.head_stride;
+  p.run_rows = 1;
+  if (!p.slots_adjoin) {
+    p.run_access = std::min(access_bytes(k.cache, {k.block_stride, k.slot_stride, k.head_stride, key_bytes}),
+                            access_bytes(v.cache, {v.block_stride, v.slot_stride, v.head_stride, value_bytes}));
+    return;
+  }
+  if (k.head_stride == key_bytes + value_bytes) {
+    p.run_rows = std::gcd(static_cast<int>(p.num_heads.divisor), 32 / Tile::kLanes);
+  }
+  p.run_access = access_bytes(
+      k.cache, {k.block_stride, k.slot_stride, p.run_rows * k.head_stride, p.run_rows * (key_bytes + value_bytes)});
 }
 
 // The first tile that serves both sides.
 template <format::Format KeyF, format::Format ValueF, class Tile, class... Wider>
-cudaError_t launch_store_rows(const StoreParams& params, cudaStream_t stream) {
-  if (!tile_serves<Tile>(params.key) || !tile_serves<Tile>(params.value)) {
+cudaError_t launch_store_rows(StoreParams params, cudaStream_t stream) {
+  const std::int64_t num_rows = params.num_tokens * params.num_heads.divisor;
+  if (!tile_serves<Tile>(params.key, num_rows) || !tile_serves<Tile>(params.value, num_rows) ||
+      (Tile::kExact && !params.slots_fit_31_bits)) {
     if constexpr (sizeof...(Wider) > 0) return launch_store_rows<KeyF, ValueF, Wider...>(params, stream);
     return cudaErrorInvalidValue;
   }
-  const dim3 grid = store_grid(params.num_tokens * params.num_heads.divisor, kStoreThreads / Tile::kLanes);
-  store_rows<KeyF, ValueF, Tile><<<grid, kStoreThreads, 0, stream>>>(params);
+  if constexpr (kStaged<KeyF, ValueF>) plan_stage<KeyF, ValueF, Tile>(params);
+  const unsigned blocks = blocks_for(num_rows, kTileThreads<Tile> / Tile::kLanes);
+  store_rows<KeyF, ValueF, Tile><<<blocks, kTileThreads<Tile>, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -225,16 +423,17 @@ cudaError_t launch_store(const StoreParams& params, bool by_element, cudaStream_
     if constexpr (kElementwise<KeyF> && kElementwise<ValueF>) {
       const int head_size =
           params.key.head_size > params.value.head_size ? params.key.head_size : params.value.head_size;
-      const dim3 grid = store_grid(params.num_tokens * params.num_heads.divisor * head_size, kStoreThreads);
+      const dim3 grid{blocks_for(params.num_tokens * params.num_heads.divisor * head_size, kStoreThreads), 2, 1};
       store_elements<KeyF, ValueF><<<grid, kStoreThreads, 0, stream>>>(params);
       return cudaGetLastError();
     } else {
       return cudaErrorInvalidValue;
     }
   }
-  // A rotation across lanes costs a shuffle per element and stage: rotated formats take half as many lanes.
+  // A rotation across lanes costs a shuffle per element and stage: rotated formats take as few lanes as registers
+  // allow.
   constexpr bool kRotates = KeyF::kRotation != format::Rotation::kNone || ValueF::kRotation != format::Rotation::kNone;
-  using Tile128 = std::conditional_t<kRotates, RowTile<32, 4, false, true>, RowTile<16, 8, false, true>>;
+  using Tile128 = std::conditional_t<kRotates, RowTile<64, 2, false, true, 32>, RowTile<16, 8, false, true>>;
   return launch_store_rows<KeyF, ValueF, Tile128, RowTile<8, 8, false>, RowTile<16, 8, false>, RowTile<16, 16, false>,
                            RowTile<16, 32, false>, RowTile<16, 32, true>>(params, stream);
 }

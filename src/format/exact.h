@@ -129,12 +129,30 @@ QUIRE_HD std::uint32_t join(std::uint32_t low, std::uint32_t high) {
 #endif
 }
 
+#ifdef __CUDACC__
+// a * b + c, one rounding: up, or to nearest and limited to [0, 1] (NaN gives 0).
+__device__ __forceinline__ float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }
+__device__ __forceinline__ float fma_saturate(float a, float b, float c) {
+  float result;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+  return result;
+}
+#endif
+
 // Correctly rounded on every target (CUDA: sqrt.rn).
 QUIRE_HD float sqrt(float x) {
 #ifdef __CUDA_ARCH__
   return __fsqrt_rn(x);
 #else
   return std::sqrt(x);
+#endif
+}
+
+QUIRE_HD float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __frcp_rn(x);
+#else
+  return 1.0F / x;
 #endif
 }
 

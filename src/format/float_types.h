@@ -103,6 +103,18 @@ struct E4M3 {
     return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
 #endif
   }
+#ifdef __CUDACC__
+  // Two codes, `low` in the low byte. A NaN is 0x7f of either sign.
+  static __device__ __forceinline__ std::uint32_t encode_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    std::uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return encode(low) | (static_cast<std::uint32_t>(encode(high)) << 8);
+#endif
+  }
+#endif
   static QUIRE_HD float decode(std::uint8_t code) {
     const std::uint32_t magnitude = code & 0x7fU;
     const std::uint32_t bits = magnitude == 0x7fU ? 0x7fc00000U : widen_magnitude<3, 7>(magnitude);
@@ -125,6 +137,18 @@ struct E5M2 {
     return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
 #endif
   }
+#ifdef __CUDACC__
+  // Two codes, `low` in the low byte. A NaN is 0x7f of either sign.
+  static __device__ __forceinline__ std::uint32_t encode_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    std::uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return encode(low) | (static_cast<std::uint32_t>(encode(high)) << 8);
+#endif
+  }
+#endif
   static QUIRE_HD float decode(std::uint8_t code) {
     return half_to_float(static_cast<std::uint16_t>(static_cast<std::uint16_t>(code) << 8));
   }

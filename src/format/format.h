@@ -9,10 +9,15 @@
 // drivers):
 //
 //     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree;
-//                                                  merge(a, b) = merge(b, a), up to the sign of a zero
+//                                                  merge(a, b) = merge(b, a), up to the sign of a zero.
+//                                                  Stats::kAnyOrder: any other tree gives the same, up to that sign
 //     encoder = finish(stats, shape, tensor_scale)
 //     pack(encoder, y, bytes)                      kUnit elements at a time into kUnitBytes bytes
 //     write_meta(encoder, meta)                    kMetaBytes bytes, once per row
+//
+//     On CUDA a format may pack all elements of a lane at once: pack_lane(encoder, y, bytes) overwrites y[kN] and gives
+//     the bytes of kN / kUnit packs, kN 8, 16 or 32. What it computes for an element is pack's arithmetic restated; the
+//     comments there say why the codes are the same. Every lane of the warp calls it.
 //
 //   y is x, rotated where kRotation asks for it. kStatsOf says whether the statistics are those of y (kRotated: the
 //   usual case), of x before the rotation (kInput: such a format also has normalize(encoder, x), applied to x before it
@@ -65,7 +70,9 @@ struct Affine {
 };
 
 // The statistics of a format that needs none.
-struct NoStats {};
+struct NoStats {
+  static constexpr bool kAnyOrder = true;
+};
 
 // Defaults, inherited by every format; a format overrides what differs.
 struct FormatDefaults {
@@ -134,6 +141,7 @@ QUIRE_HD void store_as(std::uint8_t* bytes, T value) {
 
 // max |x|. Not finite where an element is not.
 struct AbsMax {
+  static constexpr bool kAnyOrder = true;
   float value;
   static QUIRE_HD AbsMax of(float x) { return {exact::abs(x)}; }
   static QUIRE_HD AbsMax merge(AbsMax a, AbsMax b) { return {exact::max_or_nan(a.value, b.value)}; }
@@ -142,6 +150,7 @@ struct AbsMax {
 
 // min and max.
 struct Range {
+  static constexpr bool kAnyOrder = true;
   float low, high;
   static QUIRE_HD Range of(float x) { return {x, x}; }
   static QUIRE_HD Range merge(Range a, Range b) {
@@ -153,6 +162,7 @@ struct Range {
 
 // Sum of squares. Not order-free: the tree of the contract fixes its bits.
 struct SquareSum {
+  static constexpr bool kAnyOrder = false;
   float value;
   static QUIRE_HD SquareSum of(float x) { return {x * x}; }
   static QUIRE_HD SquareSum merge(SquareSum a, SquareSum b) { return {a.value + b.value}; }
@@ -164,6 +174,7 @@ struct ScaledEncoder {
   float inverse;  // 1 / scale, once per row; NaN for a poisoned row
   float zero;     // zero point, in codes
   static QUIRE_HD ScaledEncoder poisoned() { return {exact::quiet_nan(), exact::quiet_nan(), 0.0F}; }
+  QUIRE_HD bool is_poisoned() const { return inverse != inverse; }
 };
 
 // A 4-byte fp32 scale in a scale cache.

@@ -23,7 +23,7 @@ struct Int8PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
     if (!stats.finite()) return Encoder::poisoned();
     const float scale = exact::max(stats.value * (1.0F / 127.0F), 1e-6F);
-    return {scale, exact::divide(1.0F, scale), 0.0F};
+    return {scale, exact::reciprocal(scale), 0.0F};
   }
   static QUIRE_HD void pack(const Encoder& encoder, const float* y, std::uint8_t* bytes) {
     *bytes = static_cast<std::uint8_t>(exact::round_to_int8(y[0] * encoder.inverse));
