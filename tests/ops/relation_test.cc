@@ -152,12 +152,7 @@ TEST_P(Relation, PermutedHeadsGivePermutedHeads) {
       other.alibi_slopes.view.ptr<float>()[2 * h + g] = first.alibi_slopes.get(2 * kOrder[h] + g);
     }
   }
-  ReshapeAndCacheArgs store;
-  other.cache->apply(store);
-  store.key = other.key.view;
-  store.value = other.value.view;
-  store.slot_mapping = other.slot_mapping.view;
-  ASSERT_TRUE(ops.store(store).ok());
+  ASSERT_TRUE(other.store().ok());
   ASSERT_TRUE(other.run().ok());
   OwnedTensor out(DType::kFloat32, {first.out.view.shape[0], 6, options.head_size}, 4);
   OwnedTensor lse(DType::kFloat32, {first.out.view.shape[0], 6}, 1);

@@ -509,6 +509,15 @@ void AttentionCase::build_inputs(Random& random) {
   }
 }
 
+Status AttentionCase::store() const {
+  ReshapeAndCacheArgs store;
+  cache->apply(store);
+  store.key = key.view;
+  store.value = value.view;
+  store.slot_mapping = slot_mapping.view;
+  return ops.store(store);
+}
+
 Status AttentionCase::run(int num_splits, bool batch_invariant) {
   std::fill(out.bytes.begin(), out.bytes.end(), 0xFF);
   std::fill(lse.bytes.begin(), lse.bytes.end(), 0xFF);

@@ -167,6 +167,9 @@ class AttentionCase {
 
   explicit AttentionCase(const Options& options);
 
+  // Stores key and value, changed by the test, again: by the tested op, into the case's cache.
+  Status store() const;
+
   // Runs the tested op (see TestedOps::attend); poisons the output first.
   Status run(int num_splits = 0, bool batch_invariant = false);
 
