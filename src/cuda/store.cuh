@@ -116,12 +116,12 @@ inline constexpr int kStoreThreads = 128;  // of store_elements
 template <class Tile>
 inline constexpr bool kRowByRow = Tile::kElements >= 32;
 
-// Threads of a block of store_rows, and how many blocks share a multiprocessor where the compiler would spend registers
-// on fewer. Long-lived warps come in small blocks: the launch ends sooner after the last one starts.
+// Threads of a block of store_rows, and how many blocks are to share a multiprocessor (0: the compiler's choice). Long-
+// lived warps come in small blocks: the launch ends sooner after the last one starts.
 template <class Tile>
-inline constexpr int kTileThreads = kRowByRow<Tile> ? 64 : 128;
+inline constexpr int kTileThreads = Tile::kElements >= 64 ? 64 : 128;
 template <class Tile>
-inline constexpr int kMinBlocks = kRowByRow<Tile> ? 640 / Tile::kElements : 0;
+inline constexpr int kMinBlocks = kRowByRow<Tile> ? 8 : 0;
 
 // Rows with metadata inside lie at odd addresses. Such pairs of formats are assembled in shared memory, K row and V row
 // of a token head one behind the other, and copied from there: whole runs of slots where they adjoin, 16 bytes at a
@@ -167,16 +167,11 @@ __device__ __forceinline__ Byte* advance(Byte* pointer, std::int64_t index, std:
 }
 
 template <class Tile>
-__device__ __forceinline__ const std::uint8_t* input_row(const StoreSide& side, std::uint32_t token,
-                                                         std::uint32_t head) {
-  return advance<Tile>(advance<Tile>(side.input, token, side.input_token_stride), head, side.input_head_stride);
-}
-
-template <class Tile>
 __device__ __forceinline__ LaneInput<Tile> load_input(const StoreSide& side, std::uint32_t token, std::uint32_t head,
                                                       int lane) {
   LaneInput<Tile> input;
-  const std::uint8_t* row = input_row<Tile>(side, token, head);
+  const std::uint8_t* row =
+      advance<Tile>(advance<Tile>(side.input, token, side.input_token_stride), head, side.input_head_stride);
   if constexpr (Tile::kExact) {
     input.load(row, lane);
   } else if (side.input_access > 0) {
@@ -242,8 +237,14 @@ __device__ __forceinline__ std::uint8_t* shuffle_pointer(std::uint8_t* base, std
   return base + __shfl_sync(kFullWarp, static_cast<long long>(pointer - base), lane);
 }
 
+// Whether K and V run through one body: half the instructions to fetch, and half the library's. Not where both rows are
+// to be on their way at once.
+template <format::Format KeyF, format::Format ValueF, class Tile>
+inline constexpr bool kOneBody =
+    std::is_same_v<KeyF, ValueF> && !kStaged<KeyF, ValueF> && (kRowByRow<Tile> || !Tile::kExact);
+
 // K and V of a token head by the same lanes, so that the slot is found once. Both rows are loaded before the first is
-// worked on; where a row takes most registers, V is loaded when K has been stored.
+// worked on; where a row takes most registers, V is loaded when K's words are free, or K is stored.
 template <format::Format KeyF, format::Format ValueF, class Tile>
 __global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
     store_rows(const __grid_constant__ StoreParams p) {
@@ -259,27 +260,20 @@ __global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
   std::int64_t slot_index = load_slot(p, read);
   LaneInput<Tile> input = load_input<Tile>(p.key, read, head, lane);
   LaneInput<Tile> value;
-  if constexpr (kRowByRow<Tile>) {
-    // Two lanes, two lines: V's 256 bytes come as far as the L2.
-    static_assert(Tile::kLanes * 128 == Tile::kElements * Tile::kLanes * 2);
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(input_row<Tile>(p.value, read, head) + lane * 128));
-  } else {
-    value = load_input<Tile>(p.value, read, head, lane);
-  }
+  if constexpr (!kRowByRow<Tile> && !kOneBody<KeyF, ValueF, Tile>) value = load_input<Tile>(p.value, read, head, lane);
   if (!exists) slot_index = -1;
   const SlotAddress slot = find_slot(p, slot_index, Tile::kExact || p.slots_fit_31_bits, head == 0 && lane == 0);
   float y[Tile::kElements];
-  if constexpr (kRowByRow<Tile> && !kStaged<KeyF, ValueF> && std::is_same_v<KeyF, ValueF>) {
-    // One body for both sides: half the instructions to fetch.
+  if constexpr (kOneBody<KeyF, ValueF, Tile>) {
 #pragma unroll 1
     for (int s = 0;; ++s) {
       const StoreSide& side = s == 0 ? p.key : p.value;
       int own_lane = lane;
       asm volatile("" : "+r"(own_lane));  // else the masks of the signs are kept in registers from K to V
       input.template widen<KeyF>(side.input_dtype, own_lane, y);
+      if (s == 0) input = load_input<Tile>(p.value, read, head, lane);
       store_row<KeyF, Tile>(side, y, slot, head, lane, row_address<Tile>(side, slot, head), side.cache_access);
       if (s == 1) return;
-      input = load_input<Tile>(p.value, read, head, lane);
     }
   }
   input.template widen<KeyF>(p.key.input_dtype, lane, y);
@@ -369,7 +363,7 @@ inline constexpr std::int64_t kManyRows = 8192;
 template <class Tile>
 bool tile_serves(const StoreSide& side, std::int64_t num_rows) {
   if (!Tile::kExact) return Tile::holds(side.head_size);
-  if (kRowByRow<Tile> && num_rows < kManyRows) return false;
+  if (Tile::kChunked && num_rows < kManyRows) return false;
   const auto fits_32_bits = [](std::int64_t distance) { return distance == static_cast<std::int32_t>(distance); };
   return Tile::holds(side.head_size) && side.input_access == 16 && side.input_dtype != DType::kFloat32 &&
          fits_32_bits(side.input_token_stride) && fits_32_bits(side.input_head_stride) &&
@@ -430,12 +424,14 @@ cudaError_t launch_store(const StoreParams& params, bool by_element, cudaStream_
       return cudaErrorInvalidValue;
     }
   }
-  // A rotation across lanes costs a shuffle per element and stage: rotated formats take as few lanes as registers
-  // allow.
+  // A rotation across lanes costs a shuffle per element and stage, so rotated formats take few lanes: two where K and V
+  // share their instructions, four where the instructions of both would not stay in the multiprocessor's cache.
   constexpr bool kRotates = KeyF::kRotation != format::Rotation::kNone || ValueF::kRotation != format::Rotation::kNone;
-  using Tile128 = std::conditional_t<kRotates, RowTile<64, 2, false, true, 32>, RowTile<16, 8, false, true>>;
+  using Rotating =
+      std::conditional_t<std::is_same_v<KeyF, ValueF>, RowTile<64, 2, false, true, 32>, RowTile<32, 4, false, true>>;
+  using Tile128 = std::conditional_t<kRotates, Rotating, RowTile<16, 8, false, true>>;
   return launch_store_rows<KeyF, ValueF, Tile128, RowTile<8, 8, false>, RowTile<16, 8, false>, RowTile<16, 16, false>,
-                           RowTile<16, 32, false>, RowTile<16, 32, true>>(params, stream);
+                           RowTile<16, 32, true>>(params, stream);
 }
 
 }  // namespace quire::cuda
