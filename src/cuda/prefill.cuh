@@ -51,7 +51,7 @@ struct PrefillConfig {
       Rows rows;
     };
     RowInfo row[kRows];
-    std::uint32_t readable[2][kWarps];    // one bit a key, 32 keys a word; two copies, used in turn
+    std::uint32_t readable[4][kWarps];    // one bit a key, 32 keys a word; by tile, of which three are in use at a time
     std::uint32_t largest_scale[kWarps];  // of the tile's V scales, as bits
   };
   static_assert(sizeof(Storage) <= 227 * 1024);
@@ -100,7 +100,7 @@ __device__ __forceinline__ void prefill_rows(const AttentionParams& p) {
       place = find_key(p, tile.batch, tile_key + copy_key, tile.begin, tile.end, copy_part == 0 && kv_head == 0);
       tiles.offset[buffer][copy_part][copy_key] = row_offset(copy_part == 0 ? p.key : p.value, place, kv_head);
       const std::uint32_t readable = __ballot_sync(kFullWarp, place.block >= 0);
-      if (copy_part == 0 && lane == 0) shared.readable[buffer][warp] = readable;
+      if (copy_part == 0 && lane == 0) shared.readable[tile_key / kKeys % 4][warp] = readable;
     }
   };
   const auto start_copies = [&](int buffer) {
@@ -199,7 +199,7 @@ __device__ __forceinline__ void prefill_rows(const AttentionParams& p) {
     bool all_seen = first_key >= tile.full_begin && first_key + kKeys <= tile.full_end;
 #pragma unroll
     for (int w = 0; w < kKeys / 32; ++w) {
-      readable[w] = shared.readable[buffer][w];
+      readable[w] = shared.readable[first_key / kKeys % 4][w];
       all_seen = all_seen && readable[w] == 0xffffffffU;
     }
     if (first_key + kKeys < tile.end) start_copies(buffer ^ 1);
