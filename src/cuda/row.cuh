@@ -155,27 +155,34 @@ __device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, 
   }
 }
 
-// format::rht_sign_word in constant memory: a table inside a function would be built on each thread's stack.
-__constant__ constexpr std::array<std::uint32_t, format::kMaxHeadSize / 32> kSignWords = [] {
-  std::array<std::uint32_t, format::kMaxHeadSize / 32> words{};
-  for (int w = 0; w < format::kMaxHeadSize / 32; ++w) words[w] = format::rht_sign_word(w);
-  return words;
+// format::rht_sign_word of every block size 2^n, in constant memory: a table inside a function would be built on each
+// thread's stack.
+struct SignWords {
+  std::uint32_t words[10][format::kMaxHeadSize / 32];
+};
+__constant__ constexpr SignWords kSignWords = [] {
+  static_assert(format::kMaxHeadSize == 1 << 9);
+  SignWords table{};
+  for (int n = 0; n < 10; ++n) {
+    for (int w = 0; w < format::kMaxHeadSize / 32; ++w) table.words[n][w] = format::rht_sign_word(w, 1 << n);
+  }
+  return table;
 }();
 
-// The same as a mask for each pair of 16-bit elements.
+// The signs of an exact tile, whose row is one block, as a mask for each pair of 16-bit elements.
 __device__ constexpr std::array<std::uint32_t, format::kMaxHeadSize / 2> kPairSigns = [] {
   std::array<std::uint32_t, format::kMaxHeadSize / 2> masks{};
   for (int i = 0; i < format::kMaxHeadSize; ++i) {
-    if ((format::rht_sign_word(i / 32) >> (i % 32)) & 1U) masks[i / 2] |= i % 2 == 0 ? 0x8000U : 0x80000000U;
+    if ((format::rht_sign_word(i / 32, format::kMaxHeadSize) >> (i % 32)) & 1U) masks[i / 2] |= i % 2 == 0 ? 0x8000U : 0x80000000U;
   }
   return masks;
 }();
 
 template <class Tile>
-__device__ __forceinline__ void flip_signs(float (&y)[Tile::kElements], int lane) {
+__device__ __forceinline__ void flip_signs(float (&y)[Tile::kElements], int lane, int block) {
   constexpr int kE = Tile::kElements;
   const int first = lane * kE;
-  const std::uint32_t word = kSignWords[first / 32] >> (first % 32);
+  const std::uint32_t word = kSignWords.words[__ffs(block) - 1][first / 32] >> (first % 32);
 #pragma unroll
   for (int j = 0; j < kE; ++j) y[j] = format::apply_sign(y[j], word, j);
 }
@@ -218,7 +225,7 @@ __device__ __forceinline__ void hadamard(float (&y)[Tile::kElements], int lane, 
 // y = H y or H (s .* y).
 template <class Tile>
 __device__ __forceinline__ void rotate(format::Rotation rotation, float (&y)[Tile::kElements], int lane, int block) {
-  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane);
+  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane, block);
   if (rotation != format::Rotation::kNone) hadamard<Tile>(y, lane, block);
 }
 
@@ -227,7 +234,7 @@ template <class Tile>
 __device__ __forceinline__ void rotate_back(format::Rotation rotation, float (&y)[Tile::kElements], int lane,
                                             int block) {
   if (rotation != format::Rotation::kNone) hadamard<Tile>(y, lane, block);
-  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane);
+  if (rotation == format::Rotation::kSignedHadamard) flip_signs<Tile>(y, lane, block);
 }
 
 // Whether a row's signs may be flipped before its statistics are taken: as it is loaded.
@@ -243,10 +250,10 @@ struct LaneInput {
 
   // The elements of the format's row, its signs flipped where kFlipsInput.
   template <format::Format F>
-  __device__ __forceinline__ void widen(DType, int lane, float (&to)[Tile::kElements]) const {
+  __device__ __forceinline__ void widen(DType, int lane, int head_size, float (&to)[Tile::kElements]) const {
 #pragma unroll
     for (int j = 0; j < Tile::kElements; ++j) to[j] = y[j];
-    if constexpr (kFlipsInput<F>) flip_signs<Tile>(to, lane);
+    if constexpr (kFlipsInput<F>) flip_signs<Tile>(to, lane, format::rotation_block(head_size));
   }
 };
 
@@ -266,7 +273,7 @@ requires(Tile::kExact) struct LaneInput<Tile> {
     for (int w = 0; w < kPairs / 4; ++w) words[w] = reinterpret_cast<const uint4*>(row)[place(lane, w)];
   }
   template <format::Format F>
-  __device__ __forceinline__ void widen(DType dtype, int lane, float (&to)[Tile::kElements]) const {
+  __device__ __forceinline__ void widen(DType dtype, int lane, int, float (&to)[Tile::kElements]) const {
     alignas(16) std::uint32_t pairs[kPairs];
     memcpy(pairs, words, sizeof(pairs));
     if constexpr (kFlipsInput<F>) {  // two elements at once

@@ -270,19 +270,19 @@ __global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
       const StoreSide& side = s == 0 ? p.key : p.value;
       int own_lane = lane;
       asm volatile("" : "+r"(own_lane));  // else the masks of the signs are kept in registers from K to V
-      input.template widen<KeyF>(side.input_dtype, own_lane, y);
+      input.template widen<KeyF>(side.input_dtype, own_lane, side.head_size, y);
       if (s == 0) input = load_input<Tile>(p.value, read, head, lane);
       store_row<KeyF, Tile>(side, y, slot, head, lane, row_address<Tile>(side, slot, head), side.cache_access);
       if (s == 1) return;
     }
   }
-  input.template widen<KeyF>(p.key.input_dtype, lane, y);
+  input.template widen<KeyF>(p.key.input_dtype, lane, p.key.head_size, y);
   std::uint8_t* const key_to = row_address<Tile>(p.key, slot, head);
   std::uint8_t* const value_to = row_address<Tile>(p.value, slot, head);
   if constexpr (!kStaged<KeyF, ValueF>) {
     store_row<KeyF, Tile>(p.key, y, slot, head, lane, key_to, p.key.cache_access);
     if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
-    value.template widen<ValueF>(p.value.input_dtype, lane, y);
+    value.template widen<ValueF>(p.value.input_dtype, lane, p.value.head_size, y);
     store_row<ValueF, Tile>(p.value, y, slot, head, lane, value_to, p.value.cache_access);
   } else {
     using Stage = StoreStage<KeyF, ValueF, Tile>;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
     std::uint8_t* const own = staged + static_cast<int>(threadIdx.x) % 32 / Tile::kLanes * slot_bytes;
     store_row<KeyF, Tile>(p.key, y, slot, head, lane, own, access);
     if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
-    value.template widen<ValueF>(p.value.input_dtype, lane, y);
+    value.template widen<ValueF>(p.value.input_dtype, lane, p.value.head_size, y);
     store_row<ValueF, Tile>(p.value, y, slot, head, lane, own + key_bytes, access);
     __syncwarp();
     for (int r = 0; r < Stage::kWarpRows; r += p.run_rows) {

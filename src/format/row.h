@@ -9,15 +9,19 @@
 
 namespace quire::format {
 
-// Sign bits of the RHT as masks to XOR into an fp32.
+// Sign bits of the RHT of one block as masks to XOR into an fp32.
 inline constexpr auto kRhtSignMasks = [] {
   std::array<std::uint32_t, kMaxHeadSize> masks{};
-  for (int i = 0; i < kMaxHeadSize; ++i) masks[i] = ((rht_sign_word(i / 32) >> (i % 32)) & 1U) << 31;
+  for (int i = 0; i < kMaxHeadSize; ++i) masks[i] = ((rht_sign_word(i / 32, kMaxHeadSize) >> (i % 32)) & 1U) << 31;
   return masks;
 }();
 
-QUIRE_HD void flip_signs(float* y, int head_size) {
-  for (int i = 0; i < head_size; ++i) y[i] = exact::from_bits(exact::bits_of(y[i]) ^ kRhtSignMasks[i]);
+QUIRE_HD void flip_signs(float* y, RowShape shape) {
+  for (int first = 0; first < shape.head_size; first += shape.block) {
+    for (int i = 0; i < shape.block; ++i) {
+      y[first + i] = exact::from_bits(exact::bits_of(y[first + i]) ^ kRhtSignMasks[i]);
+    }
+  }
 }
 
 QUIRE_HD void hadamard(float* y, RowShape shape) {
@@ -35,14 +39,14 @@ QUIRE_HD void hadamard(float* y, RowShape shape) {
 
 // y = H y or H (s .* y): what a format stores, and what attention does to a query once.
 QUIRE_HD void rotate(Rotation rotation, float* y, RowShape shape) {
-  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape.head_size);
+  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape);
   if (rotation != Rotation::kNone) hadamard(y, shape);
 }
 
 // y = H y or s .* (H y): the way back, up to unrotate().
 QUIRE_HD void rotate_back(Rotation rotation, float* y, RowShape shape) {
   if (rotation != Rotation::kNone) hadamard(y, shape);
-  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape.head_size);
+  if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape);
 }
 
 // stat() of every element, merged by the contract's tree.

@@ -218,8 +218,9 @@ void decode_row(format::FormatId format, const std::uint8_t* data, const std::ui
       }
     }
     for (int i = 0; i < head_size; ++i) {
-      const bool negative =
-          F::kRotation == format::Rotation::kSignedHadamard && ((format::rht_sign_word(i / 32) >> (i % 32)) & 1U) != 0;
+      const int sign = i % shape.block;  // every block has the same signs
+      const bool negative = F::kRotation == format::Rotation::kSignedHadamard &&
+                            ((format::rht_sign_word(sign / 32, format::kMaxHeadSize) >> (sign % 32)) & 1U) != 0;
       x[i] *= negative ? -F::unrotate(shape) : F::unrotate(shape);
     }
   });

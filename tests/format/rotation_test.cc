@@ -89,9 +89,27 @@ TEST(Rotation, SignsComeFromTheMersenneTwister) {
   std::mt19937 twister(0x9E3779B9U);
   for (int i = 0; i < kMaxHeadSize; ++i) {
     const bool negative = (twister() & 0xFFFFFFU) >= 0x800000U;
-    ASSERT_EQ(((rht_sign_word(i / 32) >> (i % 32)) & 1U) != 0, negative) << i;
-    ASSERT_EQ(apply_sign(2.0F, rht_sign_word(i / 32), i % 32), negative ? -2.0F : 2.0F) << i;
+    const std::uint32_t word = rht_sign_word(i / 32, kMaxHeadSize);
+    ASSERT_EQ(((word >> (i % 32)) & 1U) != 0, negative) << i;
+    ASSERT_EQ(apply_sign(2.0F, word, i % 32), negative ? -2.0F : 2.0F) << i;
     ASSERT_EQ(kRhtSignMasks[static_cast<std::size_t>(i)], negative ? 0x80000000U : 0U) << i;
+  }
+}
+
+// A head size of several blocks has the signs of its first block in each.
+TEST(Rotation, SignsRepeatInEveryBlock) {
+  for (int d : {32, 34, 36, 40, 48, 80, 96, 112, 128, 160, 192, 320, 384, 512}) {
+    const RowShape shape = row_shape(d);
+    std::mt19937 twister(0x9E3779B9U);
+    std::vector<float> signs;
+    for (int i = 0; i < shape.block; ++i) signs.push_back((twister() & 0xFFFFFFU) >= 0x800000U ? -1.0F : 1.0F);
+    std::vector<float> ones(static_cast<std::size_t>(d), 1.0F);
+    flip_signs(ones.data(), shape);
+    for (int i = 0; i < d; ++i) {
+      const float expected = signs[static_cast<std::size_t>(i % shape.block)];
+      ASSERT_EQ(ones[static_cast<std::size_t>(i)], expected) << d << " " << i;
+      ASSERT_EQ(apply_sign(1.0F, rht_sign_word(i / 32, shape.block), i % 32), expected) << d << " " << i;
+    }
   }
 }
 
@@ -103,7 +121,7 @@ TEST(Rotation, SignsAreThoseOfTheGoldenFile) {
     ASSERT_TRUE(signs.ok()) << signs.status().message();
     ASSERT_EQ(signs->shape[0], d);
     std::vector<float> ones(static_cast<std::size_t>(d), 1.0F);
-    flip_signs(ones.data(), d);
+    flip_signs(ones.data(), row_shape(d));
     for (int i = 0; i < d; ++i) ASSERT_EQ(ones[static_cast<std::size_t>(i)], signs->ptr<const float>()[i]) << i;
   }
 }

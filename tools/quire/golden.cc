@@ -655,7 +655,7 @@ Status replay_signs(const GoldenCase& golden, Device, CaseResult& result) {
   }
   int different = 0;
   for (int i = 0; i < signs.shape[0]; ++i) {
-    const float mine = format::apply_sign(1.0F, format::rht_sign_word(i / 32), i % 32);
+    const float mine = format::apply_sign(1.0F, format::rht_sign_word(i / 32, format::kMaxHeadSize), i % 32);
     different += mine == signs.ptr<float>()[i] ? 0 : 1;
   }
   result.measures.push_back({"signs that differ", static_cast<double>(different), 0.0});
