@@ -248,6 +248,8 @@ void make_logits(const Call& call, const QueryTile& tile, const SequenceMask& se
       const float q_sum = factor * scratch.q_sum[m];
       for (int n = 0; n < num_keys; ++n) scores[n] += k.offset[n] * q_sum;
     }
+    // From here on -inf means "not seen": an infinite product must not pass for that.
+    for (int n = 0; n < num_keys; ++n) scores[n] = exact::nan_unless_finite(scores[n]);
     const int p = first_position + rows.token(m);
     if (has_rule) {
       const LogitRule rule = logit_rule(call, rows.head(m), tile.first_row + rows.token(m));

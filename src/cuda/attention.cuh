@@ -474,7 +474,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kColumns == 1 ? 4 : 2)
       const int row = warp * kRowsPerWarp + r;
       sees[r] &= readable;
       const bool seen = (sees[r] >> lane & 1U) != 0;
-      float s = logit_factor * (key_affine.x * dot[r] + key_affine.y * query_sum[r]);
+      float s = exact::nan_unless_finite(logit_factor * (key_affine.x * dot[r] + key_affine.y * query_sum[r]));
       s = attention::logit(logit_rule(p, head[r], token[r] - query_begin), sequence, s, position[r], key);
       s = seen ? s : -INFINITY;
       const float new_max = exact::max(state[r].max, warp_max(s));

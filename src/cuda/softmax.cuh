@@ -3,7 +3,7 @@
 // s[m][t][..] are a lane's logits of row tile m (16 rows) and keys 8 t + pair + {0, 1}: elements 0 and 1 belong to row
 // `quad`, 2 and 3 to row quad + 8, where quad = lane / 4 and pair = lane % 4 * 2. Four neighbouring lanes share a row.
 //
-//   scale_logits   s = a_k s + b_k sum(q16)                            in units of 1 / factor
+//   scale_logits   s = a_k s + b_k sum(q16)                            in units of 1 / factor; NaN where that is infinite
 //   bias_logits    s = log2(e) (softcap, ALiBi and query-query bias of factor s)   where there is one
 //   mask_logits    s = -inf where the row does not see the key
 //   exponentials   s = 2^(factor s - factor max), running max and sum
@@ -69,7 +69,8 @@ __device__ __forceinline__ bool has_bias(const AttentionParams& p, float logit_f
   return p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 }
 
-// key_scale, key_offset: of the tile's keys.
+// key_scale, key_offset: of the tile's keys. An infinite logit becomes NaN here, since from here on -inf means a key that
+// is not seen.
 template <class KeyF, int kTiles, int kFragments>
 __device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], const RunningSoftmax<kTiles>& state,
                                              const float* key_scale, const float* key_offset, int pair) {
@@ -90,6 +91,11 @@ __device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], 
       }
     }
   }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4 * kFragments; ++i) s[m][i / 4][i % 4] = exact::nan_unless_finite(s[m][i / 4][i % 4]);
+  }
 }
 
 template <int kTiles, int kFragments>
@@ -104,7 +110,8 @@ __device__ __forceinline__ void bias_logits(float (&s)[kTiles][kFragments][4], c
 #pragma unroll
       for (int i = 0; i < 2 * kFragments; ++i) {
         float& x = s[m][i / 2][2 * r + i % 2];
-        x = kLog2E * add_bias(bias, x * (state.factor[m][r] * kLn2), first_key + 8 * (i / 2) + pair + i % 2);
+        const float logit = exact::nan_unless_finite(x * (state.factor[m][r] * kLn2));
+        x = kLog2E * add_bias(bias, logit, first_key + 8 * (i / 2) + pair + i % 2);
       }
     }
   }

@@ -497,7 +497,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
     float dot = 0.0F;
 #pragma unroll
     for (int j = 0; j < 16; ++j) dot = fmaf(q[j], level[j], dot);
-    float s = factor * fmaf(k.scale, warp_sum(dot), k.offset * query_sum);
+    float s = exact::nan_unless_finite(factor * fmaf(k.scale, warp_sum(dot), k.offset * query_sum));
     s = attention::logit(rule, tile.sequence, s, position, key);
     if (s == -INFINITY) continue;
     const float next = exact::max(s, state.max);

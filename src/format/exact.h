@@ -38,6 +38,15 @@ QUIRE_HD float quiet_nan() { return from_bits(0x7fc00000U); }
 // Neither infinite nor NaN.
 QUIRE_HD bool is_finite(float x) { return (bits_of(x) & 0x7f800000U) != 0x7f800000U; }
 
+// x, or NaN where x is infinite. x * 0 is a zero of x's sign, or NaN.
+QUIRE_HD float nan_unless_finite(float x) {
+#ifdef __CUDA_ARCH__
+  return fmaf(x, 0.0F, x);
+#else
+  return x * 0.0F + x;
+#endif
+}
+
 QUIRE_HD float abs(float x) { return from_bits(bits_of(x) & 0x7fffffffU); }
 
 // A NaN in either place gives b.

@@ -295,7 +295,10 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
                                   " of sequence " + std::to_string(b));
             double dot = 0.0;
             for (int i = 0; i < head_size; ++i) dot += query[static_cast<std::size_t>(i)] * key[i];
-            logits.push_back(adjust_logit(args, sequence, row, j, q_head, args.softmax_scale * k_scale * dot));
+            // What fp32 cannot hold is NaN: it is neither a plausible weight nor a masked key.
+            double product = args.softmax_scale * k_scale * dot;
+            if (!(std::fabs(product) <= std::numeric_limits<float>::max())) product = std::nan("");
+            logits.push_back(adjust_logit(args, sequence, row, j, q_head, product));
             largest = std::max(largest, logits.back());
           }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "format/formats.h"
 #include "support/problem.h"
 
 namespace quire::testing {
@@ -84,6 +85,63 @@ TEST_P(Edge, APoisonedRowReachesOnlyThoseWhoSeeIt) {
       }
     }
   }
+}
+
+// A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: NaN for those who
+// see it.
+TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
+  for (float infinity : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    for (float softcap : {0.0F, 20.0F}) {
+      for (int window : {-1, 4}) {
+        Options options = base();
+        options.sequences = {{20, 30}, {1, 1}};
+        options.window = window;
+        options.softcap = softcap;
+        options.num_kv_heads = 2;
+        AttentionCase problem(options);
+        const std::int64_t poisoned_key = 17;
+        const auto poison = [&](std::int64_t token) {
+          problem.key.view.ptr<float>()[(token * 2 + 1) * options.head_size + 5] = infinity;
+        };
+        poison(poisoned_key);
+        poison(30);  // the second sequence's only key
+        ASSERT_TRUE(problem.store().ok());
+        const bool keeps_it = dtype_bytes(problem.args.key_cache.dtype) > 1;
+        const std::string format = mode_info(problem.args.mode)->key_format;
+        if (!keeps_it && format::format_info(format::find_format(format)).meta_bytes == 0) {
+          // fp8 saturates. The logit is then so large that only its order means anything, as in FarLogits.
+          ASSERT_TRUE(problem.run().ok());
+          EXPECT_TRUE(std::isfinite(problem.out.get(20, 3, 0)));
+          continue;
+        }
+        ASSERT_TRUE(problem.check());
+        if (!keeps_it) continue;
+        for (std::int64_t t = 0; t < 21; ++t) {
+          const std::int64_t p = t < 20 ? 10 + t : poisoned_key;
+          const bool sees = p >= poisoned_key && (window < 0 || p - poisoned_key < window);
+          for (std::int64_t h = 0; h < 4; ++h) {
+            EXPECT_EQ(std::isnan(problem.out.get(t, h, 0)), sees && h >= 2) << "token " << t << " head " << h;
+            EXPECT_EQ(std::isnan(problem.lse.get(t, h)), sees && h >= 2) << "token " << t << " head " << h;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The same where finite elements multiply beyond fp32, and a row sees nothing else.
+TEST_P(Edge, AnOverflowingProductIsSeenAsNaN) {
+  Options options = base();
+  options.sequences = {{1, 1}, {1, 40}};
+  options.num_kv_heads = 1;
+  AttentionCase problem(options);
+  problem.query.fill(std::vector<float>(static_cast<std::size_t>(problem.query.view.numel()), -1.0F));
+  for (std::int64_t i = 0; i < options.head_size; ++i) {
+    problem.key.view.ptr<float>()[i] = -3e38F;  // the first sequence's only key
+    problem.key.view.ptr<float>()[5 * options.head_size + i] = 3e38F;
+  }
+  ASSERT_TRUE(problem.store().ok());
+  ASSERT_TRUE(problem.check());
 }
 
 TEST_P(Edge, FarLogits) {
