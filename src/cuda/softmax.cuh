@@ -3,7 +3,7 @@
 // s[m][t][..] are a lane's logits of row tile m (16 rows) and keys 8 t + pair + {0, 1}: elements 0 and 1 belong to row
 // `quad`, 2 and 3 to row quad + 8, where quad = lane / 4 and pair = lane % 4 * 2. Four neighbouring lanes share a row.
 //
-//   scale_logits   s = a_k s + b_k sum(q16)                            in units of 1 / factor; NaN where that is infinite
+//   scale_logits   s = a_k s + b_k sum(q16)                            in units of 1 / factor; NaN if infinite
 //   bias_logits    s = log2(e) (softcap, ALiBi and query-query bias of factor s)   where there is one
 //   mask_logits    s = -inf where the row does not see the key
 //   exponentials   s = 2^(factor s - factor max), running max and sum
