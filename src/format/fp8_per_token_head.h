@@ -2,7 +2,7 @@
 //
 //     scale = max(absmax * r(448), 1e-6)      code = e4m3(clamp(x * (1 / scale), -448, 448))      value = code * scale
 //
-// r(448) is the fp32 nearest to 1/448. Byte-equal to vLLM.
+// r(448) is the fp32 nearest to 1/448. Byte-equal to vLLM but for ties: its reciprocal is approximate.
 #pragma once
 
 #include "format/float_types.h"

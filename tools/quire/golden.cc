@@ -84,16 +84,23 @@ struct WriteGate {
   float code_distance;     // codes this far apart, zero points subtracted, count as the same
   double codes_different;  // the share of codes that differ
   double decoded_error;    // worst row's ||decoded - x|| over the file's
+  double farther;          // worst element's |decoded - x| beyond the file's, over |x|
   bool exempt_one_sided;   // leave out rows whose rotated range excludes 0: the file's kernels lose them
 };
 constexpr WriteGate kWriteGates[] = {
-    {"int8_per_token_head", 0.0, 1.0F, 0.0, 1.0, false},  // the file's kernels truncate, this library rounds
-    {"int4_per_token_head", 0.01, 0.0F, 0.02, 1.02, true},
-    {"int2_per_token_head", 0.01, 0.0F, 0.005, 1.005, false},
+    // Where two roundings of x / scale differ, x lies on the border between their codes, and both decode equally far
+    // from it, but for the roundings' own errors. In units of 2^-23 x: the file's kernels multiply by a reciprocal that
+    // is 1 off (MUFU.RCP), round the product, 1/2, and int8's sum with a half, 1; this library's reciprocal and product
+    // are 1 off in all. So x is at most 5/2 from the border, and one code at most 5 < 2^3 farther from x than the other.
+    // int8 of 2026-04 truncates instead, and is never nearer. How many codes differ says nothing then.
+    {"int8_per_token_head", 0.0, 1.0F, 0.0, kInfinity, 0x1p-20, false},
+    {"fp8_per_token_head", 0.0, 0.0F, 1.0, kInfinity, 0x1p-20, false},
+    {"int4_per_token_head", 0.01, 0.0F, 0.02, 1.02, kInfinity, true},
+    {"int2_per_token_head", 0.01, 0.0F, 0.005, 1.005, kInfinity, false},
     // Ties go either way. With the fp32 scale both codes are half a step off; the fp16 scale and minimum that a reader
     // has move that by some 0.01 steps, which is a share of 0.005 in a row of 64 whose rms error is 0.29 steps.
-    {"turboquant_v4", 0.0, 0.0F, 0.002, 1.01, false},
-    {"turboquant_v3", 0.0, 0.0F, 0.002, 1.01, false},
+    {"turboquant_v4", 0.0, 0.0F, 0.002, 1.01, kInfinity, false},
+    {"turboquant_v3", 0.0, 0.0F, 0.002, 1.01, kInfinity, false},
 };
 
 template <class Gate, std::size_t kSize>
@@ -351,21 +358,30 @@ Status compare_rows(Replay& replay, const Side& side, const WriteGate& gate) {
         ++num_codes;
       }
 
-      std::vector<double> decoded(input.size());
+      std::vector<double> errors[2] = {std::vector<double>(input.size()), std::vector<double>(input.size())};
       double squares[2] = {0.0, 0.0};
       const Tensor* stored[2][2] = {{&side.mine, &side.my_scales}, {&side.theirs, &side.their_scales}};
       for (int which = 0; which < 2; ++which) {
         if (Status status = reference::decode_cache_row(side.format, *stored[which][0], *stored[which][1], block,
-                                                        offset, head, head_size, decoded.data());
+                                                        offset, head, head_size, errors[which].data());
             !status) {
           return status;
         }
         for (std::size_t i = 0; i < input.size(); ++i) {
-          squares[which] += (decoded[i] - input[i]) * (decoded[i] - input[i]);
+          double& error = errors[which][i];
+          error = std::fabs(error - input[i]);
+          squares[which] += error * error;
         }
       }
-      const double ratio = squares[0] == 0.0 ? 0.0 : std::sqrt(squares[0] / squares[1]);
-      replay.measure(label + " decoded error over the file's", ratio, gate.decoded_error);
+      if (gate.decoded_error < kInfinity) {
+        const double ratio = squares[0] == 0.0 ? 0.0 : std::sqrt(squares[0] / squares[1]);
+        replay.measure(label + " decoded error over the file's", ratio, gate.decoded_error);
+      }
+      for (std::size_t i = 0; i < input.size() && gate.farther < kInfinity; ++i) {
+        const double beyond = errors[0][i] - errors[1][i];
+        replay.measure(label + " element farther from the input than the file's",
+                       beyond <= 0.0 ? 0.0 : beyond / std::fabs(input[i]), gate.farther);
+      }
     }
   }
   if (num_codes > 0) {
