@@ -22,8 +22,8 @@ struct ReshapeAndCacheArgs {
   // Float modes and fp8 per tensor also take the head-major layout: key_cache [num_blocks, Hk, d/x, block_size, x] and
   // value_cache [num_blocks, Hk, dv, block_size].
   Tensor key_cache, value_cache;
-  // [<= T] int64 or int32; block * block_size + offset, negative: skip that token. A slot may be named once in a call: of
-  // two tokens for one slot the CPU keeps the last; on CUDA the row may mix them (docs/semantics.md says what it saves).
+  // [<= T] int64 or int32; block * block_size + offset, negative: skip that token. The slots of a call must be unique:
+  // of two tokens for one slot the CPU keeps the last, on CUDA the row may mix them (docs/semantics.md has the reason).
   Tensor slot_mapping;
   Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, Hk] float32: *_per_token_head modes, else not given
   Tensor k_scale, v_scale;              // float32, one element or [Hk]: fp8 per tensor only; not given means 1

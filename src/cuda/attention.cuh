@@ -3,13 +3,12 @@
 //   grid    (row tile, KV head, split). Rows are the (query token, query head) pairs of one KV head, token-major, so a
 //           tile of kRows rows holds several heads of a group and several tokens: any GQA ratio fills it.
 //   block   4 warps; warp w owns rows 4w .. 4w+3: it loads and rotates their queries, computes their logits (lane =
-//   key)
-//           and keeps their running softmax. Accumulators are spread over threads by output column.
+//           key) and keeps their running softmax. Accumulators are spread over threads by output column.
 //   tile    kKeys keys are unpacked to fp32 levels in shared memory, once for all rows. Only keys that some row of the
 //           tile sees are looked up in the block table and read.
 //
-//   logit = factor * (a_k * (q' . level_k) + b_k * sum(q'))          factor = softmax_scale * q_scale * k_scale *
-//   unrotate out   = v_scale * unrotate * back(sum_k p_k a_k level_k + sum_k p_k b_k) / sum_k p_k
+//   logit  = factor * (a_k * (q' . level_k) + b_k * sum(q'))      factor = softmax_scale * q_scale * k_scale * unrotate
+//   out    = v_scale * unrotate * back(sum_k p_k a_k level_k + sum_k p_k b_k) / sum_k p_k
 //
 // With one split the block finishes its rows; with more it writes fp32 partials that merge_splits (attention.cu) folds.
 // Keys are grouped by absolute position, so a sequence's bits depend only on the split size.

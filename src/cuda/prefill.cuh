@@ -1,13 +1,11 @@
 // unified_attention on tensor cores for many query rows: prefill, chunked prefill and mixed batches.
 //
 //   grid    (row tile, KV head, split). A tile is 128 (64) rows (query token, query head) of one KV head, token-major:
-//   the heads
-//           of a group share every K and V row. Tiles run from the last to the first, long ones first under a causal
-//           mask.
+//           the heads of a group share every K and V row. Tiles run from the last to the first, long ones first under
+//           a causal mask.
 //   block   4 warps of 32 (16) rows each; keys in tiles of 64, shared by the warps.
 //   tile    rows come by cp.async, 16 bytes a copy. 16-bit rows are used where they land, two buffers; codes land in
-//   one
-//           raw buffer and become 16-bit levels in shared memory once per tile, while the next tile's codes arrive.
+//           one raw buffer and become 16-bit levels in shared memory once per tile, while the next tile's arrive.
 //
 // On Hopper head sizes up to 128 are prefill_sm90.cuh's. The arithmetic is decode.cuh's. Byte and instruction budget:
 // docs/kernels/prefill.md.

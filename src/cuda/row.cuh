@@ -173,7 +173,8 @@ __constant__ constexpr SignWords kSignWords = [] {
 __device__ constexpr std::array<std::uint32_t, format::kMaxHeadSize / 2> kPairSigns = [] {
   std::array<std::uint32_t, format::kMaxHeadSize / 2> masks{};
   for (int i = 0; i < format::kMaxHeadSize; ++i) {
-    if ((format::rht_sign_word(i / 32, format::kMaxHeadSize) >> (i % 32)) & 1U) masks[i / 2] |= i % 2 == 0 ? 0x8000U : 0x80000000U;
+    if ((format::rht_sign_word(i / 32, format::kMaxHeadSize) >> (i % 32)) & 1U)
+      masks[i / 2] |= i % 2 == 0 ? 0x8000U : 0x80000000U;
   }
   return masks;
 }();

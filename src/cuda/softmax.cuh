@@ -69,8 +69,8 @@ __device__ __forceinline__ bool has_bias(const AttentionParams& p, float logit_f
   return p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 }
 
-// key_scale, key_offset: of the tile's keys. An infinite logit becomes NaN here, since from here on -inf means a key that
-// is not seen.
+// key_scale, key_offset: of the tile's keys. An infinite logit becomes NaN here, since from here on -inf means a key
+// that is not seen.
 template <class KeyF, int kTiles, int kFragments>
 __device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], const RunningSoftmax<kTiles>& state,
                                              const float* key_scale, const float* key_offset, int pair) {

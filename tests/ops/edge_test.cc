@@ -87,8 +87,8 @@ TEST_P(Edge, APoisonedRowReachesOnlyThoseWhoSeeIt) {
   }
 }
 
-// A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: NaN for those who
-// see it.
+// A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: NaN for those
+// who see it.
 TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
   for (float infinity : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     for (float softcap : {0.0F, 20.0F}) {

@@ -91,8 +91,8 @@ constexpr WriteGate kWriteGates[] = {
     // Where two roundings of x / scale differ, x lies on the border between their codes, and both decode equally far
     // from it, but for the roundings' own errors. In units of 2^-23 x: the file's kernels multiply by a reciprocal that
     // is 1 off (MUFU.RCP), round the product, 1/2, and int8's sum with a half, 1; this library's reciprocal and product
-    // are 1 off in all. So x is at most 5/2 from the border, and one code at most 5 < 2^3 farther from x than the other.
-    // int8 of 2026-04 truncates instead, and is never nearer. How many codes differ says nothing then.
+    // are 1 off in all. So x is at most 5/2 from the border, and one code at most 5 < 2^3 farther from x than the
+    // other. int8 of 2026-04 truncates instead, and is never nearer. How many codes differ says nothing then.
     {"int8_per_token_head", 0.0, 1.0F, 0.0, kInfinity, 0x1p-20, false},
     {"fp8_per_token_head", 0.0, 0.0F, 1.0, kInfinity, 0x1p-20, false},
     {"int4_per_token_head", 0.01, 0.0F, 0.02, 1.02, kInfinity, true},
