@@ -1,14 +1,16 @@
 // Conversions between fp32 and the storage floats, by integer arithmetic only, so that host and device agree on every
-// bit. Encoding rounds to nearest, ties to even. Decoding is exact. All functions are branch-free selects and
-// vectorize.
+// bit. Encoding rounds to nearest, ties to even (e4b15: away from zero). Decoding is exact. All functions are
+// branch-free selects and vectorize.
 //
 //            sign exp man  bias  largest  infinities  NaN            on overflow
 //   half       1   5   10   15    65504   yes         payload kept   infinity   (a cast)
 //   bfloat16   1   8    7  127   3.39e38  yes         payload kept   infinity   (a cast)
 //   e4m3fn     1   4    3    7      448   no          0x7f, 0xff     saturates  (NaN stays NaN)
 //   e5m2       1   5    2   15    57344   yes         0x7f, 0xff     saturates  (NaN stays NaN)
-//   e4b15      1   4    3   15    1.875   no          none           saturates  (NaN becomes 1.875)
+//   e4b15      1   4    3   15    1.875   no          none           saturates  at 1.75 (NaN becomes 1.75)
 //
+// e4b15 is Triton's fp8 for GPUs older than sm_89, and encoding gives Triton's bytes: it never writes 0x7f and 0xff,
+// which decode to 1.875.
 // A NaN's payload is kept as far as it fits, so half -> fp32 -> half and bfloat16 -> fp32 -> bfloat16 return every bit.
 #pragma once
 
@@ -155,12 +157,20 @@ struct E5M2 {
 };
 
 struct E4B15 {
-  static constexpr float kMax = 1.875F;
+  static constexpr float kMax = 1.75F;  // the largest value that encode gives
+  // Triton goes by way of fp16, rounded toward zero, and then adds half of the step to come. Dropping bits below that
+  // half first changes nothing, so one rounding of the fp32 value, ties away from zero, gives the same byte. Of a NaN
+  // only the sign is left.
   static QUIRE_HD std::uint8_t encode(float x) {
     const std::uint32_t bits = exact::bits_of(x);
     const std::uint32_t magnitude = bits & 0x7fffffffU;
-    const std::uint32_t limited = magnitude < 0x3ff00000U ? magnitude : 0x3ff00000U;
-    return static_cast<std::uint8_t>(round_magnitude<3, 15>(limited) | ((bits >> 24) & 0x80U));
+    const std::uint32_t limited = magnitude < 0x3fe00000U ? magnitude : 0x3fe00000U;
+    constexpr int kShift = 23 - 3;
+    constexpr std::uint32_t kRebias = static_cast<std::uint32_t>(127 - 15) << 23;
+    const std::uint32_t normal = (limited - kRebias + (1U << (kShift - 1))) >> kShift;
+    const std::uint32_t subnormal = exact::round_half_away_nonnegative(exact::from_bits(limited) * 0x1p17F);
+    const std::uint32_t code = limited < kRebias + (1U << 23) ? subnormal : normal;
+    return static_cast<std::uint8_t>(code | ((bits >> 24) & 0x80U));
   }
   static QUIRE_HD float decode(std::uint8_t code) {
     return exact::from_bits(widen_magnitude<3, 15>(code & 0x7fU) | (static_cast<std::uint32_t>(code & 0x80U) << 24));

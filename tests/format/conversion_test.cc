@@ -1,6 +1,7 @@
 // The storage floats against their definition, written here a second time with ldexp and a search among all values:
 // every code is decoded, and encoding is tried on every representable value, on every midpoint between two neighbours
-// (a tie), on the fp32 numbers next to each of them, and on random bit patterns.
+// (a tie), on the fp32 numbers next to each of them, and on random bit patterns. e4b15 also against the steps of
+// Triton's conversion.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -27,7 +28,8 @@ struct FloatKind {
   const char* name;
   int exponent_bits, mantissa_bits, bias;
   Specials specials;
-  bool saturates;  // overflow gives the largest finite value; else infinity
+  bool saturates;  // overflow gives the largest encoded value; else infinity
+  bool ties_away;  // from zero; else to the even code
   std::uint32_t (*encode)(float);
   float (*decode)(std::uint32_t);
 
@@ -38,6 +40,9 @@ struct FloatKind {
     return specials == Specials::kIeee ? infinity() - 1 : sign() - (specials == Specials::kNaN ? 2 : 1);
   }
 
+  // The largest code that encoding a finite value gives. e4b15's all-ones is decoded, but never written.
+  std::uint32_t largest_encoded() const { return largest() - (specials == Specials::kNone ? 1 : 0); }
+
   // The value of a finite code without its sign.
   double value(std::uint32_t code) const {
     const int exponent = static_cast<int>(code >> mantissa_bits);
@@ -46,11 +51,11 @@ struct FloatKind {
     return std::ldexp(significand, std::max(exponent, 1) - bias - mantissa_bits);
   }
 
-  // Nearest code by search, ties to the even code.
+  // Nearest code by search.
   std::uint32_t nearest(const std::vector<double>& values, float x) const {
     const std::uint32_t sign_bit = std::signbit(x) ? sign() : 0U;
     const double magnitude = std::abs(static_cast<double>(x));
-    const std::uint32_t last = largest();
+    const std::uint32_t last = largest_encoded();
     const double overflow = values[last] + (values[last] - values[last - 1]) / 2;
     if (magnitude >= overflow) return sign_bit | (saturates ? last : infinity());
     if (magnitude >= values[last]) return sign_bit | last;
@@ -58,21 +63,21 @@ struct FloatKind {
     const auto low = static_cast<std::uint32_t>(above - values.begin()) - 1;
     const double down = magnitude - values[low];
     const double up = values[low + 1] - magnitude;
-    const bool round_up = up < down || (up == down && low % 2 == 1);
+    const bool round_up = up < down || (up == down && (ties_away || low % 2 == 1));
     return sign_bit | (low + (round_up ? 1U : 0U));
   }
 };
 
 const FloatKind kKinds[] = {
-    {"half", 5, 10, 15, Specials::kIeee, false, [](float x) { return std::uint32_t{float_to_half(x)}; },
+    {"half", 5, 10, 15, Specials::kIeee, false, false, [](float x) { return std::uint32_t{float_to_half(x)}; },
      [](std::uint32_t c) { return half_to_float(static_cast<std::uint16_t>(c)); }},
-    {"bfloat16", 8, 7, 127, Specials::kIeee, false, [](float x) { return std::uint32_t{float_to_bfloat16(x)}; },
+    {"bfloat16", 8, 7, 127, Specials::kIeee, false, false, [](float x) { return std::uint32_t{float_to_bfloat16(x)}; },
      [](std::uint32_t c) { return bfloat16_to_float(static_cast<std::uint16_t>(c)); }},
-    {"e4m3fn", 4, 3, 7, Specials::kNaN, true, [](float x) { return std::uint32_t{E4M3::encode(x)}; },
+    {"e4m3fn", 4, 3, 7, Specials::kNaN, true, false, [](float x) { return std::uint32_t{E4M3::encode(x)}; },
      [](std::uint32_t c) { return E4M3::decode(static_cast<std::uint8_t>(c)); }},
-    {"e5m2", 5, 2, 15, Specials::kIeee, true, [](float x) { return std::uint32_t{E5M2::encode(x)}; },
+    {"e5m2", 5, 2, 15, Specials::kIeee, true, false, [](float x) { return std::uint32_t{E5M2::encode(x)}; },
      [](std::uint32_t c) { return E5M2::decode(static_cast<std::uint8_t>(c)); }},
-    {"e4b15", 4, 3, 15, Specials::kNone, true, [](float x) { return std::uint32_t{E4B15::encode(x)}; },
+    {"e4b15", 4, 3, 15, Specials::kNone, true, true, [](float x) { return std::uint32_t{E4B15::encode(x)}; },
      [](std::uint32_t c) { return E4B15::decode(static_cast<std::uint8_t>(c)); }},
 };
 
@@ -108,11 +113,14 @@ TEST_P(Conversion, EveryCodeSurvivesARoundTrip) {
       if (magnitude == kind_.infinity()) expected = (code & kind_.sign()) | kind_.largest();
       if (magnitude > kind_.infinity()) expected = code | (kind_.sign() - 1U);
     }
+    if (kind_.specials == Specials::kNone) {  // e4b15: all-ones saturates
+      expected = (code & kind_.sign()) | std::min(magnitude, kind_.largest_encoded());
+    }
     ASSERT_EQ(kind_.encode(kind_.decode(code)), expected) << code;
   }
 }
 
-TEST_P(Conversion, RoundsToNearestTiesToEven) {
+TEST_P(Conversion, RoundsToNearest) {
   std::vector<float> inputs{0.0F, std::numeric_limits<float>::denorm_min(), std::numeric_limits<float>::max()};
   for (std::size_t i = 0; i < values_.size(); ++i) {
     const double next = i + 1 < values_.size() ? values_[i + 1] : 2 * values_[i] - values_[i - 1];
@@ -137,7 +145,7 @@ TEST_P(Conversion, RoundsToNearestTiesToEven) {
 
 TEST_P(Conversion, SpecialValues) {
   const float infinity = std::numeric_limits<float>::infinity();
-  const std::uint32_t top = kind_.saturates ? kind_.largest() : kind_.infinity();
+  const std::uint32_t top = kind_.saturates ? kind_.largest_encoded() : kind_.infinity();
   EXPECT_EQ(kind_.encode(infinity), top);
   EXPECT_EQ(kind_.encode(-infinity), top | kind_.sign());
   EXPECT_EQ(kind_.encode(std::numeric_limits<float>::max()), top);
@@ -156,6 +164,92 @@ TEST_P(Conversion, SpecialValues) {
 
 INSTANTIATE_TEST_SUITE_P(Floats, Conversion, ::testing::ValuesIn(kKinds),
                          [](const auto& param) { return std::string(param.param.name); });
+
+// ---- e4b15, as Triton converts
+// ----------------------------------------------------------------------------------------
+
+// fp16 bits of x rounded toward zero: a finite x beyond 65504 gives 65504, an infinity stays one, a NaN stays one and
+// keeps its sign.
+std::uint16_t half_toward_zero(float x) {
+  const std::uint32_t sign = std::signbit(x) ? 0x8000U : 0U;
+  std::uint32_t magnitude = 0x7c00U;
+  if (std::isnan(x)) {
+    magnitude = 0x7fffU;
+  } else if (std::abs(x) < 65504.0F) {
+    const int exponent = x == 0.0F ? -14 : std::max(-14, std::ilogb(x));
+    const double steps = std::floor(std::ldexp(std::abs(static_cast<double>(x)), 10 - exponent));
+    magnitude = static_cast<std::uint32_t>((exponent + 14) * 1024) + static_cast<std::uint32_t>(steps);
+  } else if (!std::isinf(x)) {
+    magnitude = 0x7bffU;
+  }
+  return static_cast<std::uint16_t>(sign | magnitude);
+}
+
+// What Triton 3.9 does to a register of two fp16 values, step by step: drop the signs; the smaller of each magnitude
+// and 1.75 (of a NaN and a number the number); double both at once and add 0x80 to each half, so that the eight upper
+// bits of a half are exponent and three mantissa bits, rounded half up; put the signs back; keep the upper byte of each
+// half. The halves never exceed 0x7e80, so nothing carries from one into the other.
+std::uint32_t triton_e4b15_pair(std::uint32_t halves) {
+  std::uint32_t limited = 0;
+  for (int shift : {0, 16}) {
+    const std::uint32_t magnitude = (halves >> shift) & 0x7fffU;
+    const bool nan = magnitude > 0x7c00U;
+    limited |= (nan || magnitude > 0x3f00U ? 0x3f00U : magnitude) << shift;  // fp16 magnitudes order like their bits
+  }
+  const std::uint32_t rounded = limited * 2U + 0x00800080U;
+  const std::uint32_t with_signs = (halves & 0x80008000U) | rounded;
+  return ((with_signs >> 8) & 0xffU) | ((with_signs >> 16) & 0xff00U);
+}
+
+TEST(E4B15, EveryHalfBecomesTritonsByte) {
+  testing::Random random(13);
+  int differing = 0;
+  for (std::uint32_t code = 0; code < 0x10000U; ++code) {
+    const auto other = static_cast<std::uint32_t>(random.below(0x10000));
+    const std::uint32_t triton = triton_e4b15_pair(code | (other << 16));
+    ASSERT_EQ(triton_e4b15_pair(other | (code << 16)), (triton >> 8) | ((triton & 0xffU) << 8)) << code;
+    const std::uint32_t quire = E4B15::encode(half_to_float(static_cast<std::uint16_t>(code)));
+    if (quire != (triton & 0xffU) && ++differing <= 5) {
+      ADD_FAILURE() << std::hex << "half " << code << " is " << quire << ", Triton's byte " << (triton & 0xffU);
+    }
+  }
+  EXPECT_EQ(differing, 0);
+}
+
+// Triton has no conversion from bfloat16; quire takes it through fp32, exactly.
+TEST(E4B15, FloatsBecomeTritonsByteByWayOfHalvesTowardZero) {
+  std::vector<float> inputs;
+  for (std::uint32_t code = 0; code < 0x10000U; ++code) {
+    inputs.push_back(bfloat16_to_float(static_cast<std::uint16_t>(code)));
+    const float half = half_to_float(static_cast<std::uint16_t>(code));
+    for (float toward : {0.0F, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+      inputs.push_back(std::nextafter(half, toward));
+    }
+  }
+  testing::Random random(17);
+  for (int i = 0; i < 1000000; ++i) {
+    inputs.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(random.bits())));
+    inputs.push_back(static_cast<float>(random.normal() * std::exp2(random.uniform(-20, 2))));
+  }
+  for (float x : inputs) {
+    ASSERT_EQ(E4B15::encode(x), triton_e4b15_pair(half_toward_zero(x)) & 0xffU) << std::hexfloat << x;
+  }
+}
+
+// Neither exists in e4b15: both become the largest value that is written, with their sign.
+TEST(E4B15, NaNsAndInfinitiesBecome1_75) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const auto& [x, value] : {std::pair{infinity, 1.75F},
+                                 {-infinity, -1.75F},
+                                 {nan, 1.75F},
+                                 {std::copysign(nan, -1.0F), -1.75F},
+                                 {1.76F, 1.75F},
+                                 {-3e38F, -1.75F}}) {
+    EXPECT_EQ(E4B15::decode(E4B15::encode(x)), value) << x;
+  }
+  EXPECT_EQ(E4B15::decode(0x7f), 1.875F);  // read as it stands, though nobody writes it
+}
 
 TEST(Exact, RoundHalfEven) {
   testing::Random random(11);
