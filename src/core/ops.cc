@@ -19,11 +19,6 @@ namespace {
 
 std::atomic<LogHook> log_hook{nullptr};
 
-[[maybe_unused]] Status no_cuda() {
-  return unsupported(
-      "the tensors are on cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
-}
-
 // The largest power of two up to 16 that divides the address of every row of a cache.
 int row_alignment(const Tensor& cache) {
   auto bits = reinterpret_cast<std::uintptr_t>(cache.data) | 16U;
@@ -108,6 +103,11 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
 void set_log_hook(LogHook hook) { log_hook = hook; }
 
 namespace core {
+
+Status no_cuda() {
+  return unsupported(
+      "the tensors are on cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
+}
 
 void log(const char* message) {
   if (LogHook hook = log_hook) hook(message);
@@ -214,7 +214,7 @@ Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
   return cuda::merge_attn_states(args, stream);
 #else
   (void)stream;
-  return no_cuda();
+  return core::no_cuda();
 #endif
 }
 

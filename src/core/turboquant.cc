@@ -4,10 +4,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
 #include <string>
 #include <vector>
 
+#include "core/dispatch.h"
 #include "core/mode_table.h"
+#include "cuda/cuda.h"
+#include "format/build_config.h"
 #include "format/turboquant.h"
 #include "quire/layout.h"
 
@@ -19,63 +28,132 @@ constexpr float kTableTolerance = 1e-4F;
 
 std::string number(double value) { return std::to_string(value); }
 
-Status check_table_tensor(const char* name, const Tensor& tensor, std::initializer_list<std::int64_t> shape) {
-  bool ok =
-      tensor.ndim == static_cast<int>(shape.size()) && tensor.dtype == DType::kFloat32 && tensor.device == Device::kCpu;
+// At most Tensor::kMaxDims extents, none negative, whose product fits int64: what can be printed and computed with.
+Status check_extents(const char* name, const Tensor& tensor) {
+  if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
+    return invalid_argument(std::string(name) + " has ndim " + std::to_string(tensor.ndim) + "; supported: 0 to " +
+                            std::to_string(Tensor::kMaxDims));
+  }
+  std::int64_t count = 1;
+  for (int dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.shape[dim] < 0 || __builtin_mul_overflow(count, tensor.shape[dim], &count)) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) +
+                              "; supported: extents of 0 and more whose product fits 64 bits");
+    }
+  }
+  return {};
+}
+
+// The last extent of [tokens, heads, head_size].
+Result<int> head_size_of(const char* name, const Tensor& rows, const char* shape_text) {
+  if (Status status = check_extents(name, rows); !status) return status;
+  if (rows.ndim != 3)
+    return invalid_argument(std::string(name) + " is " + to_string(rows) + "; it must be " + shape_text);
+  const std::int64_t head_size = rows.shape[2];
+  if (head_size < format::kMinHeadSize || head_size > format::kMaxHeadSize) {
+    return invalid_argument("head_size is " + std::to_string(head_size) + "; supported: " +
+                            std::to_string(format::kMinHeadSize) + " to " + std::to_string(format::kMaxHeadSize));
+  }
+  return static_cast<int>(head_size);
+}
+
+// What the tables of a call have in common.
+struct TableCall {
+  const TurboQuantConfig& config;
+  int head_size;
+  Device device;
+  void* stream;
+};
+
+// A table [shape] of the caller: `compare` is given its elements on the host, in every call or, of a table on the
+// device, until it has said yes once.
+Status check_table(const TableCall& call, const char* name, const Tensor& table,
+                   std::initializer_list<std::int64_t> shape,
+                   const std::function<Status(const Tensor& on_host)>& compare) {
+  if (Status status = check_extents(name, table); !status) return status;
+  const bool on_cuda = call.device == Device::kCuda && table.device == Device::kCuda;
+  bool ok = table.ndim == std::ssize(shape) && table.dtype == DType::kFloat32 &&
+            (on_cuda || table.device == Device::kCpu) && table.data != nullptr;
   int dim = 0;
   std::string wanted;
   for (std::int64_t extent : shape) {
-    ok = ok && tensor.shape[dim++] == extent;
+    ok = ok && table.shape[dim++] == extent;
     wanted += (wanted.empty() ? "" : ", ") + std::to_string(extent);
   }
-  if (ok && tensor.data != nullptr) return {};
-  return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; it must be [" + wanted +
-                          "] float32 on the cpu, or left out");
+  if (!ok) {
+    return invalid_argument(std::string(name) + " is " + (table.data == nullptr ? "a null pointer, " : "") +
+                            to_string(table) + "; it must be [" + wanted + "] float32 on the cpu" +
+                            (call.device == Device::kCuda ? " or on cuda" : "") + ", or left out");
+  }
+  if (reinterpret_cast<std::uintptr_t>(table.data) % sizeof(float) != 0) {
+    return invalid_argument(std::string(name) + " is not aligned to its element size of 4 bytes");
+  }
+  // Both orders of a matrix are dense, and the one that is supported is symmetric.
+  const bool rows_dense = table.strides[table.ndim - 1] == 1 && (table.ndim == 1 || table.strides[0] == table.shape[1]);
+  const bool columns_dense = table.ndim == 2 && table.strides[0] == 1 && table.strides[1] == table.shape[0];
+  if (!rows_dense && !columns_dense) {
+    return invalid_argument(std::string(name) + " has stride " + std::to_string(table.strides[table.ndim - 1]) +
+                            " in its last dimension" +
+                            (table.ndim == 2 ? " and " + std::to_string(table.strides[0]) + " in its first" : "") +
+                            "; supported: elements without gaps");
+  }
+  if (!on_cuda) return compare(table);
+#if quire_with_cuda
+  return cuda::check_table_once(name, table, call.head_size, compare, call.stream);
+#else
+  return core::no_cuda();
+#endif
 }
 
 // Only the Hadamard matrix over sqrt(block), block-diagonal where head_size is no power of two.
-Status check_rotation(const TurboQuantConfig& config, const Tensor& rotation, int head_size) {
-  if (!rotation.defined() || config.key_bits == 8) return {};
-  if (Status status = check_table_tensor("rotation", rotation, {head_size, head_size}); !status) return status;
-  const int block = format::rotation_block(head_size);
-  const float unit = 1.0F / std::sqrt(static_cast<float>(block));
-  for (int i = 0; i < head_size; ++i) {
-    for (int j = 0; j < head_size; ++j) {
-      const bool negative =
-          __builtin_popcount(static_cast<unsigned>(i & j) & static_cast<unsigned>(block - 1)) % 2 != 0;
-      const float expected = i / block != j / block ? 0.0F : (negative ? -unit : unit);
-      const float given = rotation.ptr<const float>()[i * rotation.strides[0] + j * rotation.strides[1]];
-      if (!(std::fabs(given - expected) <= kTableTolerance)) {
-        return unsupported("rotation[" + std::to_string(i) + ", " + std::to_string(j) + "] is " + number(given) +
-                           "; only the Walsh-Hadamard matrix over sqrt(" + std::to_string(block) +
-                           ") is supported, which has " + number(expected) + " there");
+Status check_rotation(const TableCall& call, const Tensor& rotation) {
+  if (!rotation.defined() || call.config.key_bits == 8) return {};
+  const int head_size = call.head_size;
+  return check_table(call, "rotation", rotation, {head_size, head_size}, [head_size](const Tensor& given) -> Status {
+    const int block = format::rotation_block(head_size);
+    const float unit = 1.0F / std::sqrt(static_cast<float>(block));
+    for (int i = 0; i < head_size; ++i) {
+      for (int j = 0; j < head_size; ++j) {
+        const bool negative =
+            __builtin_popcount(static_cast<unsigned>(i & j) & static_cast<unsigned>(block - 1)) % 2 != 0;
+        const float expected = i / block != j / block ? 0.0F : (negative ? -unit : unit);
+        const float value = given.ptr<const float>()[i * given.strides[0] + j * given.strides[1]];
+        if (!(std::fabs(value - expected) <= kTableTolerance)) {
+          return unsupported("rotation[" + std::to_string(i) + ", " + std::to_string(j) + "] is " + number(value) +
+                             "; only the Walsh-Hadamard matrix over sqrt(" + std::to_string(block) +
+                             ") is supported, which has " + number(expected) + " there");
+        }
       }
     }
-  }
-  return {};
+    return {};
+  });
 }
 
 // Centroids (or, with `midpoints`, the means of neighbours) of N(0, 1 / head_size).
-Status check_codebook(const char* name, const TurboQuantConfig& config, const Tensor& given, int head_size,
-                      bool midpoints) {
-  if (!given.defined() || config.key_bits == 8) return {};
-  const int num_centroids = 1 << config.key_bits;
-  const int count = num_centroids - (midpoints ? 1 : 0);
-  if (Status status = check_table_tensor(name, given, {count}); !status) return status;
-  const float sigma = 1.0F / std::sqrt(static_cast<float>(head_size));
-  const auto centroid = [&](int i) {
-    return sigma * (config.key_bits == 3 ? format::centroid<3>(i) : format::centroid<4>(i));
-  };
-  for (int i = 0; i < count; ++i) {
-    const float expected = midpoints ? 0.5F * (centroid(i) + centroid(i + 1)) : centroid(i);
-    const float value = given.ptr<const float>()[i * given.strides[0]];
-    if (!(std::fabs(value - expected) <= kTableTolerance * sigma)) {
-      return unsupported(std::string(name) + "[" + std::to_string(i) + "] is " + number(value) +
-                         "; only the Lloyd-Max codebook of N(0, 1/head_size) is supported, which has " +
-                         number(expected) + " there");
+Status check_codebook(const TableCall& call, const char* name, const Tensor& given, bool midpoints) {
+  if (!given.defined() || call.config.key_bits == 8) return {};
+  const int bits = call.config.key_bits;
+  const int count = (1 << bits) - (midpoints ? 1 : 0);
+  const float sigma = 1.0F / std::sqrt(static_cast<float>(call.head_size));
+  return check_table(call, name, given, {count}, [=](const Tensor& codebook) -> Status {
+    const auto centroid = [&](int i) { return sigma * (bits == 3 ? format::centroid<3>(i) : format::centroid<4>(i)); };
+    for (int i = 0; i < count; ++i) {
+      const float expected = midpoints ? 0.5F * (centroid(i) + centroid(i + 1)) : centroid(i);
+      const float value = codebook.ptr<const float>()[i];
+      if (!(std::fabs(value - expected) <= kTableTolerance * sigma)) {
+        return unsupported(std::string(name) + "[" + std::to_string(i) + "] is " + number(value) +
+                           "; only the Lloyd-Max codebook of N(0, 1/head_size) is supported, which has " +
+                           number(expected) + " there");
+      }
     }
-  }
-  return {};
+    return {};
+  });
+}
+
+// The mode of the bytes, which norm correction does not change.
+Result<ModeId> stored_mode(TurboQuantConfig config) {
+  config.norm_correction = true;
+  return turboquant_mode(config);
 }
 
 }  // namespace
@@ -96,9 +174,12 @@ Result<ModeId> turboquant_mode(const TurboQuantConfig& config) {
   return parse_kv_cache_dtype("k=" + key + ",v=turboquant_v" + std::to_string(config.value_bits));
 }
 
+bool turboquant_uses_e4b15(int major, int minor) { return major < 8 || (major == 8 && minor < 9); }
+
 Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size) {
-  const Result<ModeId> mode = turboquant_mode(config);
+  const Result<ModeId> mode = stored_mode(config);
   if (!mode) return mode.status();
+  if (Status status = check_extents("kv_cache", kv_cache); !status) return status;
   if (kv_cache.ndim != 4 || kv_cache.dtype != DType::kUInt8) {
     return invalid_argument("kv_cache is " + to_string(kv_cache) +
                             "; it must be [num_blocks, block_size, num_kv_heads, slot bytes] uint8");
@@ -109,27 +190,37 @@ Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor&
   spec.num_kv_heads = 1;
   const Result<KVCacheLayout> layout = make_layout(spec);
   if (!layout) return layout.status();
-  if (kv_cache.shape[3] != layout->bytes_per_token_head) {
+  if (kv_cache.shape[3] < layout->bytes_per_token_head) {
     return invalid_argument("kv_cache is " + to_string(kv_cache) + "; a slot of head_size " +
                             std::to_string(head_size) + " has " + std::to_string(layout->bytes_per_token_head) +
                             " bytes (" + std::to_string(layout->k_data_bytes) + " of key, " +
-                            std::to_string(layout->v_data_bytes) + " of value, rounded up to even)");
+                            std::to_string(layout->v_data_bytes) + " of value, rounded up to even) or more");
   }
-  const std::int64_t value_end = layout->k_data_bytes + layout->v_data_bytes;
-  return SlotViews{kv_cache.slice_last(0, layout->k_data_bytes), kv_cache.slice_last(layout->k_data_bytes, value_end)};
+  if (kv_cache.strides[3] != 1) {
+    return invalid_argument("kv_cache has stride " + std::to_string(kv_cache.strides[3]) +
+                            " in its last dimension; supported: 1");
+  }
+  if (kv_cache.data == nullptr && kv_cache.numel() > 0) {
+    return invalid_argument("kv_cache is a null pointer with shape " + to_string(kv_cache) +
+                            "; it must point to its elements");
+  }
+  SlotViews views{kv_cache, kv_cache};
+  views.key_cache.shape[3] = layout->k_data_bytes;
+  views.value_cache.shape[3] = layout->v_data_bytes;
+  if (kv_cache.data != nullptr) views.value_cache.data = kv_cache.ptr<std::uint8_t>() + layout->k_data_bytes;
+  return views;
 }
 
 Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
-  if (args.key.ndim != 3) {
-    return invalid_argument("key is " + to_string(args.key) + "; it must be [num_tokens, num_kv_heads, head_size]");
-  }
-  const int head_size = static_cast<int>(args.key.shape[2]);
-  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, head_size);
+  const Result<int> head_size = head_size_of("key", args.key, "[num_tokens, num_kv_heads, head_size]");
+  if (!head_size) return head_size.status();
+  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
   if (!views) return views.status();
-  if (Status status = check_rotation(args.config, args.rotation, head_size); !status) return status;
-  if (Status status = check_codebook("midpoints", args.config, args.midpoints, head_size, true); !status) return status;
+  const TableCall tables{args.config, *head_size, args.key.device, stream};
+  if (Status status = check_rotation(tables, args.rotation); !status) return status;
+  if (Status status = check_codebook(tables, "midpoints", args.midpoints, true); !status) return status;
   ReshapeAndCacheArgs store;
-  store.mode = *turboquant_mode(args.config);
+  store.mode = *stored_mode(args.config);
   store.key = args.key;
   store.value = args.value;
   store.key_cache = views->key_cache;
@@ -139,41 +230,63 @@ Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
 }
 
 Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream) {
-  if (args.query.ndim != 3) {
-    return invalid_argument("query is " + to_string(args.query) + "; it must be [batch, num_q_heads, head_size]");
-  }
-  if (args.query.device != Device::kCpu) {
-    return unsupported(
-        "query is on cuda; turboquant_decode_attention builds its cu_seqlens_q on the cpu: on cuda call "
-        "unified_attention");
-  }
-  const int head_size = static_cast<int>(args.query.shape[2]);
-  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, head_size);
+  const Result<int> head_size = head_size_of("query", args.query, "[batch, num_q_heads, head_size]");
+  if (!head_size) return head_size.status();
+  const Result<ModeId> mode = turboquant_mode(args.config);
+  if (!mode) return mode.status();
+  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
   if (!views) return views.status();
-  if (Status status = check_rotation(args.config, args.rotation, head_size); !status) return status;
-  if (Status status = check_codebook("centroids", args.config, args.centroids, head_size, false); !status)
-    return status;
-  std::vector<std::int32_t> cu_seqlens(static_cast<std::size_t>(args.query.shape[0]) + 1);
-  for (std::size_t i = 0; i < cu_seqlens.size(); ++i) cu_seqlens[i] = static_cast<std::int32_t>(i);
+  // Before cu_seqlens_q is allocated.
+  if (Status status = check_extents("seq_lens", args.seq_lens); !status) return status;
+  const std::int64_t batch = args.query.shape[0];
+  if (batch >= std::numeric_limits<std::int32_t>::max()) {
+    return invalid_argument("query is " + to_string(args.query) +
+                            "; supported: less than 2^31 - 1 sequences, since cu_seqlens_q is int32");
+  }
+  if (args.seq_lens.ndim != 1 || args.seq_lens.shape[0] != batch) {
+    return invalid_argument("seq_lens is " + to_string(args.seq_lens) + "; it must be [" + std::to_string(batch) +
+                            "], one for each token of query");
+  }
+  const TableCall tables{args.config, *head_size, args.query.device, stream};
+  if (Status status = check_rotation(tables, args.rotation); !status) return status;
+  if (Status status = check_codebook(tables, "centroids", args.centroids, false); !status) return status;
   UnifiedAttentionArgs read;
-  read.mode = *turboquant_mode(args.config);
+  read.mode = *mode;
   read.query = args.query;
   read.out = args.out;
   read.key_cache = views->key_cache;
   read.value_cache = views->value_cache;
-  read.cu_seqlens_q = Tensor::contiguous(cu_seqlens.data(), DType::kInt32, {args.query.shape[0] + 1});
   read.seq_lens = args.seq_lens;
   read.block_table = args.block_table;
   read.softmax_scale = args.softmax_scale;
   read.lse = args.lse;
-  return unified_attention(read, stream);
+  read.max_query_len = 1;
+  const auto attend = [&read, stream](const Tensor& cu_seqlens_q) {
+    read.cu_seqlens_q = cu_seqlens_q;
+    return unified_attention(read, stream);
+  };
+  if (args.query.device == Device::kCuda) {
+#if quire_with_cuda
+    return cuda::with_one_token_each(batch, attend, stream);
+#else
+    return core::no_cuda();
+#endif
+  }
+  const std::unique_ptr<std::int32_t[]> starts(new (std::nothrow) std::int32_t[static_cast<std::size_t>(batch) + 1]);
+  if (starts == nullptr) {
+    return internal_error("no memory for cu_seqlens_q of " + std::to_string(batch + 1) + " elements");
+  }
+  std::iota(starts.get(), starts.get() + batch + 1, 0);
+  return attend(Tensor::contiguous(starts.get(), DType::kInt32, {batch + 1}));
 }
 
 std::vector<int> boundary_skip_layers(int num_layers, int n) {
-  n = std::min(n, num_layers / 2);
+  constexpr int kMost = 65536;
+  n = std::min({n, num_layers / 2, kMost});
   std::vector<int> layers;
-  for (int layer = 0; layer < n; ++layer) layers.push_back(layer);
-  for (int layer = num_layers - n; n > 0 && layer < num_layers; ++layer) layers.push_back(layer);
+  if (n <= 0) return layers;
+  for (int i = 0; i < n; ++i) layers.push_back(i);
+  for (int i = n; i > 0; --i) layers.push_back(num_layers - i);
   return layers;
 }
 

@@ -9,6 +9,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string_view>
 
 #include "attention/problem.h"
 #include "quire/ops.h"
@@ -32,5 +35,17 @@ Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttention
                                void* stream);
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream);
+
+// For TurboQuant's entry points (core/turboquant.cc), in turboquant.cu.
+//
+// Calls `op` with cu_seqlens_q [batch + 1] = 0, 1, .. batch on the device, one token a sequence: allocated, filled and
+// freed in stream order.
+Status with_one_token_each(std::int64_t batch, const std::function<Status(const Tensor& cu_seqlens_q)>& op,
+                           void* stream);
+
+// Calls `check` with a host copy of a dense float32 table on the device, waiting for the stream, unless a table of this
+// name (a literal), address, head size and number of elements has passed before. Refused while the stream is captured.
+Status check_table_once(std::string_view name, const Tensor& table, int head_size,
+                        const std::function<Status(const Tensor& on_host)>& check, void* stream);
 
 }  // namespace quire::cuda

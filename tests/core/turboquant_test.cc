@@ -4,14 +4,16 @@
 
 #include <algorithm>
 #include <bit>
+#include <climits>
 #include <cmath>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "format/turboquant.h"
+#include "format/build_config.h"
 #include "reference/attention.h"
 #include "support/problem.h"
+#include "support/turboquant_tables.h"
 
 namespace quire::testing {
 namespace {
@@ -24,7 +26,8 @@ constexpr std::uint8_t kPoison = 0xA5;
 
 // A store and a decode over one slot tensor, with every optional input given.
 struct SlotCalls {
-  SlotCalls(const TurboQuantConfig& config, int size)
+  // slot_bytes 0: the format's.
+  SlotCalls(const TurboQuantConfig& config, int size, std::int64_t slot_bytes = 0)
       : head_size(size),
         key(DType::kFloat32, {kTokens, kKvHeads, head_size}),
         value(DType::kFloat32, {kTokens, kKvHeads, head_size}),
@@ -38,15 +41,18 @@ struct SlotCalls {
         midpoints(DType::kFloat32, {(1 << (config.key_bits & 7)) - 1}),
         centroids(DType::kFloat32, {1 << (config.key_bits & 7)}) {
     KVCacheSpec spec;
-    spec.mode = *turboquant_mode(config);
+    TurboQuantConfig stored = config;
+    stored.norm_correction = true;  // no byte shows it
+    spec.mode = *turboquant_mode(stored);
     spec.head_size = head_size;
     spec.num_kv_heads = kKvHeads;
     spec.block_size = kBlockSize;
     layout = *make_layout(spec);
     const std::int64_t num_blocks = 4;
-    cache.assign(static_cast<std::size_t>(cache_bytes(layout, num_blocks).base), kPoison);
-    const Tensor kv_cache = Tensor::contiguous(cache.data(), DType::kUInt8,
-                                               {num_blocks, kBlockSize, kKvHeads, layout.bytes_per_token_head});
+    if (slot_bytes == 0) slot_bytes = layout.bytes_per_token_head;
+    cache.assign(static_cast<std::size_t>(num_blocks * kBlockSize * kKvHeads * slot_bytes), kPoison);
+    const Tensor kv_cache =
+        Tensor::contiguous(cache.data(), DType::kUInt8, {num_blocks, kBlockSize, kKvHeads, slot_bytes});
 
     Random random(static_cast<std::uint64_t>(head_size));
     for (OwnedTensor* tensor : {&key, &value, &query}) tensor->fill(random.normals(tensor->view.numel()));
@@ -56,28 +62,11 @@ struct SlotCalls {
     block_table.fill_integers({3, 1});
     seq_lens.fill_integers({kTokens});
 
-    const int block = head_size & -head_size;
-    std::vector<float> matrix(static_cast<std::size_t>(head_size) * static_cast<std::size_t>(head_size), 0.0F);
-    for (int i = 0; i < head_size; ++i) {
-      for (int j = i / block * block; j < (i / block + 1) * block; ++j) {
-        const bool negative = std::popcount(static_cast<unsigned>(i & j & (block - 1))) % 2 != 0;
-        matrix[static_cast<std::size_t>(i * head_size + j)] =
-            static_cast<float>((negative ? -1.0 : 1.0) / std::sqrt(static_cast<double>(block)));
-      }
+    rotation.fill(rotation_table(head_size));
+    if (config.key_bits != 8) {  // fp8 keys have no codebook
+      centroids.fill(centroid_table(config.key_bits, head_size));
+      midpoints.fill(midpoint_table(config.key_bits, head_size));
     }
-    rotation.fill(matrix);
-    const auto unit = [&](int code) {
-      return config.key_bits == 3 ? format::centroid<3>(code) : format::centroid<4>(code);
-    };
-    std::vector<float> levels;
-    std::vector<float> middles;
-    const auto sigma = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_size)));
-    for (int code = 0; code < centroids.view.shape[0]; ++code) {
-      levels.push_back(sigma * unit(code));
-      if (code > 0) middles.push_back(sigma * (unit(code - 1) + unit(code)) / 2);
-    }
-    centroids.fill(levels);
-    midpoints.fill(middles);
 
     store.config = decode.config = config;
     store.key = key.view;
@@ -156,12 +145,24 @@ TEST(TurboQuant, RefusesOtherConfigurations) {
     SlotCalls calls({}, 64);
     calls.store.config = calls.decode.config = config;
     const auto before = calls.cache;
-    for (const Status& status :
-         {turboquant_mode(config).status(), turboquant_store(calls.store), turboquant_decode_attention(calls.decode)}) {
+    std::vector<Status> refusals = {turboquant_mode(config).status(), turboquant_decode_attention(calls.decode)};
+    if (config.norm_correction) refusals.push_back(turboquant_store(calls.store));
+    for (const Status& status : refusals) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
       EXPECT_NE(status.message().find(words), std::string::npos) << status.message();
     }
     EXPECT_EQ(calls.cache, before);
+  }
+}
+
+// vLLM's helper is `capability < (8, 9)`.
+TEST(TurboQuant, GpusBelow8_9UseE4b15) {
+  const struct {
+    int major, minor;
+    bool uses;
+  } gpus[] = {{7, 0, true}, {7, 9, true}, {8, 0, true}, {8, 6, true}, {8, 9, false}, {9, 0, false}, {10, 0, false}};
+  for (const auto& [major, minor, uses] : gpus) {
+    EXPECT_EQ(turboquant_uses_e4b15(major, minor), uses) << major << "." << minor;
   }
 }
 
@@ -196,6 +197,17 @@ TEST(BoundarySkipLayers, FirstAndLast) {
   EXPECT_EQ(boundary_skip_layers(2), (Layers{0, 1}));
   for (int num_layers : {-1, 0, 1}) EXPECT_EQ(boundary_skip_layers(num_layers), Layers{}) << num_layers;
   for (int n : {0, -1, -100}) EXPECT_EQ(boundary_skip_layers(32, n), Layers{}) << n;
+}
+
+TEST(BoundarySkipLayers, AbsurdCountsAreHarmless) {
+  using Layers = std::vector<int>;
+  for (int n : {0, -1, INT_MIN}) EXPECT_EQ(boundary_skip_layers(INT_MAX, n), Layers{}) << n;
+  for (int n : {2, INT_MAX, INT_MIN}) EXPECT_EQ(boundary_skip_layers(INT_MIN, n), Layers{}) << n;
+  EXPECT_EQ(boundary_skip_layers(INT_MAX, 1), (Layers{0, INT_MAX - 1}));
+  const Layers most = boundary_skip_layers(INT_MAX, INT_MAX);
+  ASSERT_EQ(most.size(), 2U * 65536);
+  EXPECT_EQ(most.front(), 0);
+  EXPECT_EQ(most.back(), INT_MAX - 1);
 }
 
 // ---- the entry points
@@ -284,6 +296,59 @@ TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
   EXPECT_TRUE(any_padding) << "no head size of the test has an odd slot";
 }
 
+// A slot wider than the format's, as vLLM's padded_slot: the rows are the ones of an exact slot, what lies behind them
+// is not touched, and attention reads the same bits.
+TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
+  for (const TurboQuantConfig& config : kConfigs) {
+    if (!mode_info(*turboquant_mode(config))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
+    for (int head_size : kHeadSizes) {
+      SlotCalls exact(config, head_size);
+      ASSERT_TRUE(turboquant_store(exact.store).ok());
+      ASSERT_TRUE(turboquant_decode_attention(exact.decode).ok());
+      const std::int64_t exact_bytes = exact.layout.bytes_per_token_head;
+      const std::int64_t used = exact.layout.k_data_bytes + exact.layout.v_data_bytes;
+      const auto power_of_two = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(exact_bytes) + 1));
+      for (std::int64_t slot_bytes : {exact_bytes + 2, power_of_two}) {
+        SCOPED_TRACE(name_of(config) + " d" + std::to_string(head_size) + " slot " + std::to_string(slot_bytes));
+        SlotCalls wide(config, head_size, slot_bytes);
+        const Status stored = turboquant_store(wide.store);
+        ASSERT_TRUE(stored.ok()) << stored.message();
+        for (std::size_t slot = 0; slot < wide.cache.size() / static_cast<std::size_t>(slot_bytes); ++slot) {
+          for (std::int64_t n = 0; n < slot_bytes; ++n) {
+            const int got = wide.cache[slot * static_cast<std::size_t>(slot_bytes) + static_cast<std::size_t>(n)];
+            const int expected =
+                n < used ? exact.cache[slot * static_cast<std::size_t>(exact_bytes) + static_cast<std::size_t>(n)]
+                         : kPoison;
+            ASSERT_EQ(got, expected) << "byte " << n << " of slot " << slot;
+          }
+        }
+        const Status read = turboquant_decode_attention(wide.decode);
+        ASSERT_TRUE(read.ok()) << read.message();
+        EXPECT_EQ(wide.out.bytes, exact.out.bytes);
+        EXPECT_EQ(wide.lse.bytes, exact.lse.bytes);
+      }
+    }
+  }
+}
+
+// Norm correction is the reader's: vLLM's store has no such argument.
+TEST(TurboQuant, StoresTheSameBytesWithoutNormCorrection) {
+  for (TurboQuantConfig config : kConfigs) {
+    config.norm_correction = true;
+    if (!mode_info(*turboquant_mode(config))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
+    SCOPED_TRACE(name_of(config));
+    SlotCalls with(config, 64);
+    config.norm_correction = false;
+    SlotCalls without(config, 64);
+    ASSERT_TRUE(turboquant_store(with.store).ok());
+    const Status stored = turboquant_store(without.store);
+    ASSERT_TRUE(stored.ok()) << stored.message();
+    EXPECT_EQ(without.cache, with.cache);
+    EXPECT_TRUE(turboquant_views(config, without.store.kv_cache, 64).ok());
+    EXPECT_EQ(turboquant_decode_attention(without.decode).ok(), config.key_bits == 8);
+  }
+}
+
 TEST(TurboQuant, TablesOfTheCallerAreOptional) {
   QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
   SlotCalls with({}, 64);
@@ -295,6 +360,12 @@ TEST(TurboQuant, TablesOfTheCallerAreOptional) {
   }
   EXPECT_EQ(with.cache, without.cache);
   EXPECT_EQ(with.out.bytes, without.out.bytes);
+  // The matrix is symmetric: its transposed view is the same one.
+  for (Tensor* rotation : {&with.store.rotation, &with.decode.rotation}) {
+    std::swap(rotation->strides[0], rotation->strides[1]);
+  }
+  EXPECT_TRUE(turboquant_store(with.store).ok());
+  EXPECT_TRUE(turboquant_decode_attention(with.decode).ok());
 }
 
 struct Bad {
@@ -332,7 +403,55 @@ const Bad kBad[] = {
     {"key is", [](SlotCalls& c) { c.store.key.ndim = 2; }, true, false},
     {"value is", [](SlotCalls& c) { c.store.value.shape[1] = 1; }, true, false},
     {"query is", [](SlotCalls& c) { c.decode.query.ndim = 2; }, false, true},
-    {"query is on cuda", [](SlotCalls& c) { c.decode.query.device = Device::kCuda; }, false, true},
+    {"rotation is a null pointer", [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = nullptr; }, true,
+     true},
+    {"rotation is [64, 64] float32 on cuda; it must be [64, 64] float32 on the cpu, or left out",
+     [](SlotCalls& c) { c.store.rotation.device = c.decode.rotation.device = Device::kCuda; }, true, true},
+    {"rotation is not aligned to its element size of 4 bytes",
+     [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = c.rotation.bytes.data() + 2; }, true, true},
+    {"rotation has stride 1 in its last dimension and 128 in its first",
+     [](SlotCalls& c) { c.store.rotation.strides[0] = c.decode.rotation.strides[0] = 128; }, true, true},
+    {"rotation has stride 9223372036854775807 in its last dimension",
+     [](SlotCalls& c) { c.store.rotation.strides[1] = c.decode.rotation.strides[1] = INT64_MAX; }, true, true},
+    {"rotation has ndim 1000", [](SlotCalls& c) { c.store.rotation.ndim = c.decode.rotation.ndim = 1000; }, true, true},
+    {"rotation has ndim -1", [](SlotCalls& c) { c.store.rotation.ndim = c.decode.rotation.ndim = -1; }, true, true},
+    {"rotation is [64, -64]", [](SlotCalls& c) { c.store.rotation.shape[1] = c.decode.rotation.shape[1] = -64; }, true,
+     true},
+    {"midpoints has ndim 7", [](SlotCalls& c) { c.store.midpoints.ndim = 7; }, true, false},
+    {"midpoints is [15] int32", [](SlotCalls& c) { c.store.midpoints.dtype = DType::kInt32; }, true, false},
+    {"midpoints is [15, 1] float32",
+     [](SlotCalls& c) {
+       c.store.midpoints.ndim = 2;
+       c.store.midpoints.shape[1] = 1;
+     },
+     true, false},
+    {"midpoints is not aligned", [](SlotCalls& c) { c.store.midpoints.data = c.midpoints.bytes.data() + 1; }, true,
+     false},
+    {"midpoints has stride 2 in its last dimension", [](SlotCalls& c) { c.store.midpoints.strides[0] = 2; }, true,
+     false},
+    {"centroids has ndim 2147483647", [](SlotCalls& c) { c.decode.centroids.ndim = INT_MAX; }, false, true},
+    {"centroids is [16] bfloat16", [](SlotCalls& c) { c.decode.centroids.dtype = DType::kBFloat16; }, false, true},
+    {"centroids is not aligned", [](SlotCalls& c) { c.decode.centroids.data = c.centroids.bytes.data() + 3; }, false,
+     true},
+    {"centroids is [16] float32 on cuda", [](SlotCalls& c) { c.decode.centroids.device = Device::kCuda; }, false, true},
+    {"kv_cache has ndim 1000", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = 1000; }, true, true},
+    {"kv_cache has ndim -1", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = -1; }, true, true},
+    {"kv_cache has stride 9223372036854775807 in its last dimension",
+     [](SlotCalls& c) { c.store.kv_cache.strides[3] = c.decode.kv_cache.strides[3] = INT64_MAX; }, true, true},
+    {"kv_cache is a null pointer", [](SlotCalls& c) { c.store.kv_cache.data = c.decode.kv_cache.data = nullptr; }, true,
+     true},
+    {"kv_cache is [4611686018427387904, 16, 2, 70]",
+     [](SlotCalls& c) { c.store.kv_cache.shape[0] = c.decode.kv_cache.shape[0] = std::int64_t{1} << 62; }, true, true},
+    {"key has ndim 7", [](SlotCalls& c) { c.store.key.ndim = 7; }, true, false},
+    {"query has ndim 7", [](SlotCalls& c) { c.decode.query.ndim = 7; }, false, true},
+    {"query is [-2, 6, 64]", [](SlotCalls& c) { c.decode.query.shape[0] = -2; }, false, true},
+    {"seq_lens is [1] int32; it must be [1073741824], one for each token of query",
+     [](SlotCalls& c) { c.decode.query.shape[0] = 1 << 30; }, false, true},
+    {"seq_lens has ndim -3", [](SlotCalls& c) { c.decode.seq_lens.ndim = -3; }, false, true},
+    {"seq_lens is not given", [](SlotCalls& c) { c.decode.seq_lens = Tensor(); }, false, true},
+    // A head size that its low 32 bits would make 64.
+    {"head_size is 4294967360; supported: 32 to 512",
+     [](SlotCalls& c) { c.store.key.shape[2] = c.decode.query.shape[2] = (std::int64_t{1} << 32) + 64; }, true, true},
     {"seq_lens[0] is 33", [](SlotCalls& c) { c.seq_lens.fill_integers({33}); }, false, true},
     {"slot_mapping[2] is 64", [](SlotCalls& c) { c.slot_mapping.view.ptr<std::int32_t>()[2] = 64; }, true, false},
 };
@@ -356,6 +475,49 @@ TEST(TurboQuant, BadCallsAreRefusedAndWriteNothing) {
     EXPECT_EQ(calls.cache, cache);
     EXPECT_EQ(calls.out.bytes, out);
     EXPECT_EQ(calls.lse.bytes, std::vector<std::uint8_t>(calls.lse.bytes.size(), 0xFF));
+  }
+}
+
+// cu_seqlens_q has an entry a sequence: a query that lies about their number is refused before it is allocated. (2^40
+// entries are 4 TiB, and filling 2^32 takes a minute.)
+TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
+  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  for (const bool seq_lens_too : {false, true}) {
+    for (const std::int64_t batch :
+         {std::int64_t{INT32_MAX}, std::int64_t{1} << 32, std::int64_t{1} << 40, std::int64_t{1} << 50}) {
+      SCOPED_TRACE(batch);
+      SlotCalls calls({}, 64);
+      const auto out = calls.out.bytes;
+      calls.decode.query.shape[0] = calls.decode.out.shape[0] = calls.decode.lse.shape[0] = batch;
+      if (seq_lens_too) calls.decode.seq_lens.shape[0] = calls.decode.block_table.shape[0] = batch;
+      const Status status = turboquant_decode_attention(calls.decode);
+      EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+      EXPECT_NE(status.message().find("query is [" + std::to_string(batch) + ", 6, 64]"), std::string::npos)
+          << status.message();
+      EXPECT_EQ(calls.out.bytes, out);
+    }
+  }
+}
+
+// Tensors on cuda in a build without it: the sentence of the ops.
+TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
+  if (quire_with_cuda) GTEST_SKIP() << "this build has CUDA; tests/cuda runs the entry points there";
+  for (const bool with_tables : {false, true}) {
+    SlotCalls calls({}, 64);
+    for (Tensor* tensor : {&calls.store.key, &calls.store.value, &calls.store.kv_cache, &calls.store.slot_mapping,
+                           &calls.store.rotation, &calls.store.midpoints, &calls.decode.query, &calls.decode.out,
+                           &calls.decode.kv_cache, &calls.decode.block_table, &calls.decode.seq_lens,
+                           &calls.decode.rotation, &calls.decode.centroids, &calls.decode.lse}) {
+      tensor->device = Device::kCuda;
+    }
+    if (!with_tables) {
+      calls.store.rotation = calls.store.midpoints = calls.decode.rotation = calls.decode.centroids = Tensor();
+    }
+    for (const Status& status : {turboquant_store(calls.store), turboquant_decode_attention(calls.decode)}) {
+      EXPECT_EQ(status.code(), StatusCode::kUnsupported);
+      EXPECT_NE(status.message().find("the tensors are on cuda, but this build has no CUDA"), std::string::npos)
+          << status.message();
+    }
   }
 }
 
