@@ -349,6 +349,23 @@ TEST(TurboQuant, StoresTheSameBytesWithoutNormCorrection) {
   }
 }
 
+// No tokens, and a cache without blocks, whose pointer may be null.
+TEST(TurboQuant, EmptyCallsAreCalls) {
+  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  SlotCalls calls({}, 64);
+  for (Tensor* tensor : {&calls.store.key, &calls.store.value, &calls.store.slot_mapping, &calls.decode.query,
+                         &calls.decode.out, &calls.decode.lse, &calls.decode.seq_lens, &calls.decode.block_table}) {
+    tensor->shape[0] = 0;
+  }
+  for (Tensor* kv_cache : {&calls.store.kv_cache, &calls.decode.kv_cache}) {
+    kv_cache->shape[0] = 0;
+    kv_cache->data = nullptr;
+  }
+  for (const Status& status : {turboquant_store(calls.store), turboquant_decode_attention(calls.decode)}) {
+    EXPECT_TRUE(status.ok()) << status.message();
+  }
+}
+
 TEST(TurboQuant, TablesOfTheCallerAreOptional) {
   QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
   SlotCalls with({}, 64);
