@@ -31,14 +31,17 @@ std::string number(double value) { return std::to_string(value); }
 // At most Tensor::kMaxDims extents, none negative, whose product fits int64: what can be printed and computed with.
 Status check_extents(const char* name, const Tensor& tensor) {
   if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
-    return invalid_argument(std::string(name) + " has ndim " + std::to_string(tensor.ndim) + "; supported: 0 to " +
-                            std::to_string(Tensor::kMaxDims));
+    return invalid_argument(std::string(name) + " has " + std::to_string(tensor.ndim) +
+                            " dimensions; supported: 0 to " + std::to_string(Tensor::kMaxDims));
   }
   std::int64_t count = 1;
   for (int dim = 0; dim < tensor.ndim; ++dim) {
-    if (tensor.shape[dim] < 0 || __builtin_mul_overflow(count, tensor.shape[dim], &count)) {
+    if (tensor.shape[dim] < 0) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; an extent must not be negative");
+    }
+    if (__builtin_mul_overflow(count, tensor.shape[dim], &count)) {
       return invalid_argument(std::string(name) + " is " + to_string(tensor) +
-                              "; supported: extents of 0 and more whose product fits 64 bits");
+                              "; the product of its extents must be below 2^63");
     }
   }
   return {};
