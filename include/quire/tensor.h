@@ -78,12 +78,14 @@ struct Tensor {
 
   // A default-constructed Tensor stands for "not given". A tensor of zero elements may have a null pointer and is
   // given.
-  bool defined() const { return data != nullptr || ndim > 0; }
+  bool defined() const { return data != nullptr || ndim != 0; }
 
+  // The product of the extents. Every op refuses a tensor where ndim is not 0 to kMaxDims, an extent is negative or the
+  // product does not fit 63 bits; of such a tensor the result says nothing.
   std::int64_t numel() const {
-    std::int64_t n = 1;
-    for (int i = 0; i < ndim; ++i) n *= shape[i];
-    return n;
+    std::uint64_t n = 1;
+    for (int i = 0; i < ndim && i < kMaxDims; ++i) n *= static_cast<std::uint64_t>(shape[i]);
+    return static_cast<std::int64_t>(n);
   }
 
   template <class T>
@@ -91,34 +93,43 @@ struct Tensor {
     return static_cast<T*>(data);
   }
 
-  // A dense row-major view.
+  // A dense row-major view. More than kMaxDims extents give a tensor of that ndim, which every op refuses.
   static Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                            Device device = Device::kCpu) {
     Tensor t;
     t.data = data;
     t.dtype = dtype;
     t.device = device;
-    for (std::int64_t extent : shape) t.shape[t.ndim++] = extent;
-    std::int64_t stride = 1;
-    for (int i = t.ndim - 1; i >= 0; --i) {
-      t.strides[i] = stride;
-      stride *= t.shape[i];
+    for (std::int64_t extent : shape) {
+      if (t.ndim < kMaxDims) t.shape[t.ndim] = extent;
+      ++t.ndim;
+    }
+    std::uint64_t stride = 1;
+    for (int i = (t.ndim < kMaxDims ? t.ndim : kMaxDims) - 1; i >= 0; --i) {
+      t.strides[i] = static_cast<std::int64_t>(stride);
+      stride *= static_cast<std::uint64_t>(t.shape[i]);
     }
     return t;
   }
 
-  // A view with explicit strides (in elements); both lists have the same length.
+  // A view with explicit strides (in elements). Lists of different lengths give a tensor with ndim -1, which every op
+  // refuses.
   static Tensor strided(void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                         std::initializer_list<std::int64_t> strides, Device device = Device::kCpu) {
     Tensor t = contiguous(data, dtype, shape, device);
+    if (strides.size() != shape.size()) t.ndim = -1;
     int i = 0;
-    for (std::int64_t stride : strides) t.strides[i++] = stride;
+    for (std::int64_t stride : strides) {
+      if (i < kMaxDims) t.strides[i++] = stride;
+    }
     return t;
   }
 
-  // Elements [begin, end) of the last dimension: how K and V are viewed inside one packed tensor.
+  // Elements [begin, end) of the last dimension: how K and V are viewed inside one packed tensor. The tensor itself
+  // where ndim is not 1 to kMaxDims.
   Tensor slice_last(std::int64_t begin, std::int64_t end) const {
     Tensor t = *this;
+    if (ndim < 1 || ndim > kMaxDims) return t;
     const int last = ndim - 1;
     t.data = static_cast<std::uint8_t*>(data) + begin * strides[last] * static_cast<std::int64_t>(dtype_bytes(dtype));
     t.shape[last] = end - begin;
@@ -126,7 +137,7 @@ struct Tensor {
   }
 };
 
-// "[3, 16, 2, 64] float16", for messages.
+// "[3, 16, 2, 64] float16", for messages; "float16 of 7 dimensions" where ndim is not 0 to kMaxDims.
 std::string to_string(const Tensor& tensor);
 
 }  // namespace quire

@@ -4,13 +4,18 @@ namespace quire {
 
 std::string to_string(const Tensor& tensor) {
   if (!tensor.defined()) return "not given";
-  std::string text = "[";
-  for (int i = 0; i < tensor.ndim; ++i) {
-    if (i > 0) text += ", ";
-    text += std::to_string(tensor.shape[i]);
+  std::string text;
+  if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
+    text = std::string(dtype_name(tensor.dtype)) + " of " + std::to_string(tensor.ndim) + " dimensions";
+  } else {
+    text = "[";
+    for (int i = 0; i < tensor.ndim; ++i) {
+      if (i > 0) text += ", ";
+      text += std::to_string(tensor.shape[i]);
+    }
+    text += "] ";
+    text += dtype_name(tensor.dtype);
   }
-  text += "] ";
-  text += dtype_name(tensor.dtype);
   if (tensor.device == Device::kCuda) text += " on cuda";
   return text;
 }
