@@ -2,11 +2,24 @@
 // and CUDA code receive them next to the arguments and trust them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
 
 #include "format/formats.h"
 
 namespace quire {
+
+// The product of sizes made from a caller's bounds, none negative; nothing where it does not fit 63 bits.
+inline std::optional<std::int64_t> checked_product(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t product = 1;
+  for (const std::int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) return std::nullopt;
+  }
+  return product;
+}
 
 struct StoreProblem {
   format::FormatId key_format = format::FormatId::kNone;
@@ -37,6 +50,12 @@ struct AttentionShape {
   int qq_bias_size = 0;
 
   int group_size() const { return num_q_heads / num_kv_heads; }
+
+  // The most keys of a sequence: what block_table holds, and an int32 length can say.
+  std::int64_t max_keys() const {
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+    return std::min(kMost, std::min(kMost, max_blocks) * block_size);
+  }
 };
 
 // A per-tensor scale by (sequence, KV head): one element, [Hk] or [B, Hk]. A null pointer reads as 1.

@@ -1,11 +1,48 @@
 #include "core/checks.h"
 
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <span>
+#include <utility>
+
 namespace quire::core {
 
 using format::FormatInfo;
 using format::MetaPlace;
 
-Status check(const Tensor& tensor, Device device, const Expect& expect) {
+namespace {
+
+// "[3, 64, 1]"
+std::string list_of(std::span<const std::int64_t> values) {
+  std::string list;
+  for (std::int64_t value : values) list += (list.empty() ? "[" : ", ") + str(value);
+  return list + "]";
+}
+
+Status check_memory(const std::string& name, const Tensor& tensor) {
+  if (tensor.numel() == 0) return {};
+  if (tensor.data == nullptr) {
+    return invalid_argument(name + " is a null pointer with shape " + to_string(tensor) +
+                            "; it must point to its elements");
+  }
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % dtype_bytes(tensor.dtype) != 0) {
+    return invalid_argument(name + " is not aligned to its element size of " +
+                            str(static_cast<std::int64_t>(dtype_bytes(tensor.dtype))) + " bytes");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> supported) {
+  if (std::ranges::find(supported, dtype) != supported.end()) return {};
+  std::string names;
+  for (DType one : supported) names += (names.empty() ? "" : ", ") + std::string(dtype_name(one));
+  return invalid_argument(std::string(name) + " is " + std::string(dtype_name(dtype)) + "; supported: " + names);
+}
+
+Status check(const Tensor& tensor, const Expect& expect) {
   const std::string name = expect.name;
   if (!tensor.defined()) {
     if (expect.optional) return {};
@@ -17,7 +54,7 @@ Status check(const Tensor& tensor, Device device, const Expect& expect) {
   }
   int dim = 0;
   for (std::int64_t extent : expect.shape) {
-    if (tensor.shape[dim] < 0 || (extent != kAny && tensor.shape[dim] != extent)) {
+    if (extent != kAny && tensor.shape[dim] != extent) {
       std::string wanted;
       for (std::int64_t e : expect.shape)
         wanted += (wanted.empty() ? "" : ", ") + (e == kAny ? std::string("any") : str(e));
@@ -26,32 +63,69 @@ Status check(const Tensor& tensor, Device device, const Expect& expect) {
     }
     ++dim;
   }
-  bool dtype_ok = false;
-  std::string wanted;
-  for (DType dtype : expect.dtypes) {
-    dtype_ok = dtype_ok || tensor.dtype == dtype;
-    wanted += (wanted.empty() ? "" : ", ") + std::string(dtype_name(dtype));
-  }
-  if (!dtype_ok)
-    return invalid_argument(name + " is " + std::string(dtype_name(tensor.dtype)) + "; supported: " + wanted);
-  if (tensor.device != device) {
-    return invalid_argument(name + " is on " + std::string(device_name(tensor.device)) +
-                            ", but the call's other tensors are on " + std::string(device_name(device)) +
-                            "; all must be on one device");
-  }
-  if (tensor.numel() > 0 && tensor.data == nullptr) {
-    return invalid_argument(name + " is a null pointer with shape " + to_string(tensor) +
-                            "; it must point to its elements");
-  }
-  if (tensor.numel() > 0 && reinterpret_cast<std::uintptr_t>(tensor.data) % dtype_bytes(tensor.dtype) != 0) {
-    return invalid_argument(name + " is not aligned to its element size of " +
-                            str(static_cast<std::int64_t>(dtype_bytes(tensor.dtype))) + " bytes");
-  }
+  QUIRE_RETURN_IF_ERROR(check_dtype(expect.name, tensor.dtype, expect.dtypes));
+  QUIRE_RETURN_IF_ERROR(check_memory(name, tensor));
   if (expect.dense_rows && tensor.shape[tensor.ndim - 1] > 1 && tensor.strides[tensor.ndim - 1] != 1) {
     return invalid_argument(name + " has stride " + str(tensor.strides[tensor.ndim - 1]) +
                             " in its last dimension; supported: 1");
   }
   return {};
+}
+
+Status check_extents(const char* name, const Tensor& tensor) {
+  if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
+    return invalid_argument(std::string(name) + " has " + str(tensor.ndim) + " dimensions; supported: 0 to " +
+                            str(Tensor::kMaxDims));
+  }
+  std::int64_t count = 1;  // of elements
+  for (int dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.shape[dim] < 0) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; an extent must not be negative");
+    }
+    if (tensor.shape[dim] > 1 && __builtin_mul_overflow(count, tensor.shape[dim], &count)) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) +
+                              "; the product of its extents must be below 2^63");
+    }
+  }
+  const std::int64_t most = INT64_MAX / static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+  std::int64_t reach = 1;  // elements from the first to the farthest in memory, both counted
+  for (int dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.shape[dim] <= 1) continue;
+    std::int64_t distance = 0;
+    if (__builtin_mul_overflow(tensor.shape[dim] - 1, tensor.strides[dim], &distance) || distance == INT64_MIN ||
+        __builtin_add_overflow(reach, std::abs(distance), &reach) || reach > most) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) + " with stride " +
+                              str(tensor.strides[dim]) + " in dimension " + str(dim) +
+                              "; its elements must lie within 2^63 bytes");
+    }
+  }
+  return {};
+}
+
+Status check_apart(const char* name, const Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) return {};
+  std::array<std::pair<std::int64_t, std::int64_t>, Tensor::kMaxDims> dims{};  // (distance of neighbours, extent)
+  for (int dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.shape[dim] > 1) dims[dim] = {std::abs(tensor.strides[dim]), tensor.shape[dim]};
+  }
+  std::ranges::sort(dims);
+  std::int64_t inside = 0;  // distance of the farthest element of the dimensions so far
+  for (const auto& [distance, extent] : dims) {
+    if (extent == 0) continue;
+    if (distance <= inside) {
+      return invalid_argument(std::string(name) + " is " + to_string(tensor) + " with strides " +
+                              list_of({tensor.strides, static_cast<std::size_t>(tensor.ndim)}) +
+                              ", where elements overlap; what is written must have an address for each element");
+    }
+    inside += (extent - 1) * distance;
+  }
+  return {};
+}
+
+Status check_count(const char* name, const Tensor& tensor, const char* what, std::int64_t value, std::int64_t least) {
+  if (value >= least && value <= INT32_MAX) return {};
+  return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; " + what + " must be between " +
+                          str(least) + " and " + str(INT32_MAX));
 }
 
 Status check_head_size(const char* name, std::int64_t head_size) {
@@ -62,8 +136,7 @@ Status check_head_size(const char* name, std::int64_t head_size) {
   return {};
 }
 
-Status check_scale(const char* name, const Tensor& scale, Device device, std::int64_t num_kv_heads,
-                   std::int64_t batch) {
+Status check_scale(const char* name, const Tensor& scale, std::int64_t num_kv_heads, std::int64_t batch) {
   if (!scale.defined()) return {};
   const bool one = scale.numel() == 1 && scale.ndim <= 2;
   const bool per_head = scale.ndim == 1 && scale.shape[0] == num_kv_heads;
@@ -73,24 +146,19 @@ Status check_scale(const char* name, const Tensor& scale, Device device, std::in
                             (batch >= 0 ? " or [batch, num_kv_heads], here [" + str(batch) + ", " : ", here [") +
                             str(num_kv_heads) + "]");
   }
-  if (scale.dtype != DType::kFloat32) {
-    return invalid_argument(std::string(name) + " is " + std::string(dtype_name(scale.dtype)) + "; supported: float32");
-  }
-  if (scale.device != device) {
-    return invalid_argument(std::string(name) + " is on " + std::string(device_name(scale.device)) +
-                            ", but the call's other tensors are on " + std::string(device_name(device)));
-  }
-  if (scale.data == nullptr) return invalid_argument(std::string(name) + " is a null pointer");
-  return {};
+  QUIRE_RETURN_IF_ERROR(check_dtype(name, scale.dtype, {DType::kFloat32}));
+  return check_memory(name, scale);
+}
+
+Status mode_not_built(const ModeInfo& mode) {
+  return unsupported("mode " + mode.name +
+                     " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
 }
 
 Result<FormatPair> resolve(ModeId id, const Tensor& key_cache, const Tensor& value_cache) {
   const Result<ModeInfo> mode = mode_info(id);
   if (!mode) return mode.status();
-  if (!mode->compiled) {
-    return unsupported("mode " + mode->name +
-                       " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
-  }
+  if (!mode->compiled) return mode_not_built(*mode);
   const FormatPair pair = formats_of(*mode, key_cache.dtype, value_cache.dtype);
   if (pair.known()) return pair;
   if (mode->registered) {
@@ -109,23 +177,22 @@ Status check_packing(const char* name, const FormatInfo& info, std::int64_t head
 }
 
 Status check_cache(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
-                   Device device, const FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size,
-                   std::int64_t num_blocks, std::int64_t block_size) {
+                   const FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size, std::int64_t num_blocks,
+                   std::int64_t block_size) {
   const auto element = static_cast<std::int64_t>(dtype_bytes(info.cache_dtype));
   // Bytes may always come as uint8.
   const bool as_bytes = element == 1 && cache.dtype == DType::kUInt8;
-  QUIRE_RETURN_IF_ERROR(check(cache, device,
-                              {.name = name,
-                               .dtypes = {as_bytes ? DType::kUInt8 : info.cache_dtype},
-                               .shape = {num_blocks, block_size, num_kv_heads, info.row_bytes(head_size) / element},
-                               .shape_text = "[num_blocks, block_size, num_kv_heads, row elements]",
-                               .dense_rows = true}));
+  QUIRE_RETURN_IF_ERROR(
+      check(cache, {.name = name,
+                    .dtypes = {as_bytes ? DType::kUInt8 : info.cache_dtype},
+                    .shape = {num_blocks, block_size, num_kv_heads, info.row_bytes(head_size) / element},
+                    .shape_text = "[num_blocks, block_size, num_kv_heads, row elements]",
+                    .dense_rows = true}));
   if (info.meta_place == MetaPlace::kScaleCache) {
-    return check(scale_cache, device,
-                 {.name = scale_name,
-                  .dtypes = {DType::kFloat32},
-                  .shape = {num_blocks, block_size, num_kv_heads},
-                  .shape_text = "[num_blocks, block_size, num_kv_heads]"});
+    return check(scale_cache, {.name = scale_name,
+                               .dtypes = {DType::kFloat32},
+                               .shape = {num_blocks, block_size, num_kv_heads},
+                               .shape_text = "[num_blocks, block_size, num_kv_heads]"});
   }
   if (scale_cache.defined()) {
     return invalid_argument(std::string(scale_name) + " is given, but format " + std::string(info.name) +
@@ -140,8 +207,7 @@ Status check_counter(const Tensor& counter, Device device) {
     return invalid_argument(
         "error_counter is given, but on the CPU a bad index is refused before anything is written; leave it out");
   }
-  return check(counter, device,
-               {.name = "error_counter", .dtypes = {DType::kInt64}, .shape = {1}, .shape_text = "[1]"});
+  return check(counter, {.name = "error_counter", .dtypes = {DType::kInt64}, .shape = {1}, .shape_text = "[1]"});
 }
 
 }  // namespace quire::core

@@ -27,6 +27,9 @@ inline bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype
 constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 constexpr std::initializer_list<DType> kFloatsAndFloat8 = {DType::kFloat32, DType::kFloat16, DType::kBFloat16,
                                                            DType::kFloat8E4M3, DType::kFloat8E5M2};
+constexpr std::initializer_list<DType> kAllDTypes = {DType::kFloat32,    DType::kFloat16,    DType::kBFloat16,
+                                                     DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8,
+                                                     DType::kUInt8,      DType::kInt32,      DType::kInt64};
 
 // What an argument must look like. An extent of kAny is not checked.
 constexpr std::int64_t kAny = -1;
@@ -39,7 +42,23 @@ struct Expect {
   bool dense_rows = false;  // last stride 1
 };
 
-Status check(const Tensor& tensor, Device device, const Expect& expect);
+Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> supported);
+
+// A tensor that has passed check_extents.
+Status check(const Tensor& tensor, const Expect& expect);
+
+// What every tensor must be before anything is computed from it, given or not: 0 to kMaxDims dimensions, no negative
+// extent, extents whose product fits 63 bits (where one of them is 0: the product of the others), and strides that
+// reach no element further than 63 bits of bytes. After it neither numel() nor an element's offset overflows.
+Status check_extents(const char* name, const Tensor& tensor);
+
+// An output's elements must lie apart: two of them at one address would be written in any order. A sufficient test,
+// which every slice, transposition and page of a dense array passes: sorted by stride, each dimension steps over all
+// that lies inside it.
+Status check_apart(const char* name, const Tensor& tensor);
+
+// A count that is computed with as an int: `value`, `what` of the tensor `name`.
+Status check_count(const char* name, const Tensor& tensor, const char* what, std::int64_t value, std::int64_t least);
 
 Status check_head_size(const char* name, std::int64_t head_size);
 
@@ -47,14 +66,16 @@ Status check_head_size(const char* name, std::int64_t head_size);
 Status check_packing(const char* name, const format::FormatInfo& info, std::int64_t head_size);
 
 // A scale given as one element, [Hk], or (batch >= 0) [B, Hk].
-Status check_scale(const char* name, const Tensor& scale, Device device, std::int64_t num_kv_heads, std::int64_t batch);
+Status check_scale(const char* name, const Tensor& scale, std::int64_t num_kv_heads, std::int64_t batch);
 
-// The mode's formats for these caches.
+// The mode's formats for caches of these dtypes.
 Result<FormatPair> resolve(ModeId id, const Tensor& key_cache, const Tensor& value_cache);
+
+Status mode_not_built(const ModeInfo& mode);
 
 // One cache tensor [num_blocks, block_size, Hk, row], and its scale cache.
 Status check_cache(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
-                   Device device, const format::FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size,
+                   const format::FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size,
                    std::int64_t num_blocks, std::int64_t block_size);
 
 // error_counter, int64 [1], on CUDA only.

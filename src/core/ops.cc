@@ -7,6 +7,7 @@
 #include <new>
 
 #include "core/dispatch.h"
+#include "core/guard.h"
 #include "core/mode_table.h"
 #include "core/validate.h"
 #include "cpu/cpu.h"
@@ -36,6 +37,7 @@ Result<const QuantKVBackend*> registered_backend(ModeId id) {
   return get_backend(id);
 }
 
+// args without idle strides.
 AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
   AttentionProblem problem;
   problem.device = args.query.device;
@@ -58,36 +60,58 @@ AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionSh
       problem.max_seq_len = std::max<std::int64_t>(problem.max_seq_len, at(args.seq_lens, b));
     }
   } else {
-    problem.max_query_len = args.max_query_len > 0 ? args.max_query_len : shape.num_tokens;
-    problem.max_seq_len = args.max_seq_len > 0 ? args.max_seq_len : shape.max_blocks * shape.block_size;
+    problem.max_query_len =
+        args.max_query_len > 0 ? args.max_query_len : std::min<std::int64_t>(shape.num_tokens, INT32_MAX);
+    problem.max_seq_len = args.max_seq_len > 0 ? args.max_seq_len : shape.max_keys();
   }
   return problem;
+}
+
+std::string mode_name(ModeId id) {
+  const Result<ModeInfo> mode = mode_info(id);
+  return mode ? mode->name : "unknown";
 }
 
 // The call must lie inside the bounds its plan was made for.
 Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
   const AttentionProblem& p = plan.problem;
+  if (plan.query_tile < 1 || plan.split_size < 1 || plan.max_splits < 1) {
+    return invalid_argument("plan has query_tile " + std::to_string(plan.query_tile) + ", split_size " +
+                            std::to_string(plan.split_size) + " and max_splits " + std::to_string(plan.max_splits) +
+                            "; take it from plan_unified_attention");
+  }
+  const auto other = [](const char* name, const std::string& given, const std::string& planned) {
+    return invalid_argument(name + (" is " + given) + ", but the plan was made for " + planned +
+                            "; make a plan for this problem");
+  };
+  if (p.device != actual.device) {
+    return other("device", std::string(device_name(actual.device)), std::string(device_name(p.device)));
+  }
+  if (p.mode != actual.mode) return other("mode", mode_name(actual.mode), mode_name(p.mode));
+  if (p.query_dtype != actual.query_dtype) {
+    return other("query_dtype", std::string(dtype_name(actual.query_dtype)), std::string(dtype_name(p.query_dtype)));
+  }
+  // Other modes say themselves what their caches hold, and take bytes as uint8 too.
+  if (p.cache_dtype != actual.cache_dtype && mode_info(p.mode)->key_format == format::AutoFloat::kName) {
+    return other("cache_dtype", std::string(dtype_name(actual.cache_dtype)), std::string(dtype_name(p.cache_dtype)));
+  }
   const struct {
     const char* name;
     std::int64_t planned, given;
     bool bound;
-  } fields[] = {{"device", static_cast<int>(p.device), static_cast<int>(actual.device), false},
-                {"num_q_heads", p.num_q_heads, actual.num_q_heads, false},
+  } fields[] = {{"num_q_heads", p.num_q_heads, actual.num_q_heads, false},
                 {"num_kv_heads", p.num_kv_heads, actual.num_kv_heads, false},
                 {"head_size", p.head_size, actual.head_size, false},
                 {"head_size_v", p.head_size_v, actual.head_size_v, false},
                 {"block_size", p.block_size, actual.block_size, false},
-                {"mode", static_cast<int>(p.mode), static_cast<int>(actual.mode), false},
-                {"query_dtype", static_cast<int>(p.query_dtype), static_cast<int>(actual.query_dtype), false},
                 {"num_tokens", p.max_num_tokens, actual.max_num_tokens, true},
                 {"batch", p.max_batch, actual.max_batch, true},
                 {"query_len", p.max_query_len, actual.max_query_len, true},
                 {"seq_len", p.max_seq_len, actual.max_seq_len, true}};
   for (const auto& field : fields) {
     if (field.bound ? field.given > field.planned : field.given != field.planned) {
-      return invalid_argument(std::string(field.name) + " is " + std::to_string(field.given) +
-                              ", but the plan was made for " + (field.bound ? "at most " : "") +
-                              std::to_string(field.planned) + "; make a plan for this problem");
+      return other(field.name, std::to_string(field.given),
+                   (field.bound ? "at most " : "") + std::to_string(field.planned));
     }
   }
   if (actual.row_alignment < p.row_alignment) {
@@ -114,124 +138,144 @@ void log(const char* message) {
 }
 
 Status store(const ReshapeAndCacheArgs& args, void* stream) {
-  Result<StoreProblem> problem = validate_store(args);
-  if (!problem) return problem.status();
-  if (args.key.device == Device::kCpu) return cpu::reshape_and_cache(args, *problem);
+  return guarded([&]() -> Status {
+    Result<StoreProblem> problem = validate_store(args);
+    if (!problem) return problem.status();
+    const ReshapeAndCacheArgs call = drop_idle_strides(args);
+    if (call.key.device == Device::kCpu) return cpu::reshape_and_cache(call, *problem);
 #if quire_with_cuda
-  return cuda::reshape_and_cache(args, *problem, stream);
+    return cuda::reshape_and_cache(call, *problem, stream);
 #else
-  (void)stream;
-  return no_cuda();
+    (void)stream;
+    return no_cuda();
 #endif
+  });
 }
 
-Status attend(const UnifiedAttentionArgs& args, const AttentionPlan* plan, void* workspace, std::size_t workspace_bytes,
-              const QuantKVBackend* decoder, void* stream) {
-  Result<AttentionShape> shape = validate_attention(args, decoder != nullptr);
-  if (!shape) return shape.status();
-  AttentionProblem problem = problem_for(args, *shape);
-  AttentionPlan own_plan;
-  if (plan == nullptr) {
-    Result<AttentionPlan> made = plan_unified_attention(problem);
-    if (!made) return made.status();
-    own_plan = *std::move(made);
-  } else {
-    if (args.query.device == Device::kCuda) {  // the device holds the lengths; the plan's bounds are what is known
-      if (args.max_query_len == 0) problem.max_query_len = plan->problem.max_query_len;
-      if (args.max_seq_len == 0) problem.max_seq_len = plan->problem.max_seq_len;
-    }
-    if (Status status = check_plan(*plan, problem); !status) return status;
-    if (plan->workspace_bytes > 0 && (workspace == nullptr || workspace_bytes < plan->workspace_bytes)) {
-      return invalid_argument("workspace has " + std::to_string(workspace == nullptr ? 0 : workspace_bytes) +
-                              " bytes; the plan needs " + std::to_string(plan->workspace_bytes));
-    }
-    if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0)
-      return invalid_argument("workspace is not aligned to 16 bytes");
-  }
-  if (args.query.device == Device::kCpu) {
-    std::unique_ptr<std::byte[]> own_workspace;
-    if (plan == nullptr && own_plan.workspace_bytes > 0) {
-      own_workspace.reset(new (std::nothrow) std::byte[own_plan.workspace_bytes]);
-      if (own_workspace == nullptr) {
-        return internal_error("no memory for a workspace of " + std::to_string(own_plan.workspace_bytes) + " bytes");
+Status attend(const UnifiedAttentionArgs& given, const AttentionPlan* plan, void* workspace,
+              std::size_t workspace_bytes, const QuantKVBackend* decoder, void* stream) {
+  return guarded([&]() -> Status {
+    Result<AttentionShape> shape = validate_attention(given, decoder != nullptr);
+    if (!shape) return shape.status();
+    const UnifiedAttentionArgs args = drop_idle_strides(given);
+    AttentionProblem problem = problem_for(args, *shape);
+    AttentionPlan own_plan;
+    if (plan == nullptr) {
+      Result<AttentionPlan> made = plan_unified_attention(problem);
+      if (!made) return made.status();
+      own_plan = *std::move(made);
+    } else {
+      if (args.query.device == Device::kCuda) {  // the device holds the lengths; the plan's bounds are what is known
+        if (args.max_query_len == 0) problem.max_query_len = plan->problem.max_query_len;
+        if (args.max_seq_len == 0) problem.max_seq_len = plan->problem.max_seq_len;
       }
-      workspace = own_workspace.get();
+      if (Status status = check_plan(*plan, problem); !status) return status;
+      if (plan->workspace_bytes > 0 && (workspace == nullptr || workspace_bytes < plan->workspace_bytes)) {
+        return invalid_argument("workspace has " + std::to_string(workspace == nullptr ? 0 : workspace_bytes) +
+                                " bytes; the plan needs " + std::to_string(plan->workspace_bytes));
+      }
+      if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0)
+        return invalid_argument("workspace is not aligned to 16 bytes");
     }
-    return cpu::run(plan == nullptr ? own_plan : *plan, args, *shape, decoder, workspace);
-  }
+    if (args.query.device == Device::kCpu) {
+      std::unique_ptr<std::byte[]> own_workspace;
+      if (plan == nullptr && own_plan.workspace_bytes > 0) {
+        own_workspace.reset(new (std::nothrow) std::byte[own_plan.workspace_bytes]);
+        if (own_workspace == nullptr) {
+          return internal_error("no memory for a workspace of " + std::to_string(own_plan.workspace_bytes) + " bytes");
+        }
+        workspace = own_workspace.get();
+      }
+      return cpu::run(plan == nullptr ? own_plan : *plan, args, *shape, decoder, workspace);
+    }
 #if quire_with_cuda
-  if (decoder != nullptr) {
-    return unsupported(
-        "decode_row runs on the CPU; on cuda a registered mode must name a read_format or override unified_attention");
-  }
-  return plan == nullptr ? cuda::unified_attention_alloc(own_plan, args, *shape, stream)
-                         : cuda::run(*plan, args, *shape, workspace, stream);
+    if (decoder != nullptr) {
+      return unsupported(
+          "decode_row runs on the CPU; on cuda a registered mode must name a read_format or override "
+          "unified_attention");
+    }
+    return plan == nullptr ? cuda::unified_attention_alloc(own_plan, args, *shape, stream)
+                           : cuda::run(*plan, args, *shape, workspace, stream);
 #else
-  (void)stream;
-  return no_cuda();
+    (void)stream;
+    return no_cuda();
 #endif
+  });
 }
 
 }  // namespace core
 
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) {
-  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
-  if (!backend) return backend.status();
-  return *backend != nullptr ? (*backend)->reshape_and_cache(args, stream) : core::store(args, stream);
+  return core::guarded([&]() -> Status {
+    const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+    if (!backend) return backend.status();
+    return *backend != nullptr ? (*backend)->reshape_and_cache(args, stream) : core::store(args, stream);
+  });
 }
 
 Status unified_attention(const UnifiedAttentionArgs& args, void* stream) {
-  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
-  if (!backend) return backend.status();
-  if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
-  return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
+  return core::guarded([&]() -> Status {
+    const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+    if (!backend) return backend.status();
+    if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
+    return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
+  });
 }
 
 Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
                              std::size_t workspace_bytes, void* stream) {
-  const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
-  if (!backend) return backend.status();
-  // A registered mode's backend plans for itself.
-  if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
-  return core::attend(args, &plan, workspace, workspace_bytes, nullptr, stream);
+  return core::guarded([&]() -> Status {
+    const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+    if (!backend) return backend.status();
+    // A registered mode's backend plans for itself.
+    if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
+    return core::attend(args, &plan, workspace, workspace_bytes, nullptr, stream);
+  });
 }
 
 Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args) {
-  const Result<ModeInfo> mode = mode_info(args.mode);
-  if (!mode) return mode.status();
-  Result<AttentionShape> shape = core::validate_attention(args, mode->registered);
-  if (!shape) return shape.status();
-  return problem_for(args, *shape);
+  return core::guarded([&]() -> Result<AttentionProblem> {
+    const Result<ModeInfo> mode = mode_info(args.mode);
+    if (!mode) return mode.status();
+    Result<AttentionShape> shape = core::validate_attention(args, mode->registered);
+    if (!shape) return shape.status();
+    return problem_for(core::drop_idle_strides(args), *shape);
+  });
 }
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
-  if (Status status = core::validate_merge(args); !status) return status;
-  if (args.prefix_out.device == Device::kCpu) {
-    cpu::merge_attn_states(args);
-    return {};
-  }
+  return core::guarded([&]() -> Status {
+    if (Status status = core::validate_merge(args); !status) return status;
+    const MergeAttnStatesArgs call = core::drop_idle_strides(args);
+    if (call.prefix_out.device == Device::kCpu) {
+      cpu::merge_attn_states(call);
+      return {};
+    }
 #if quire_with_cuda
-  return cuda::merge_attn_states(args, stream);
+    return cuda::merge_attn_states(call, stream);
 #else
-  (void)stream;
-  return core::no_cuda();
+    (void)stream;
+    return core::no_cuda();
 #endif
+  });
 }
 
 Status reshape_and_cache_infer_mode(ReshapeAndCacheArgs args, void* stream) {
-  core::log("quire: reshape_and_cache without a mode is deprecated; name the mode");
-  const char* name = nullptr;
-  if (args.key_cache.dtype == DType::kFloat8E4M3) name = "fp8_per_token_head";
-  if (args.key_cache.dtype == DType::kInt8) name = "int8_per_token_head";
-  if (name == nullptr) {
-    return invalid_argument(
-        "key_cache is " + std::string(dtype_name(args.key_cache.dtype)) +
-        "; without a mode only float8_e4m3fn (fp8_per_token_head) and int8 (int8_per_token_head) can be told apart");
-  }
-  const Result<ModeId> mode = parse_kv_cache_dtype(name);
-  if (!mode) return mode.status();
-  args.mode = *mode;
-  return reshape_and_cache(args, stream);
+  return core::guarded([&]() -> Status {
+    core::log("quire: reshape_and_cache without a mode is deprecated; name the mode");
+    const char* name = nullptr;
+    if (args.key_cache.dtype == DType::kFloat8E4M3) name = "fp8_per_token_head";
+    if (args.key_cache.dtype == DType::kInt8) name = "int8_per_token_head";
+    if (name == nullptr) {
+      return invalid_argument(
+          "key_cache is " + std::string(dtype_name(args.key_cache.dtype)) +
+          "; without a mode only float8_e4m3fn (fp8_per_token_head) and int8 (int8_per_token_head) can be told apart");
+    }
+    const Result<ModeId> mode = parse_kv_cache_dtype(name);
+    if (!mode) return mode.status();
+    args.mode = *mode;
+    return reshape_and_cache(args, stream);
+  });
 }
 
 }  // namespace quire

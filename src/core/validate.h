@@ -4,9 +4,16 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "core/checks.h"
 #include "quire/ops.h"
 
 namespace quire::core {
+
+// The arguments with stride 0 in every dimension of extent 0 or 1. Such a stride enters no address and may hold
+// anything, so the devices, which scale and align by strides, get calls without them.
+ReshapeAndCacheArgs drop_idle_strides(const ReshapeAndCacheArgs& args);
+UnifiedAttentionArgs drop_idle_strides(const UnifiedAttentionArgs& args);
+MergeAttnStatesArgs drop_idle_strides(const MergeAttnStatesArgs& args);
 
 Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args);
 

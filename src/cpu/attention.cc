@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "attention/mask.h"
@@ -154,26 +155,30 @@ struct QueryTile {
   int num_splits = 0;
 };
 
-// One thread's memory.
+// One thread's memory. It is made inside a parallel region, which no exception may leave: without memory, the pointer
+// is null and nothing else may be looked at.
 struct Scratch {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
   std::unique_ptr<float, Free> memory;
-  float* q;           // [rows, k_stride]
-  float* acc;         // [rows, v_stride], of the split at hand
-  float* total;       // [rows, v_stride], folded
-  float* scores;      // [rows, kKeyTile]
-  float* q_sum;       // [rows]
-  float* offset_sum;  // [rows], sum p * offset of the split at hand
-  std::vector<SoftmaxState> state, total_state;
+  float* q;                   // [rows, k_stride]
+  float* acc;                 // [rows, v_stride], of the split at hand
+  float* total;               // [rows, v_stride], folded
+  float* scores;              // [rows, kKeyTile]
+  float* q_sum;               // [rows]
+  float* offset_sum;          // [rows], sum p * offset of the split at hand
+  SoftmaxState* state;        // [rows], of the split at hand
+  SoftmaxState* total_state;  // [rows], folded
   LevelTile k_tile, v_tile;
 
-  Scratch(int rows, int k_stride, int v_stride) : state(rows), total_state(rows) {
-    const auto row_floats = static_cast<std::size_t>(k_stride + 2 * v_stride + kKeyTile + 2);
+  Scratch(int rows, int k_stride, int v_stride) {
+    static_assert(sizeof(SoftmaxState) == 2 * sizeof(float));
+    const auto row_floats = static_cast<std::size_t>(k_stride + 2 * v_stride + kKeyTile + 2 + 4);
     const std::size_t floats =
         static_cast<std::size_t>(rows) * row_floats + static_cast<std::size_t>(kKeyTile) * (k_stride + v_stride);
     memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+    if (memory == nullptr) return;
     float* next = memory.get();
     const auto take = [&](std::int64_t count) { return std::exchange(next, next + count); };
     k_tile.levels = take(static_cast<std::int64_t>(kKeyTile) * k_stride);
@@ -186,6 +191,13 @@ struct Scratch {
     scores = take(static_cast<std::int64_t>(rows) * kKeyTile);
     q_sum = take(rows);
     offset_sum = take(rows);
+    const auto take_states = [&] {
+      auto* states = reinterpret_cast<SoftmaxState*>(take(std::int64_t{2} * rows));
+      std::uninitialized_fill_n(states, rows, SoftmaxState{});
+      return states;
+    };
+    state = take_states();
+    total_state = take_states();
   }
 };
 
@@ -287,7 +299,7 @@ void attend_split(const Call& call, const QueryTile& tile, const SequenceMask& s
   const int num_rows = tile.num_tokens * rows.group;
   std::fill_n(scratch.acc, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
   std::fill_n(scratch.offset_sum, num_rows, 0.0F);
-  std::fill_n(scratch.state.begin(), num_rows, SoftmaxState{});
+  std::fill_n(scratch.state, num_rows, SoftmaxState{});
 
   // Tiles start at multiples of kKeyTile, so a row's arithmetic does not depend on where its tile's range begins.
   for (std::int64_t aligned = begin / kKeyTile * kKeyTile; aligned < end; aligned += kKeyTile) {
@@ -401,7 +413,7 @@ void attend_all_splits(const Call& call, const QueryTile& tile, int kv_head, Scr
   const int num_rows = tile.num_tokens * rows.group;
   const SequenceMask sequence = call.sequence(tile.batch);
   std::fill_n(scratch.total, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
-  std::fill_n(scratch.total_state.begin(), num_rows, SoftmaxState{});
+  std::fill_n(scratch.total_state, num_rows, SoftmaxState{});
   if (tile.num_splits > 0) load_queries(call, tile, rows, scratch);
   for (int s = 0; s < tile.num_splits; ++s) {
     const auto [begin, end] = split_keys(call, tile, s);
@@ -446,10 +458,8 @@ void fold_partials(const Call& call, const QueryTile& tile, int kv_head, const P
   }
 }
 
-std::int64_t num_partials(const AttentionProblem& problem, std::int64_t max_splits) {
-  const std::int64_t tokens = std::min(problem.max_num_tokens, problem.max_batch * kParallelSplitTokens);
-  return max_splits > 1 ? tokens * problem.num_q_heads * max_splits : 0;
-}
+// A partial result is acc [v_stride], max, sum.
+std::int64_t partial_floats(int head_size_v) { return padded(head_size_v) + 2; }
 
 // A block id that would be read but does not exist, before anything is written.
 Status check_blocks(const Call& call, const std::vector<QueryTile>& tiles) {
@@ -460,8 +470,9 @@ Status check_blocks(const Call& call, const std::vector<QueryTile>& tiles) {
       const int id = call.block_of(tile.batch, static_cast<std::int64_t>(block) * size);
       if (id < 0 || id >= call.shape.num_blocks) {
         return out_of_range("block_table[" + std::to_string(tile.batch) + ", " + std::to_string(block) + "] is " +
-                            std::to_string(id) + "; the cache has blocks 0 to " +
-                            std::to_string(call.shape.num_blocks - 1));
+                            std::to_string(id) + "; the cache has " +
+                            (call.shape.num_blocks > 0 ? "blocks 0 to " + std::to_string(call.shape.num_blocks - 1)
+                                                       : std::string("no blocks")));
       }
     }
   }
@@ -470,7 +481,7 @@ Status check_blocks(const Call& call, const std::vector<QueryTile>& tiles) {
 
 }  // namespace
 
-AttentionPlan plan(const AttentionProblem& problem) {
+Result<AttentionPlan> plan(const AttentionProblem& problem) {
   AttentionPlan plan;
   plan.problem = problem;
   plan.kernel = std::string("cpu_tiles/") + kernels().target;
@@ -481,8 +492,18 @@ AttentionPlan plan(const AttentionProblem& problem) {
     plan.split_size = std::max<std::int64_t>(1, (keys + kKeyTile - 1) / kKeyTile) * kKeyTile;
   }
   plan.max_splits = std::max<std::int64_t>(1, (problem.max_seq_len + plan.split_size - 1) / plan.split_size);
-  plan.workspace_bytes = static_cast<std::size_t>(num_partials(problem, plan.max_splits)) *
-                         static_cast<std::size_t>(padded(problem.head_size_v) + 2) * sizeof(float);
+  if (plan.max_splits > 1) {
+    const std::int64_t tokens = std::min(problem.max_num_tokens, problem.max_batch * kParallelSplitTokens);
+    const std::optional<std::int64_t> bytes = checked_product(
+        {tokens, problem.num_q_heads, plan.max_splits, partial_floats(problem.head_size_v), sizeof(float)});
+    if (!bytes) {
+      return invalid_argument("max_num_tokens " + std::to_string(problem.max_num_tokens) + " and max_batch " +
+                              std::to_string(problem.max_batch) + " with " + std::to_string(problem.num_q_heads) +
+                              " query heads and max_seq_len " + std::to_string(problem.max_seq_len) +
+                              " need a workspace of 2^63 bytes or more; plan for smaller bounds");
+    }
+    plan.workspace_bytes = static_cast<std::size_t>(*bytes);
+  }
   return plan;
 }
 
@@ -508,7 +529,7 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   for (int b = 0; b < shape.batch; ++b) {
     const SequenceMask sequence = call.sequence(b);
     const int query_len = sequence.seq_len - sequence.context_len;
-    for (int row = 0; row < query_len; row += plan.query_tile) {
+    for (int row = 0; row < query_len; row += std::min(plan.query_tile, query_len - row)) {
       QueryTile tile{
           .batch = b, .first_row = row, .num_tokens = std::min(plan.query_tile, query_len - row), .range = {}};
       const int first = sequence.context_len + row;
@@ -525,6 +546,12 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
     }
   }
   if (Status status = check_blocks(call, tiles); !status.ok()) return status;
+  const auto partial_bytes = static_cast<std::size_t>(partial_rows * partial_floats(shape.head_size_v)) * sizeof(float);
+  if (partial_bytes > plan.workspace_bytes) {
+    return invalid_argument("plan.workspace_bytes is " + std::to_string(plan.workspace_bytes) +
+                            ", but this call needs " + std::to_string(partial_bytes) +
+                            "; take plans from plan_unified_attention");
+  }
 
   // A task is one KV head of a tile, or one split of it.
   struct Task {
@@ -544,13 +571,19 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
       }
     }
   }
-  const Partials partials{static_cast<float*>(workspace), call.v_stride + 2};
+  const Partials partials{static_cast<float*>(workspace), partial_floats(shape.head_size_v)};
   const int max_rows = plan.query_tile * shape.group_size();
+  // All threads have their memory before one of them writes to an output.
+  std::atomic<bool> no_memory{false};
 #pragma omp parallel
   {
     Scratch scratch(max_rows, call.k_stride, call.v_stride);
+    if (scratch.memory == nullptr) no_memory = true;
+#pragma omp barrier
+    const std::size_t num_tasks = no_memory ? 0 : tasks.size();
+    const std::size_t num_folds = no_memory ? 0 : folds.size();
 #pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < tasks.size(); ++i) {
+    for (std::size_t i = 0; i < num_tasks; ++i) {
       const Task& task = tasks[i];
       if (task.split < 0) {
         attend_all_splits(call, tiles[task.tile], task.kv_head, scratch);
@@ -559,9 +592,13 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
       }
     }
 #pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < folds.size(); ++i) {
+    for (std::size_t i = 0; i < num_folds; ++i) {
       fold_partials(call, tiles[folds[i].tile], folds[i].kv_head, partials, scratch);
     }
+  }
+  if (no_memory) {
+    return internal_error("no memory for the scratch of a thread, " + std::to_string(max_rows) +
+                          " rows of queries, logits and results");
   }
   return {};
 }

@@ -13,7 +13,7 @@ namespace quire::cpu {
 // Threads share the work by slot, so two tokens of one call that name the same slot never interleave.
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem);
 
-AttentionPlan plan(const AttentionProblem& problem);
+Result<AttentionPlan> plan(const AttentionProblem& problem);
 
 // Reads rows through the formats of `shape`, or, where they are not known, through `backend`'s decode_row.
 Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,

@@ -11,6 +11,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -368,12 +369,32 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
   constexpr std::int64_t kMaxSplits = 1024;
   constexpr std::int64_t kSplitMultiple = 128;  // of every kernel's key tile
 
+  // What one grid cannot hold is refused, the rows before anything is computed from them: the rest then fits 63 bits.
+  constexpr std::int64_t kMaxGridX = std::numeric_limits<std::int32_t>::max();
+  constexpr std::int64_t kMaxGridYZ = 65535;
+  const auto too_many = [](const std::string& what, std::int64_t most) {
+    return unsupported(what + "; one CUDA grid takes at most " + std::to_string(most));
+  };
+  const std::optional<std::int64_t> rows = checked_product({problem.max_num_tokens, problem.num_q_heads});
+  if (!rows || *rows > kMaxGridX) {
+    return too_many("max_num_tokens " + std::to_string(problem.max_num_tokens) + " times num_q_heads " +
+                        std::to_string(problem.num_q_heads) + " is the number of rows",
+                    kMaxGridX);
+  }
+  if (problem.num_kv_heads > kMaxGridYZ) {
+    return too_many("num_kv_heads is " + std::to_string(problem.num_kv_heads), kMaxGridYZ);
+  }
+
   AttentionPlan plan;
   plan.problem = problem;
   const auto [key, value] = formats_of(problem);
   const TensorEntry* tensor = find_tensor_kernels(problem, key, value);
   const bool uses_sm90 = tensor != nullptr && tensor->max_head_size <= kMaxHeadSm90 && runs_sm90_kernels();
   const Tiles tiles = count_tiles(problem, problem.max_num_tokens, problem.max_batch, tensor);
+  if (const std::int64_t most = std::max({tiles.few, tiles.many, tiles.any}); most > kMaxGridX) {
+    return too_many("max_batch " + std::to_string(problem.max_batch) + " makes " + std::to_string(most) + " row tiles",
+                    kMaxGridX);
+  }
   const std::int64_t group_size = problem.num_q_heads / problem.num_kv_heads;
   if (tensor == nullptr) {
     plan.kernel = "cuda/attend_split (16 rows x 32 keys, fp32)";
@@ -404,17 +425,13 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     plan.split_size = ceil_div(ceil_div(max_keys, splits), kSplitMultiple) * kSplitMultiple;
   }
   plan.max_splits = ceil_div(max_keys, plan.split_size);
-  constexpr std::int64_t kMaxGridX = std::numeric_limits<std::int32_t>::max();
-  constexpr std::int64_t kMaxGridYZ = 65535;
-  const std::int64_t rows = problem.max_num_tokens * problem.num_q_heads;
-  if (plan.max_splits > kMaxGridYZ || problem.num_kv_heads > kMaxGridYZ || blocks > kMaxGridX || rows > kMaxGridX) {
-    return unsupported("max_num_tokens " + std::to_string(problem.max_num_tokens) + " with " +
-                       std::to_string(problem.num_q_heads) + " query heads and max_seq_len " +
-                       std::to_string(problem.max_seq_len) + " do not fit one CUDA grid (2^31 rows, " +
-                       std::to_string(kMaxGridYZ) + " KV heads, " + std::to_string(kMaxGridYZ) + " splits)");
+  if (plan.max_splits > kMaxGridYZ) {
+    return too_many("max_seq_len " + std::to_string(problem.max_seq_len) + " in splits of " +
+                        std::to_string(plan.split_size) + " keys makes " + std::to_string(plan.max_splits) + " splits",
+                    kMaxGridYZ);
   }
   if (plan.max_splits > 1) {
-    plan.workspace_bytes = static_cast<std::size_t>(rows) * static_cast<std::size_t>(plan.max_splits) *
+    plan.workspace_bytes = static_cast<std::size_t>(*rows) * static_cast<std::size_t>(plan.max_splits) *
                            (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(problem.head_size_v));
   }
   return plan;
@@ -466,6 +483,11 @@ Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
   params.num_rows = args.out.shape[0] * args.out.shape[1];
   params.head_size_v = static_cast<int>(args.out.shape[2]);
   if (params.num_rows == 0) return {};
+  constexpr std::int64_t kMaxRows = std::int64_t{std::numeric_limits<std::int32_t>::max()} * kWarps;
+  if (params.num_rows > kMaxRows) {
+    return unsupported("prefix_out is " + to_string(args.prefix_out) + "; one CUDA call merges at most " +
+                       std::to_string(kMaxRows) + " rows");
+  }
   const auto blocks = static_cast<unsigned>(ceil_div(params.num_rows, kWarps));
   merge_states<<<blocks, kAttentionThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
   return cuda_status(cudaGetLastError(), "merge_attn_states");

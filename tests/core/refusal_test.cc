@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device_memory.h"
+#include "format/build_config.h"
 #include "support/problem.h"
 
 namespace quire::testing {
@@ -54,6 +56,10 @@ struct BadStore {
 };
 
 constexpr StatusCode kInvalid = StatusCode::kInvalidArgument;
+constexpr std::int64_t kHuge = std::int64_t{1} << 62;
+constexpr std::int64_t kMostInt64 = std::numeric_limits<std::int64_t>::max();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 const BadStore kBadStores[] = {
     {"int4_per_token_head", StatusCode::kNotFound, "mode id -5",
@@ -103,7 +109,53 @@ const BadStore kBadStores[] = {
     {"int4_per_token_head", kInvalid, "key is a null pointer", [](StoreCall& c) { c.args.key.data = nullptr; }},
     {"int4_per_token_head", kInvalid, "key is not aligned",
      [](StoreCall& c) { c.args.key.data = c.args.key.ptr<std::uint8_t>() + 1; }},
-    {"int4_per_token_head", kInvalid, "value is on cuda", [](StoreCall& c) { c.args.value.device = Device::kCuda; }},
+    {"int4_per_token_head", kInvalid, "value is on cuda, but key is on cpu",
+     [](StoreCall& c) { c.args.value.device = Device::kCuda; }},
+    {"int4_per_token_head", kInvalid, "value is on cpu, but key is on cuda",
+     [](StoreCall& c) { c.args.key.device = Device::kCuda; }},
+    {"int4_per_token_head", kInvalid, "key is on an unknown device",
+     [](StoreCall& c) { c.args.key.device = static_cast<Device>(7); }},
+    {"int4_per_token_head", kInvalid, "key is unknown; supported",
+     [](StoreCall& c) { c.args.key.dtype = static_cast<DType>(77); }},
+    // Extents whose product wraps to 0 make no empty tensor.
+    {"int4_per_token_head", kInvalid, "key is [4611686018427387904, 2, 64] float32; the product of its extents",
+     [](StoreCall& c) {
+       c.args.key.shape[0] = c.args.value.shape[0] = kHuge;
+       c.args.key.data = c.args.value.data = nullptr;
+     }},
+    {"int4_per_token_head", kInvalid, "key_cache is [4611686018427387904",
+     [](StoreCall& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache}) {
+         cache->shape[0] = kHuge;
+         cache->data = nullptr;
+       }
+     }},
+    {"int4_per_token_head", kInvalid, "stride 9223372036854775807 in dimension 0",
+     [](StoreCall& c) { c.args.key.strides[0] = kMostInt64; }},
+    {"int4_per_token_head", kInvalid, "with stride -9223372036854775808 in dimension 1",
+     [](StoreCall& c) { c.args.value_cache.strides[1] = std::numeric_limits<std::int64_t>::min(); }},
+    {"int4_per_token_head", kInvalid, "num_kv_heads must be between 0 and 2147483647",
+     [](StoreCall& c) {
+       c.args.key.shape[1] = c.args.value.shape[1] = std::int64_t{1} << 32;
+       c.args.key.strides[1] = c.args.value.strides[1] = 0;
+     }},
+    {"int4_per_token_head", kInvalid, "key_cache is [8, 0, 2, 32] uint8; block_size must be between 1 and 2147483647",
+     [](StoreCall& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache})
+         cache->shape[1] = 0;
+       c.slots.fill_integers({-1, -1, -1, -1, -1, -1});
+     }},
+    {"int4_per_token_head", StatusCode::kOutOfRange, "the cache has 0 blocks of 16, no slots",
+     [](StoreCall& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache})
+         cache->shape[0] = 0;
+     }},
+    // What is written must not overlap itself.
+    {"int4_per_token_head", kInvalid, "key_cache is [8, 16, 2, 32] uint8 with strides [0, 64, 32, 1]",
+     [](StoreCall& c) { c.args.key_cache.strides[0] = 0; }},
+    {"int4_per_token_head", kInvalid, "value_cache is", [](StoreCall& c) { c.args.value_cache.strides[1] = 95; }},
+    {"int4_per_token_head", kInvalid, "k_scale_cache is", [](StoreCall& c) { c.args.k_scale_cache.strides[2] = 0; }},
+    {"int4_per_token_head", kInvalid, "v_scale_cache is", [](StoreCall& c) { c.args.v_scale_cache.strides[1] = 1; }},
     {"int4_per_token_head", kInvalid, "slot_mapping has 7 entries",
      [](StoreCall& c) { c.args.slot_mapping.shape[0] = 7; }},
     {"int4_per_token_head", StatusCode::kOutOfRange, "slot_mapping[4] is 128",
@@ -118,6 +170,15 @@ const BadStore kBadStores[] = {
      }},
     {"fp8", kInvalid, "v_scale is float16",
      [](StoreCall& c) { c.args.v_scale = Tensor::contiguous(c.scale.view.data, DType::kFloat16, {1}); }},
+    {"fp8", kInvalid, "k_scale is not aligned",
+     [](StoreCall& c) {
+       c.args.k_scale = Tensor::contiguous(c.scale.view.ptr<std::uint8_t>() + 2, DType::kFloat32, {1});
+     }},
+    {"fp8", kInvalid, "k_scale has -1 dimensions",
+     [](StoreCall& c) {
+       c.args.k_scale = c.scale.view;
+       c.args.k_scale.ndim = -1;
+     }},
     {"int4_per_token_head", kInvalid, "error_counter is given",
      [](StoreCall& c) { c.args.error_counter = Tensor::contiguous(c.slots.view.data, DType::kInt64, {1}); }},
     // The head-major layout is for formats of one element per unit without metadata.
@@ -221,6 +282,93 @@ const BadRead kBadReads[] = {
      [](AttentionCase& c) { c.args.query.data = c.args.query.ptr<std::uint8_t>() + 2; }},
     {"int4_per_token_head", kInvalid, "seq_lens is on cuda",
      [](AttentionCase& c) { c.args.seq_lens.device = Device::kCuda; }},
+    {"int4_per_token_head", kInvalid, "out is on cpu, but query is on cuda",
+     [](AttentionCase& c) { c.args.query.device = Device::kCuda; }},
+    {"int4_per_token_head", kInvalid, "query is [4611686018427387904, 4, 64] float32; the product of its extents",
+     [](AttentionCase& c) {
+       c.args.query.shape[0] = c.args.out.shape[0] = kHuge;
+       c.args.query.data = c.args.out.data = nullptr;
+     }},
+    {"int4_per_token_head", kInvalid, "key_cache is [4611686018427387904",
+     [](AttentionCase& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache}) {
+         cache->shape[0] = kHuge;
+         cache->data = nullptr;
+       }
+     }},
+    {"int4_per_token_head", kInvalid, "out is", [](AttentionCase& c) { c.args.out.strides[0] = kMostInt64; }},
+    {"int4_per_token_head", kInvalid, "num_q_heads must be between 0 and 2147483647",
+     [](AttentionCase& c) {
+       c.args.query.shape[1] = c.args.out.shape[1] = (std::int64_t{1} << 32) + 4;
+       c.args.query.strides[1] = 0;
+       c.args.out.strides[0] = std::int64_t{1} << 40;
+     }},
+    {"int4_per_token_head", kInvalid, "batch must be between 0 and 2147483647",
+     [](AttentionCase& c) {
+       c.args.cu_seqlens_q.shape[0] = (std::int64_t{1} << 32) + 1;
+       c.args.seq_lens.shape[0] = c.args.block_table.shape[0] = std::int64_t{1} << 32;
+     }},
+    {"int4_per_token_head", kInvalid, "block_size must be between 1 and 2147483647",
+     [](AttentionCase& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache})
+         cache->shape[1] = std::int64_t{1} << 31;
+     }},
+    {"int4_per_token_head", kInvalid, "num_kv_heads must be between 1 and 2147483647",
+     [](AttentionCase& c) { c.args.key_cache.shape[2] = (std::int64_t{1} << 32) + 2; }},
+    {"int4_per_token_head", kInvalid, "num_ranges must be between 0 and 2147483647",
+     [](AttentionCase& c) {
+       c.args.mm_prefix_range = Tensor::contiguous(c.query.view.data, DType::kInt32, {3, std::int64_t{1} << 32, 2});
+     }},
+    {"int4_per_token_head", StatusCode::kOutOfRange, "the cache has no blocks",
+     [](AttentionCase& c) {
+       for (Tensor* cache : {&c.args.key_cache, &c.args.value_cache, &c.args.k_scale_cache, &c.args.v_scale_cache})
+         cache->shape[0] = 0;
+     }},
+    {"int4_per_token_head", StatusCode::kOutOfRange,
+     "block_table holds 9223372036854775807 blocks of 16 per sequence, 0 to 2147483647 keys",
+     [](AttentionCase& c) {
+       c.args.cu_seqlens_q.shape[0] = 2;
+       c.args.seq_lens.shape[0] = 1;
+       c.args.block_table.shape[0] = 1;
+       c.args.block_table.shape[1] = kMostInt64;
+       c.args.block_table.strides[1] = 0;
+       first<std::int32_t>(c.seq_lens) = -1;
+     }},
+    {"int4_per_token_head", kInvalid, "out is [18, 4, 64] float32 with strides [0, 68, 1]",
+     [](AttentionCase& c) { c.args.out.strides[0] = 0; }},
+    {"int4_per_token_head", kInvalid, "where elements overlap", [](AttentionCase& c) { c.args.out.strides[1] = 63; }},
+    {"int4_per_token_head", kInvalid, "lse is", [](AttentionCase& c) { c.args.lse.strides[1] = 0; }},
+    {"int4_per_token_head", kInvalid, "softmax_scale is nan", [](AttentionCase& c) { c.args.softmax_scale = kNan; }},
+    {"int4_per_token_head", kInvalid, "softmax_scale is -inf", [](AttentionCase& c) { c.args.softmax_scale = -kInf; }},
+    {"int4_per_token_head", kInvalid, "softcap is inf", [](AttentionCase& c) { c.args.softcap = kInf; }},
+    {"int4_per_token_head", kInvalid, "sinks[2] is inf",
+     [](AttentionCase& c) {
+       c.sinks = OwnedTensor(DType::kFloat32, {4});
+       c.sinks.fill({-kInf, 0, kInf, 0});
+       c.args.sinks = c.sinks.view;
+     }},
+    {"int4_per_token_head", kInvalid, "sinks[3] is nan",
+     [](AttentionCase& c) {
+       c.sinks = OwnedTensor(DType::kFloat32, {4});
+       c.sinks.fill({0, 0, 0, kNan});
+       c.args.sinks = c.sinks.view;
+     }},
+    {"int4_per_token_head", kInvalid, "chunk_lookback is 2147483647 with sliding_window 2147483647",
+     [](AttentionCase& c) { c.args.chunk_lookback = c.args.sliding_window = std::numeric_limits<int>::max(); }},
+    {"int4_per_token_head", kInvalid, "v_scale is not aligned",
+     [](AttentionCase& c) {
+       c.args.v_scale = Tensor::contiguous(c.seq_lens.view.ptr<std::uint8_t>() + 2, DType::kFloat32, {1});
+     }},
+    {"int4_per_token_head", kInvalid, "k_scale has -1 dimensions",
+     [](AttentionCase& c) {
+       c.args.k_scale = Tensor::contiguous(c.seq_lens.view.data, DType::kFloat32, {1});
+       c.args.k_scale.ndim = -1;
+     }},
+    {"int4_per_token_head", kInvalid, "output_scale is not aligned",
+     [](AttentionCase& c) {
+       c.args.out.dtype = DType::kFloat8E4M3;
+       c.args.output_scale = Tensor::contiguous(c.seq_lens.view.ptr<std::uint8_t>() + 1, DType::kFloat32, {1});
+     }},
     {"int4_per_token_head", kInvalid, "sliding_window is 0", [](AttentionCase& c) { c.args.sliding_window = 0; }},
     {"int4_per_token_head", kInvalid, "sliding_window is -2", [](AttentionCase& c) { c.args.sliding_window = -2; }},
     {"int4_per_token_head", kInvalid, "chunk_lookback is 1 with sliding_window -1",
@@ -336,7 +484,35 @@ TEST(Refusals, BadProblems) {
       {"max_query_len is -4", [](AttentionProblem& p) { p.max_query_len = -4; }},
       {"max_seq_len is -1", [](AttentionProblem& p) { p.max_seq_len = -1; }},
       {"num_splits is -1", [](AttentionProblem& p) { p.num_splits = -1; }},
+      {"max_seq_len is 9223372036854775807; supported: 0 to 2147483647",
+       [](AttentionProblem& p) { p.max_seq_len = kMostInt64; }},
+      {"max_query_len is 2147483648", [](AttentionProblem& p) { p.max_query_len = std::int64_t{1} << 31; }},
+      {"max_batch is 1152921504606846976", [](AttentionProblem& p) { p.max_batch = std::int64_t{1} << 60; }},
+      {"workspace of 2^63 bytes",
+       [](AttentionProblem& p) {
+         p.num_q_heads = std::numeric_limits<int>::max();
+         p.num_kv_heads = 1;
+         p.max_num_tokens = kMostInt64;
+         p.max_batch = p.max_seq_len = std::numeric_limits<int>::max();
+       }},
+      {"row_alignment is 0; supported: 1, 2, 4, 8 and 16", [](AttentionProblem& p) { p.row_alignment = 0; }},
+      {"row_alignment is 3", [](AttentionProblem& p) { p.row_alignment = 3; }},
+      {"row_alignment is 24", [](AttentionProblem& p) { p.row_alignment = 24; }},
+      {"row_alignment is 1024", [](AttentionProblem& p) { p.row_alignment = 1024; }},
+      {"row_alignment is -2147483648", [](AttentionProblem& p) { p.row_alignment = std::numeric_limits<int>::min(); }},
+      {"query_dtype is int64", [](AttentionProblem& p) { p.query_dtype = DType::kInt64; }},
+      {"query_dtype is unknown", [](AttentionProblem& p) { p.query_dtype = static_cast<DType>(77); }},
+      {"cache_dtype is unknown", [](AttentionProblem& p) { p.cache_dtype = static_cast<DType>(77); }},
+      {"cache_dtype is int8; mode auto stores",
+       [](AttentionProblem& p) {
+         p.mode = mode_of("auto");
+         p.cache_dtype = DType::kInt8;
+       }},
+      {"device is unknown", [](AttentionProblem& p) { p.device = static_cast<Device>(2); }},
+      {"head_size must be a multiple of 2, got 33", [](AttentionProblem& p) { p.head_size = 33; }},
+      {"head_size_v must be a multiple of 2, got 63", [](AttentionProblem& p) { p.head_size_v = 63; }},
   };
+  QUIRE_NEEDS_MODES("int4_per_token_head", "auto");
   AttentionCase call(AttentionCase::Options{});
   const Result<AttentionProblem> good = problem_of(call.args);
   ASSERT_TRUE(good.ok());
@@ -351,6 +527,64 @@ TEST(Refusals, BadProblems) {
   }
 }
 
+// The plan of a device is host code: it refuses without one.
+TEST(Refusals, CudaProblemsThatFitNoGrid) {
+#if !quire_with_cuda
+  GTEST_SKIP() << "this build has no CUDA";
+#endif
+  QUIRE_NEEDS_MODES("int4_per_token_head", "auto");
+  const struct {
+    const char* words;
+    void (*bound)(AttentionProblem& problem);
+  } cases[] = {
+      {"max_seq_len is 9223372036854775807; supported: 0 to 2147483647",
+       [](AttentionProblem& p) { p.max_seq_len = kMostInt64; }},
+      {"max_num_tokens 576460752303423552 times num_q_heads 4",
+       [](AttentionProblem& p) { p.max_num_tokens = (std::int64_t{1} << 59) + 64; }},
+      {"max_num_tokens 9223372036854775807 times", [](AttentionProblem& p) { p.max_num_tokens = kMostInt64; }},
+      {"max_num_tokens 536870912 times num_q_heads 4 is the number of rows; one CUDA grid takes at most 2147483647",
+       [](AttentionProblem& p) { p.max_num_tokens = std::int64_t{1} << 29; }},
+      {"num_kv_heads is 65536; one CUDA grid takes at most 65535",
+       [](AttentionProblem& p) { p.num_q_heads = p.num_kv_heads = 65536; }},
+      {"max_batch 2147483647 makes",
+       [](AttentionProblem& p) {
+         p.max_batch = std::numeric_limits<std::int32_t>::max();
+         p.max_query_len = 1000;
+       }},
+      {"max_seq_len 2147483647 in splits of 2048 keys makes 1048576 splits; one CUDA grid takes at most 65535",
+       [](AttentionProblem& p) {
+         p.max_seq_len = std::numeric_limits<std::int32_t>::max();
+         p.batch_invariant = true;
+       }},
+  };
+  AttentionCase call(AttentionCase::Options{});
+  for (DType query_dtype : {DType::kFloat32, DType::kBFloat16}) {  // with tensor cores and without
+    AttentionProblem good = *problem_of(call.args);
+    good.device = Device::kCuda;
+    good.query_dtype = query_dtype;
+    ASSERT_TRUE(plan_unified_attention(good).ok());
+    for (const auto& entry : cases) {
+      AttentionProblem problem = good;
+      entry.bound(problem);
+      const Result<AttentionPlan> plan = plan_unified_attention(problem);
+      ASSERT_FALSE(plan.ok()) << entry.words << ": workspace " << plan->workspace_bytes << ", max_splits "
+                              << plan->max_splits << ", split_size " << plan->split_size;
+      EXPECT_NE(plan.status().message().find(entry.words), std::string::npos) << plan.status().message();
+      expect_sentence(plan.status());
+    }
+    // The largest that fit have the true size.
+    AttentionProblem large = good;
+    large.max_num_tokens = (std::int64_t{1} << 29) - 1;
+    large.max_seq_len = std::numeric_limits<std::int32_t>::max();
+    large.num_splits = 1024;
+    const Result<AttentionPlan> plan = plan_unified_attention(large);
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    EXPECT_EQ(plan->max_splits, 1024);
+    EXPECT_EQ(plan->split_size, std::int64_t{1} << 21);
+    EXPECT_EQ(plan->workspace_bytes, static_cast<std::size_t>(large.max_num_tokens) * 4 * 1024 * (64 + 2) * 4);
+  }
+}
+
 TEST(Refusals, CallsOutsideTheirPlan) {
   const struct {
     const char* words;
@@ -361,12 +595,16 @@ TEST(Refusals, CallsOutsideTheirPlan) {
       {"head_size is 64", [](AttentionProblem& p) { p.head_size = 128; }},
       {"head_size_v is 64", [](AttentionProblem& p) { p.head_size_v = 128; }},
       {"block_size is 16", [](AttentionProblem& p) { p.block_size = 32; }},
-      {"mode is", [](AttentionProblem& p) { p.mode = mode_of("auto"); }},
       {"num_tokens is 18", [](AttentionProblem& p) { p.max_num_tokens = 17; }},
       {"batch is 3", [](AttentionProblem& p) { p.max_batch = 2; }},
       {"query_len is 9", [](AttentionProblem& p) { p.max_query_len = 8; }},
       {"seq_len is 53", [](AttentionProblem& p) { p.max_seq_len = 52; }},
+      {"mode is int4_per_token_head, but the plan was made for int8_per_token_head",
+       [](AttentionProblem& p) { p.mode = mode_of("int8_per_token_head"); }},
+      {"query_dtype is float32, but the plan was made for bfloat16",
+       [](AttentionProblem& p) { p.query_dtype = DType::kBFloat16; }},
   };
+  QUIRE_NEEDS_MODES("int4_per_token_head", "int8_per_token_head", "auto");
   for (const auto& entry : cases) {
     AttentionCase call(AttentionCase::Options{});
     AttentionProblem problem = *problem_of(call.args);
@@ -379,6 +617,46 @@ TEST(Refusals, CallsOutsideTheirPlan) {
     EXPECT_EQ(status.code(), kInvalid);
     EXPECT_NE(status.message().find(entry.words), std::string::npos) << status.message();
     for (std::uint8_t byte : call.out.bytes) ASSERT_EQ(byte, 0xFF) << "a refused call wrote";
+  }
+}
+
+// "auto" stores what its caches hold, so that is part of its plan.
+TEST(Refusals, AnAutoPlanIsForOneCacheDtype) {
+  QUIRE_NEEDS_MODES("auto");
+  AttentionCase::Options options;
+  options.mode = "auto";
+  AttentionCase call(options);
+  AttentionProblem problem = *problem_of(call.args);
+  problem.cache_dtype = DType::kFloat16;
+  const Result<AttentionPlan> plan = plan_unified_attention(problem);
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  const Status status = run_unified_attention(*plan, call.args, nullptr, 0);
+  ASSERT_FALSE(status.ok());
+  EXPECT_NE(status.message().find("cache_dtype is bfloat16, but the plan was made for float16"), std::string::npos)
+      << status.message();
+}
+
+TEST(Refusals, PlansThatNobodyMade) {
+  AttentionCase::Options options;
+  options.sequences = {{1, 2000}};
+  AttentionCase call(options);
+  const AttentionPlan good = *plan_unified_attention(*problem_of(call.args));
+  ASSERT_GT(good.workspace_bytes, 0U);
+  const struct {
+    const char* words;
+    void (*spoil)(AttentionPlan& plan);
+  } cases[] = {
+      {"split_size 0", [](AttentionPlan& p) { p.split_size = 0; }},
+      {"query_tile -1", [](AttentionPlan& p) { p.query_tile = -1; }},
+      {"plan.workspace_bytes is 0", [](AttentionPlan& p) { p.workspace_bytes = 0; }},
+  };
+  for (const auto& entry : cases) {
+    AttentionPlan plan = good;
+    entry.spoil(plan);
+    const Status status = run_unified_attention(plan, call.args, nullptr, 0);
+    ASSERT_FALSE(status.ok()) << entry.words;
+    EXPECT_NE(status.message().find(entry.words), std::string::npos) << status.message();
+    expect_sentence(status);
   }
 }
 
@@ -458,6 +736,27 @@ TEST(Refusals, BadMerges) {
       {"lse is float16", [](MergeAttnStatesArgs& a) { a.lse.dtype = DType::kFloat16; }},
       {"out is int8", [](MergeAttnStatesArgs& a) { a.out.dtype = DType::kInt8; }},
       {"suffix_out is on cuda", [](MergeAttnStatesArgs& a) { a.suffix_out.device = Device::kCuda; }},
+      {"lse is on cpu, but prefix_out is on cuda",
+       [](MergeAttnStatesArgs& a) {
+         for (Tensor* t : {&a.prefix_out, &a.prefix_lse, &a.suffix_out, &a.suffix_lse, &a.out})
+           t->device = Device::kCuda;
+       }},
+      {"out is [2, 3, 64] float32 with strides [0, 64, 1]", [](MergeAttnStatesArgs& a) { a.out.strides[0] = 0; }},
+      {"lse is [2, 3] float32 with strides [1, 1]", [](MergeAttnStatesArgs& a) { a.lse.strides[0] = 1; }},
+      {"the product of its extents",
+       [](MergeAttnStatesArgs& a) {
+         for (Tensor* t : {&a.prefix_out, &a.prefix_lse, &a.suffix_out, &a.suffix_lse, &a.out, &a.lse}) {
+           t->shape[0] = kHuge;
+           t->data = nullptr;
+         }
+       }},
+      {"num_q_heads must be between 0 and 2147483647",
+       [](MergeAttnStatesArgs& a) {
+         for (Tensor* t : {&a.prefix_out, &a.prefix_lse, &a.suffix_out, &a.suffix_lse, &a.out, &a.lse}) {
+           t->shape[0] = 0;
+           t->shape[1] = std::int64_t{1} << 32;
+         }
+       }},
       {"prefix_out has stride 2", [](MergeAttnStatesArgs& a) { a.prefix_out.strides[2] = 2; }},
       {"out is a null pointer", [](MergeAttnStatesArgs& a) { a.out.data = nullptr; }},
   };
@@ -478,6 +777,155 @@ TEST(Refusals, BadMerges) {
     for (std::uint8_t byte : out.bytes) ASSERT_EQ(byte, 0xFF) << "a refused call wrote";
     for (std::uint8_t byte : lse.bytes) ASSERT_EQ(byte, 0xFF) << "a refused call wrote";
   }
+}
+
+// ---- every tensor of every op
+// -----------------------------------------------------------------------------------------------
+
+// Shapes that lie, in each tensor of a call: refused by its name, and nothing is computed from them.
+template <class Args>
+void expect_lying_shapes_are_refused(const Args& good, Status (*op)(const Args&)) {
+  const struct {
+    const char* words;
+    void (*spoil)(Tensor& tensor);
+  } lies[] = {
+      {"has 7 dimensions; supported: 0 to 6", [](Tensor& t) { t.ndim = 7; }},
+      {"has 1000 dimensions", [](Tensor& t) { t.ndim = 1000; }},
+      {"has 2147483647 dimensions", [](Tensor& t) { t.ndim = std::numeric_limits<int>::max(); }},
+      {"has -1 dimensions", [](Tensor& t) { t.ndim = -1; }},
+      {"has -2147483648 dimensions", [](Tensor& t) { t.ndim = std::numeric_limits<int>::min(); }},
+      {"an extent must not be negative",
+       [](Tensor& t) {
+         t.ndim = 2;
+         t.shape[0] = 4;
+         t.shape[1] = -3;
+       }},
+      {"the product of its extents must be below 2^63",
+       [](Tensor& t) {
+         t.ndim = 2;
+         t.shape[0] = kHuge;
+         t.shape[1] = 4;
+         t.strides[0] = t.strides[1] = 0;
+         t.data = nullptr;
+       }},
+      {"the product of its extents must be below 2^63",
+       [](Tensor& t) {
+         t.ndim = 3;
+         t.shape[0] = 0;
+         t.shape[1] = t.shape[2] = kMostInt64;
+         t.strides[1] = t.strides[2] = 0;
+       }},
+      {"its elements must lie within 2^63 bytes",
+       [](Tensor& t) {
+         t.ndim = 2;
+         t.shape[0] = t.shape[1] = 2;
+         t.strides[0] = t.strides[1] = kHuge;
+       }},
+  };
+  Args copy = good;
+  const std::size_t num_tensors = cuda::tensors_of(copy).size();
+  for (std::size_t i = 0; i < num_tensors; ++i) {
+    for (const auto& lie : lies) {
+      Args args = good;
+      lie.spoil(*cuda::tensors_of(args)[i]);
+      const Status status = op(args);
+      ASSERT_FALSE(status.ok()) << "tensor " << i << ": " << lie.words;
+      EXPECT_EQ(status.code(), kInvalid);
+      EXPECT_NE(status.message().find(lie.words), std::string::npos) << "tensor " << i << ": " << status.message();
+      expect_sentence(status);
+    }
+  }
+}
+
+TEST(Refusals, ShapesThatLie) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  const StoreCall store("int4_per_token_head", DType::kFloat32);
+  const std::vector<std::vector<std::uint8_t>> before = store.cache.bytes();
+  expect_lying_shapes_are_refused<ReshapeAndCacheArgs>(store.args, [](const auto& a) { return reshape_and_cache(a); });
+  EXPECT_EQ(store.cache.bytes(), before);
+
+  AttentionCase read(AttentionCase::Options{});
+  const std::vector<std::uint8_t> out = read.out.bytes;
+  expect_lying_shapes_are_refused<UnifiedAttentionArgs>(read.args, [](const auto& a) { return unified_attention(a); });
+  EXPECT_EQ(read.out.bytes, out);
+
+  OwnedTensor outs(DType::kFloat32, {2, 3, 64}), lses(DType::kFloat32, {2, 3});
+  const MergeAttnStatesArgs merge{.out = outs.view,
+                                  .lse = lses.view,
+                                  .prefix_out = outs.view,
+                                  .prefix_lse = lses.view,
+                                  .suffix_out = outs.view,
+                                  .suffix_lse = lses.view};
+  expect_lying_shapes_are_refused<MergeAttnStatesArgs>(merge, [](const auto& a) { return merge_attn_states(a); });
+}
+
+// A stride over one element enters no address: it may hold anything and changes no bit and no plan.
+TEST(Refusals, StridesOverOneElementAreNotLookedAt) {
+  QUIRE_NEEDS_MODES("int4_per_token_head", "bfloat16");
+  for (const char* mode : {"int4_per_token_head", "bfloat16"}) {
+    AttentionCase::Options options;
+    options.mode = mode;
+    options.num_kv_heads = 1;
+    options.group = 1;
+    options.block_size = 64;
+    options.sequences = {{1, 40}};
+    AttentionCase call(options);
+    ASSERT_TRUE(call.run().ok());
+    const std::vector<std::uint8_t> out = call.out.bytes;
+    const int alignment = problem_of(call.args)->row_alignment;
+    EXPECT_EQ(alignment, 16);
+    for (const std::int64_t stride : {std::int64_t{1}, kMostInt64, std::numeric_limits<std::int64_t>::min()}) {
+      UnifiedAttentionArgs args = call.args;
+      for (Tensor* tensor : cuda::tensors_of(args)) {
+        for (int dim = 0; dim < tensor->ndim; ++dim) {
+          if (tensor->shape[dim] == 1) tensor->strides[dim] = stride;
+        }
+      }
+      EXPECT_EQ(problem_of(args)->row_alignment, alignment);
+      std::fill(call.out.bytes.begin(), call.out.bytes.end(), std::uint8_t{0xFF});
+      const Status status = unified_attention(args);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_EQ(call.out.bytes, out);
+    }
+  }
+}
+
+// -inf is a sink that is not there.
+TEST(Refusals, ASinkOfMinusInfinityIsNoSink) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  AttentionCase call(AttentionCase::Options{});
+  ASSERT_TRUE(call.run().ok());
+  const std::vector<std::uint8_t> out = call.out.bytes;
+  call.sinks = OwnedTensor(DType::kFloat32, {4});
+  call.sinks.fill({-kInf, -kInf, -kInf, -kInf});
+  call.args.sinks = call.sinks.view;
+  ASSERT_TRUE(call.run().ok());
+  EXPECT_EQ(call.out.bytes, out);
+}
+
+// ---- Tensor
+// -----------------------------------------------------------------------------------------------
+
+TEST(Tensors, WhatDoesNotFitIsKeptOutAndRefused) {
+  float data[8] = {};
+  const Tensor seven = Tensor::contiguous(data, DType::kFloat32, {1, 2, 3, 4, 5, 6, 7});
+  EXPECT_EQ(seven.ndim, 7);
+  EXPECT_EQ(seven.shape[5], 6);
+  EXPECT_EQ(seven.strides[5], 1);
+  EXPECT_EQ(seven.strides[0], 2 * 3 * 4 * 5 * 6);
+  EXPECT_EQ(to_string(seven), "float32 of 7 dimensions");
+  EXPECT_EQ(seven.slice_last(0, 1).shape[5], 6);
+
+  const Tensor strided = Tensor::strided(data, DType::kFloat32, {2, 2}, {1, 2, 3, 4, 5, 6, 7, 8});
+  EXPECT_EQ(strided.ndim, -1);
+  EXPECT_EQ(strided.shape[0], 2);
+  EXPECT_EQ(to_string(strided), "float32 of -1 dimensions");
+  EXPECT_EQ(Tensor::strided(data, DType::kFloat32, {2, 2}, {1}).ndim, -1);
+
+  Tensor lying = Tensor::contiguous(data, DType::kInt8, {2});
+  lying.ndim = std::numeric_limits<int>::max();
+  EXPECT_EQ(to_string(lying), "int8 of 2147483647 dimensions");
+  EXPECT_EQ(lying.numel(), 0);  // six extents were looked at, the last four of them 0
 }
 
 }  // namespace
