@@ -1,0 +1,231 @@
+// Out of memory is a Status, and nothing has been written. This program brings its own operator new, which fails when
+// told to, and for what does not go through it limits a child's address space.
+#include <gtest/gtest.h>
+#include <malloc.h>
+#include <omp.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "support/problem.h"
+
+namespace {
+
+// Allocations that still succeed; then one fails, or (`for_good`) all do.
+constexpr long kUnlimited = std::numeric_limits<long>::max();
+std::atomic<long> allocations_left{kUnlimited};
+std::atomic<bool> for_good{false};
+
+// One heap for all threads, so that a child can use up all that is left of it.
+[[maybe_unused]] const bool one_heap = mallopt(M_ARENA_MAX, 1) == 1;
+
+void* allocate(std::size_t size) {
+  if (allocations_left != kUnlimited && --allocations_left < 0) {
+    if (!for_good) allocations_left = kUnlimited;
+    return nullptr;
+  }
+  return std::malloc(size == 0 ? 1 : size);
+}
+
+}  // namespace
+
+// Not inlined: the compiler would see free() called on what operator new gave, and warn.
+#define QUIRE_NOINLINE __attribute__((noinline))
+QUIRE_NOINLINE void* operator new(std::size_t size) {
+  if (void* memory = allocate(size)) return memory;
+  throw std::bad_alloc();
+}
+QUIRE_NOINLINE void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return allocate(size); }
+QUIRE_NOINLINE void operator delete(void* memory) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+
+namespace quire::testing {
+namespace {
+
+using Bytes = std::vector<std::vector<std::uint8_t>>;
+
+// op() with its n-th allocation failing, n = 0, 1, .. until none does; then it must succeed. `outputs` are all bytes
+// that it may write.
+void expect_every_failed_allocation_is_a_status(const std::function<Status()>& op,
+                                                const std::function<Bytes()>& outputs) {
+  for (const bool all_further : {false, true}) {
+    const Bytes before = outputs();
+    long failures = 0;
+    for (;; ++failures) {
+      for_good = all_further;
+      allocations_left = failures;
+      const Status status = op();
+      const bool failed = allocations_left < 0 || (!all_further && allocations_left == kUnlimited);
+      allocations_left = kUnlimited;
+      if (!failed) {
+        EXPECT_TRUE(status.ok()) << status.message();
+        break;
+      }
+      ASSERT_EQ(status.code(), StatusCode::kInternal) << "allocation " << failures << ": " << status.message();
+      EXPECT_NE(status.message().find("memory"), std::string::npos) << status.message();
+      ASSERT_EQ(outputs(), before) << "allocation " << failures << ": " << status.message();
+    }
+    EXPECT_GT(failures, 0);
+  }
+}
+
+TEST(Memory, EveryAllocationOfAStoreMayFail) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  const AttentionCase problem(AttentionCase::Options{});
+  const PagedCache cache(problem.cache->options());
+  ReshapeAndCacheArgs args;
+  cache.apply(args);
+  args.key = problem.key.view;
+  args.value = problem.value.view;
+  args.slot_mapping = problem.slot_mapping.view;
+  expect_every_failed_allocation_is_a_status([&] { return reshape_and_cache(args); }, [&] { return cache.bytes(); });
+}
+
+TEST(Memory, EveryAllocationOfAReadMayFail) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  AttentionCase::Options options;
+  options.sequences = {{1, 1500}, {20, 90}};
+  AttentionCase problem(options);
+  const AttentionPlan plan = *plan_unified_attention(*problem_of(problem.args));
+  std::vector<std::uint8_t> workspace(plan.workspace_bytes + 16);
+  const std::function<Status()> forms[] = {
+      [&] { return unified_attention(problem.args); },
+      [&] { return run_unified_attention(plan, problem.args, workspace.data(), plan.workspace_bytes); }};
+  for (const std::function<Status()>& form : forms) {
+    std::fill(problem.out.bytes.begin(), problem.out.bytes.end(), std::uint8_t{0xFF});
+    std::fill(problem.lse.bytes.begin(), problem.lse.bytes.end(), std::uint8_t{0xFF});
+    expect_every_failed_allocation_is_a_status(form, [&] { return Bytes{problem.out.bytes, problem.lse.bytes}; });
+  }
+}
+
+TEST(Memory, EveryAllocationOfAPlanMayFail) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  const AttentionCase problem(AttentionCase::Options{});
+  const AttentionProblem planned = *problem_of(problem.args);
+  const auto nothing = [] { return Bytes(); };
+  expect_every_failed_allocation_is_a_status([&] { return problem_of(problem.args).status(); }, nothing);
+  expect_every_failed_allocation_is_a_status([&] { return plan_unified_attention(planned).status(); }, nothing);
+}
+
+// A refusal's sentence needs memory too.
+TEST(Memory, EveryAllocationOfARefusalMayFail) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  AttentionCase problem(AttentionCase::Options{});
+  problem.args.query.ndim = 2;
+  for (const bool all_further : {false, true}) {
+    for (long failures = 0;; ++failures) {
+      for_good = all_further;
+      allocations_left = failures;
+      const Status status = unified_attention(problem.args);
+      const bool failed = allocations_left < 0 || (!all_further && allocations_left == kUnlimited);
+      allocations_left = kUnlimited;
+      ASSERT_FALSE(status.ok());
+      if (!failed) break;
+      EXPECT_NE(status.message().find("memory"), std::string::npos) << status.message();
+    }
+  }
+}
+
+// Bytes of address space in use.
+std::size_t in_use() {
+  std::size_t pages = 0;
+  std::FILE* file = std::fopen("/proc/self/statm", "r");
+  if (file == nullptr || std::fscanf(file, "%zu", &pages) != 1) std::abort();
+  std::fclose(file);
+  return pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+// Runs unified_attention in a child that has no more memory than scraps of 64 KiB. `warm` ran before: OpenMP has its
+// threads, for want of which it ends the process. 0: kInternal and nothing written.
+int refusal_in_a_child(const AttentionCase& warm, const AttentionCase& problem) {
+  const pid_t pid = fork();
+  if (pid == 0) {
+    alarm(120);
+    if (!unified_attention(warm.args).ok()) _exit(10);
+    const rlim_t most = in_use();
+    const rlimit limit{most, most};
+    if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(11);
+    constexpr std::size_t kScrap = std::size_t{1} << 16;
+    void* volatile taken = nullptr;  // or the compiler leaves malloc out
+    do {
+      taken = std::malloc(kScrap);
+    } while (taken != nullptr);
+    const Status status = unified_attention(problem.args);
+    if (status.ok()) _exit(1);
+    if (status.code() != StatusCode::kInternal) _exit(2);
+    if (status.message().find("memory") == std::string::npos) _exit(3);
+    for (const auto* bytes : {&problem.out.bytes, &problem.lse.bytes}) {
+      for (const std::uint8_t byte : *bytes) {
+        if (byte != 0xFF) _exit(4);
+      }
+    }
+    _exit(0);
+  }
+  int status = 0;
+  EXPECT_EQ(waitpid(pid, &status, 0), pid);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+class LimitedMemory : public ::testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+#ifdef __SANITIZE_ADDRESS__
+    GTEST_SKIP() << "AddressSanitizer's own address space has no limit";
+#endif
+    if (!modes_built({"int4_per_token_head"})) GTEST_SKIP() << "this build leaves out int4_per_token_head";
+    omp_set_num_threads(GetParam());
+  }
+  void TearDown() override { omp_set_num_threads(threads_); }
+
+ private:
+  int threads_ = omp_get_max_threads();
+};
+
+// 256 query heads of one KV head: a thread's scratch is 2 MB.
+TEST_P(LimitedMemory, ScratchOfTheThreads) {
+  AttentionCase::Options options;
+  options.sequences = {{1, 20}};
+  const AttentionCase warm(options);
+  options.num_kv_heads = 1;
+  options.group = 256;
+  options.head_size = 512;
+  const AttentionCase problem(options);
+  EXPECT_EQ(refusal_in_a_child(warm, problem), 0);
+}
+
+// 20000 sequences: the lists of tiles and tasks are more than a megabyte.
+TEST_P(LimitedMemory, ListsOfTiles) {
+  AttentionCase::Options options;
+  options.sequences = {{1, 20}};
+  const AttentionCase warm(options);
+  AttentionCase problem(options);
+  constexpr std::int64_t kBatch = 20000;
+  OwnedTensor query(DType::kFloat32, {kBatch, 4, 64});
+  problem.out = OwnedTensor(DType::kFloat32, {kBatch, 4, 64});
+  problem.lse = OwnedTensor(DType::kFloat32, {kBatch, 4});
+  std::vector<std::int32_t> cu_seqlens(kBatch + 1);
+  for (std::size_t i = 0; i < cu_seqlens.size(); ++i) cu_seqlens[i] = static_cast<std::int32_t>(i);
+  UnifiedAttentionArgs& args = problem.args;
+  args.query = query.view;
+  args.out = problem.out.view;
+  args.lse = problem.lse.view;
+  args.cu_seqlens_q = Tensor::contiguous(cu_seqlens.data(), DType::kInt32, {kBatch + 1});
+  args.seq_lens = Tensor::strided(args.seq_lens.data, DType::kInt32, {kBatch}, {0});  // each sequence is the first
+  args.block_table.shape[0] = kBatch;
+  args.block_table.strides[0] = 0;
+  EXPECT_EQ(refusal_in_a_child(warm, problem), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Threads, LimitedMemory, ::testing::Values(1, 3));
+
+}  // namespace
+}  // namespace quire::testing
