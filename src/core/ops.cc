@@ -20,6 +20,8 @@ namespace {
 
 std::atomic<LogHook> log_hook{nullptr};
 
+[[maybe_unused]] const bool forks_are_safe = cpu::end_threads_before_fork();  // when the library is loaded
+
 // The largest power of two up to 16 that divides the address of every row of a cache.
 int row_alignment(const Tensor& cache) {
   auto bits = reinterpret_cast<std::uintptr_t>(cache.data) | 16U;

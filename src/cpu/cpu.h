@@ -21,6 +21,10 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
 
 void merge_attn_states(const MergeAttnStatesArgs& args);
 
+// A forked child has one thread, and its first parallel region would wait for ever for those that OpenMP kept for the
+// parent's. From this call on they end before each fork; parent and child make new ones at their next op.
+bool end_threads_before_fork();
+
 // SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SSE2"), best first, and a switch between them for tests
 // and benchmarks: empty restores the best. Not thread-safe against running ops.
 std::vector<std::string> simd_targets();
