@@ -52,8 +52,8 @@ struct UnifiedAttentionArgs {
   int chunk_lookback = -1;              // >= 0: chunked local attention, replaces the window test; -1: off
   Tensor mm_prefix_range;               // [B, R, 2] int32, optional: inclusive spans that see themselves both ways
   bool mm_prefix_clamp_window = false;  // the window also limits those spans
-  float softcap = 0.0F;                 // > 0: s = softcap * tanh(s / softcap)
-  Tensor sinks;                         // [Hq] float32, optional: one extra logit per head in the denominator
+  float softcap = 0.0F;                 // > 0, finite: s = softcap * tanh(s / softcap)
+  Tensor sinks;                         // [Hq] float32, optional: one extra logit per head, finite or -inf (none)
   Tensor alibi_slopes;                  // [Hq] float32, optional
   bool use_alibi_sqrt = false;
   Tensor qq_bias;  // [Lq, Lq] float32, optional; every query_len <= Lq
@@ -80,7 +80,7 @@ struct AttentionProblem {
   int head_size_v = 0;
   int block_size = 0;
   std::int64_t max_num_tokens = 0;
-  std::int64_t max_batch = 0;
+  std::int64_t max_batch = 0;  // this and the lengths: at most 2^31 - 1
   std::int64_t max_query_len = 0;
   std::int64_t max_seq_len = 0;
   DType query_dtype = DType::kBFloat16;

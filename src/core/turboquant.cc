@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "core/checks.h"
 #include "core/dispatch.h"
 #include "core/mode_table.h"
 #include "cuda/cuda.h"
@@ -28,35 +29,13 @@ constexpr float kTableTolerance = 1e-4F;
 
 std::string number(double value) { return std::to_string(value); }
 
-// At most Tensor::kMaxDims extents, none negative, whose product fits int64: what can be printed and computed with.
-Status check_extents(const char* name, const Tensor& tensor) {
-  if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
-    return invalid_argument(std::string(name) + " has " + std::to_string(tensor.ndim) +
-                            " dimensions; supported: 0 to " + std::to_string(Tensor::kMaxDims));
-  }
-  std::int64_t count = 1;
-  for (int dim = 0; dim < tensor.ndim; ++dim) {
-    if (tensor.shape[dim] < 0) {
-      return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; an extent must not be negative");
-    }
-    if (__builtin_mul_overflow(count, tensor.shape[dim], &count)) {
-      return invalid_argument(std::string(name) + " is " + to_string(tensor) +
-                              "; the product of its extents must be below 2^63");
-    }
-  }
-  return {};
-}
-
 // The last extent of [tokens, heads, head_size].
 Result<int> head_size_of(const char* name, const Tensor& rows, const char* shape_text) {
-  if (Status status = check_extents(name, rows); !status) return status;
+  if (Status status = core::check_extents(name, rows); !status) return status;
   if (rows.ndim != 3)
     return invalid_argument(std::string(name) + " is " + to_string(rows) + "; it must be " + shape_text);
   const std::int64_t head_size = rows.shape[2];
-  if (head_size < format::kMinHeadSize || head_size > format::kMaxHeadSize) {
-    return invalid_argument("head_size is " + std::to_string(head_size) + "; supported: " +
-                            std::to_string(format::kMinHeadSize) + " to " + std::to_string(format::kMaxHeadSize));
-  }
+  if (Status status = core::check_head_size("head_size", head_size); !status) return status;
   return static_cast<int>(head_size);
 }
 
@@ -73,7 +52,7 @@ struct TableCall {
 Status check_table(const TableCall& call, const char* name, const Tensor& table,
                    std::initializer_list<std::int64_t> shape,
                    const std::function<Status(const Tensor& on_host)>& compare) {
-  if (Status status = check_extents(name, table); !status) return status;
+  if (Status status = core::check_extents(name, table); !status) return status;
   const bool on_cuda = call.device == Device::kCuda && table.device == Device::kCuda;
   bool ok = table.ndim == std::ssize(shape) && table.dtype == DType::kFloat32 &&
             (on_cuda || table.device == Device::kCpu) && table.data != nullptr;
@@ -182,7 +161,7 @@ bool turboquant_uses_e4b15(int major, int minor) { return major < 8 || (major ==
 Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size) {
   const Result<ModeId> mode = stored_mode(config);
   if (!mode) return mode.status();
-  if (Status status = check_extents("kv_cache", kv_cache); !status) return status;
+  if (Status status = core::check_extents("kv_cache", kv_cache); !status) return status;
   if (kv_cache.ndim != 4 || kv_cache.dtype != DType::kUInt8) {
     return invalid_argument("kv_cache is " + to_string(kv_cache) +
                             "; it must be [num_blocks, block_size, num_kv_heads, slot bytes] uint8");
@@ -240,7 +219,7 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
   const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
   if (!views) return views.status();
   // Before cu_seqlens_q is allocated.
-  if (Status status = check_extents("seq_lens", args.seq_lens); !status) return status;
+  if (Status status = core::check_extents("seq_lens", args.seq_lens); !status) return status;
   const std::int64_t batch = args.query.shape[0];
   if (batch >= std::numeric_limits<std::int32_t>::max()) {
     return invalid_argument("query is " + to_string(args.query) +

@@ -23,7 +23,8 @@ namespace quire::cuda {
 // counted in args.error_counter where one is given.
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream);
 
-// A pure function of the problem: it asks no device, so it answers alike with and without one.
+// A pure function of the problem, but for one question to the device where there is one: whether it runs the Hopper
+// kernels. What is refused is refused with and without a device.
 Result<AttentionPlan> plan(const AttentionProblem& problem);
 
 // `workspace` holds plan.workspace_bytes on the device (may be null where that is 0).

@@ -532,7 +532,7 @@ TEST(Refusals, CudaProblemsThatFitNoGrid) {
 #if !quire_with_cuda
   GTEST_SKIP() << "this build has no CUDA";
 #endif
-  QUIRE_NEEDS_MODES("int4_per_token_head", "auto");
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   const struct {
     const char* words;
     void (*bound)(AttentionProblem& problem);
