@@ -5,17 +5,13 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <initializer_list>
-#include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <string>
 #include <vector>
 
 #include "core/checks.h"
 #include "core/dispatch.h"
-#include "core/mode_table.h"
+#include "core/guard.h"
 #include "cuda/cuda.h"
 #include "format/build_config.h"
 #include "format/turboquant.h"
@@ -29,14 +25,15 @@ constexpr float kTableTolerance = 1e-4F;
 
 std::string number(double value) { return std::to_string(value); }
 
-// The last extent of [tokens, heads, head_size].
+// The last extent of key or query, `shape_text`: Float, as the ops check again.
 Result<int> head_size_of(const char* name, const Tensor& rows, const char* shape_text) {
-  if (Status status = core::check_extents(name, rows); !status) return status;
-  if (rows.ndim != 3)
-    return invalid_argument(std::string(name) + " is " + to_string(rows) + "; it must be " + shape_text);
-  const std::int64_t head_size = rows.shape[2];
-  if (Status status = core::check_head_size("head_size", head_size); !status) return status;
-  return static_cast<int>(head_size);
+  QUIRE_RETURN_IF_ERROR(core::check_extents(name, rows));
+  QUIRE_RETURN_IF_ERROR(core::check(rows, {.name = name,
+                                           .dtypes = core::kFloatsAndFloat8,
+                                           .shape = {core::kAny, core::kAny, core::kAny},
+                                           .shape_text = shape_text}));
+  QUIRE_RETURN_IF_ERROR(core::check_head_size("head_size", rows.shape[2]));
+  return static_cast<int>(rows.shape[2]);
 }
 
 // What the tables of a call have in common.
@@ -47,41 +44,31 @@ struct TableCall {
   void* stream;
 };
 
-// A table [shape] of the caller: `compare` is given its elements on the host, in every call or, of a table on the
+// A float32 table of the caller: `compare` is given its elements on the host, in every call or, of a table on the
 // device, until it has said yes once.
-Status check_table(const TableCall& call, const char* name, const Tensor& table,
-                   std::initializer_list<std::int64_t> shape,
+Status check_table(const TableCall& call, const Tensor& table, const core::Expect& expect,
                    const std::function<Status(const Tensor& on_host)>& compare) {
-  if (Status status = core::check_extents(name, table); !status) return status;
-  const bool on_cuda = call.device == Device::kCuda && table.device == Device::kCuda;
-  bool ok = table.ndim == std::ssize(shape) && table.dtype == DType::kFloat32 &&
-            (on_cuda || table.device == Device::kCpu) && table.data != nullptr;
-  int dim = 0;
-  std::string wanted;
-  for (std::int64_t extent : shape) {
-    ok = ok && table.shape[dim++] == extent;
-    wanted += (wanted.empty() ? "" : ", ") + std::to_string(extent);
-  }
-  if (!ok) {
-    return invalid_argument(std::string(name) + " is " + (table.data == nullptr ? "a null pointer, " : "") +
-                            to_string(table) + "; it must be [" + wanted + "] float32 on the cpu" +
-                            (call.device == Device::kCuda ? " or on cuda" : "") + ", or left out");
-  }
-  if (reinterpret_cast<std::uintptr_t>(table.data) % sizeof(float) != 0) {
-    return invalid_argument(std::string(name) + " is not aligned to its element size of 4 bytes");
+  const std::string name = expect.name;
+  QUIRE_RETURN_IF_ERROR(core::check_extents(expect.name, table));
+  QUIRE_RETURN_IF_ERROR(core::check(table, expect));
+  const bool on_cuda = table.device == Device::kCuda && call.device == Device::kCuda;
+  if (!on_cuda && table.device != Device::kCpu) {
+    return invalid_argument(name + " is on " + std::string(device_name(table.device)) +
+                            ", but the call's other tensors are on " + std::string(device_name(call.device)) +
+                            "; supported: on the cpu, or where they are");
   }
   // Both orders of a matrix are dense, and the one that is supported is symmetric.
   const bool rows_dense = table.strides[table.ndim - 1] == 1 && (table.ndim == 1 || table.strides[0] == table.shape[1]);
   const bool columns_dense = table.ndim == 2 && table.strides[0] == 1 && table.strides[1] == table.shape[0];
   if (!rows_dense && !columns_dense) {
-    return invalid_argument(std::string(name) + " has stride " + std::to_string(table.strides[table.ndim - 1]) +
+    return invalid_argument(name + " has stride " + core::str(table.strides[table.ndim - 1]) +
                             " in its last dimension" +
-                            (table.ndim == 2 ? " and " + std::to_string(table.strides[0]) + " in its first" : "") +
+                            (table.ndim == 2 ? " and " + core::str(table.strides[0]) + " in its first" : "") +
                             "; supported: elements without gaps");
   }
   if (!on_cuda) return compare(table);
 #if quire_with_cuda
-  return cuda::check_table_once(name, table, call.head_size, compare, call.stream);
+  return cuda::check_table_once(expect.name, table, call.head_size, compare, call.stream);
 #else
   return core::no_cuda();
 #endif
@@ -91,7 +78,7 @@ Status check_table(const TableCall& call, const char* name, const Tensor& table,
 Status check_rotation(const TableCall& call, const Tensor& rotation) {
   if (!rotation.defined() || call.config.key_bits == 8) return {};
   const int head_size = call.head_size;
-  return check_table(call, "rotation", rotation, {head_size, head_size}, [head_size](const Tensor& given) -> Status {
+  const auto compare = [head_size](const Tensor& given) -> Status {
     const int block = format::rotation_block(head_size);
     const float unit = 1.0F / std::sqrt(static_cast<float>(block));
     for (int i = 0; i < head_size; ++i) {
@@ -108,7 +95,13 @@ Status check_rotation(const TableCall& call, const Tensor& rotation) {
       }
     }
     return {};
-  });
+  };
+  return check_table(call, rotation,
+                     {.name = "rotation",
+                      .dtypes = {DType::kFloat32},
+                      .shape = {head_size, head_size},
+                      .shape_text = "[head_size, head_size]"},
+                     compare);
 }
 
 // Centroids (or, with `midpoints`, the means of neighbours) of N(0, 1 / head_size).
@@ -117,7 +110,7 @@ Status check_codebook(const TableCall& call, const char* name, const Tensor& giv
   const int bits = call.config.key_bits;
   const int count = (1 << bits) - (midpoints ? 1 : 0);
   const float sigma = 1.0F / std::sqrt(static_cast<float>(call.head_size));
-  return check_table(call, name, given, {count}, [=](const Tensor& codebook) -> Status {
+  const auto compare = [=](const Tensor& codebook) -> Status {
     const auto centroid = [&](int i) { return sigma * (bits == 3 ? format::centroid<3>(i) : format::centroid<4>(i)); };
     for (int i = 0; i < count; ++i) {
       const float expected = midpoints ? 0.5F * (centroid(i) + centroid(i + 1)) : centroid(i);
@@ -129,7 +122,13 @@ Status check_codebook(const TableCall& call, const char* name, const Tensor& giv
       }
     }
     return {};
-  });
+  };
+  return check_table(call, given,
+                     {.name = name,
+                      .dtypes = {DType::kFloat32},
+                      .shape = {count},
+                      .shape_text = midpoints ? "[2^key_bits - 1]" : "[2^key_bits]"},
+                     compare);
 }
 
 // The mode of the bytes, which norm correction does not change.
@@ -141,125 +140,120 @@ Result<ModeId> stored_mode(TurboQuantConfig config) {
 }  // namespace
 
 Result<ModeId> turboquant_mode(const TurboQuantConfig& config) {
-  if (config.key_bits != 3 && config.key_bits != 4 && config.key_bits != 8) {
-    return unsupported("key_bits is " + std::to_string(config.key_bits) + "; supported: 3, 4 and 8 (fp8)");
-  }
-  if (config.value_bits != 3 && config.value_bits != 4) {
-    return unsupported("value_bits is " + std::to_string(config.value_bits) + "; supported: 3 and 4");
-  }
-  if (config.key_bits != 8 && !config.norm_correction) {
-    return unsupported("norm_correction is off with " + std::to_string(config.key_bits) +
-                       "-bit keys; supported: on, as in the turboquant_*_nc presets");
-  }
-  const std::string key = config.key_bits == 8 ? (config.key_e4b15 ? "turboquant_k8_e4b15" : "turboquant_k8")
-                                               : "turboquant_k" + std::to_string(config.key_bits);
-  return parse_kv_cache_dtype("k=" + key + ",v=turboquant_v" + std::to_string(config.value_bits));
+  return core::guarded([&]() -> Result<ModeId> {
+    if (config.key_bits != 3 && config.key_bits != 4 && config.key_bits != 8) {
+      return unsupported("key_bits is " + std::to_string(config.key_bits) + "; supported: 3, 4 and 8 (fp8)");
+    }
+    if (config.value_bits != 3 && config.value_bits != 4) {
+      return unsupported("value_bits is " + std::to_string(config.value_bits) + "; supported: 3 and 4");
+    }
+    if (config.key_bits != 8 && !config.norm_correction) {
+      return unsupported("norm_correction is off with " + std::to_string(config.key_bits) +
+                         "-bit keys; supported: on, as in the turboquant_*_nc presets");
+    }
+    const std::string key = config.key_bits == 8 ? (config.key_e4b15 ? "turboquant_k8_e4b15" : "turboquant_k8")
+                                                 : "turboquant_k" + std::to_string(config.key_bits);
+    return parse_kv_cache_dtype("k=" + key + ",v=turboquant_v" + std::to_string(config.value_bits));
+  });
 }
 
 bool turboquant_uses_e4b15(int major, int minor) { return major < 8 || (major == 8 && minor < 9); }
 
 Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size) {
-  const Result<ModeId> mode = stored_mode(config);
-  if (!mode) return mode.status();
-  if (Status status = core::check_extents("kv_cache", kv_cache); !status) return status;
-  if (kv_cache.ndim != 4 || kv_cache.dtype != DType::kUInt8) {
-    return invalid_argument("kv_cache is " + to_string(kv_cache) +
-                            "; it must be [num_blocks, block_size, num_kv_heads, slot bytes] uint8");
-  }
-  KVCacheSpec spec;
-  spec.mode = *mode;
-  spec.head_size = head_size;
-  spec.num_kv_heads = 1;
-  const Result<KVCacheLayout> layout = make_layout(spec);
-  if (!layout) return layout.status();
-  if (kv_cache.shape[3] < layout->bytes_per_token_head) {
-    return invalid_argument("kv_cache is " + to_string(kv_cache) + "; a slot of head_size " +
-                            std::to_string(head_size) + " has " + std::to_string(layout->bytes_per_token_head) +
-                            " bytes (" + std::to_string(layout->k_data_bytes) + " of key, " +
-                            std::to_string(layout->v_data_bytes) + " of value, rounded up to even) or more");
-  }
-  if (kv_cache.strides[3] != 1) {
-    return invalid_argument("kv_cache has stride " + std::to_string(kv_cache.strides[3]) +
-                            " in its last dimension; supported: 1");
-  }
-  if (kv_cache.data == nullptr && kv_cache.numel() > 0) {
-    return invalid_argument("kv_cache is a null pointer with shape " + to_string(kv_cache) +
-                            "; it must point to its elements");
-  }
-  SlotViews views{kv_cache, kv_cache};
-  views.key_cache.shape[3] = layout->k_data_bytes;
-  views.value_cache.shape[3] = layout->v_data_bytes;
-  if (kv_cache.data != nullptr) views.value_cache.data = kv_cache.ptr<std::uint8_t>() + layout->k_data_bytes;
-  return views;
+  return core::guarded([&]() -> Result<SlotViews> {
+    const Result<ModeId> mode = stored_mode(config);
+    if (!mode) return mode.status();
+    QUIRE_RETURN_IF_ERROR(core::check_extents("kv_cache", kv_cache));
+    QUIRE_RETURN_IF_ERROR(core::check(kv_cache, {.name = "kv_cache",
+                                                 .dtypes = {DType::kUInt8},
+                                                 .shape = {core::kAny, core::kAny, core::kAny, core::kAny},
+                                                 .shape_text = "[num_blocks, block_size, num_kv_heads, slot bytes]",
+                                                 .dense_rows = true}));
+    KVCacheSpec spec;
+    spec.mode = *mode;
+    spec.head_size = head_size;
+    spec.num_kv_heads = 1;
+    const Result<KVCacheLayout> layout = make_layout(spec);
+    if (!layout) return layout.status();
+    if (kv_cache.shape[3] < layout->bytes_per_token_head) {
+      return invalid_argument("kv_cache is " + to_string(kv_cache) + "; a slot of head_size " +
+                              std::to_string(head_size) + " has " + std::to_string(layout->bytes_per_token_head) +
+                              " bytes (" + std::to_string(layout->k_data_bytes) + " of key, " +
+                              std::to_string(layout->v_data_bytes) + " of value, rounded up to even) or more");
+    }
+    SlotViews views{kv_cache, kv_cache};
+    views.key_cache.shape[3] = layout->k_data_bytes;
+    views.value_cache.shape[3] = layout->v_data_bytes;
+    if (kv_cache.data != nullptr) views.value_cache.data = kv_cache.ptr<std::uint8_t>() + layout->k_data_bytes;
+    return views;
+  });
 }
 
 Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
-  const Result<int> head_size = head_size_of("key", args.key, "[num_tokens, num_kv_heads, head_size]");
-  if (!head_size) return head_size.status();
-  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
-  if (!views) return views.status();
-  const TableCall tables{args.config, *head_size, args.key.device, stream};
-  if (Status status = check_rotation(tables, args.rotation); !status) return status;
-  if (Status status = check_codebook(tables, "midpoints", args.midpoints, true); !status) return status;
-  ReshapeAndCacheArgs store;
-  store.mode = *stored_mode(args.config);
-  store.key = args.key;
-  store.value = args.value;
-  store.key_cache = views->key_cache;
-  store.value_cache = views->value_cache;
-  store.slot_mapping = args.slot_mapping;
-  return reshape_and_cache(store, stream);
+  return core::guarded([&]() -> Status {
+    const Result<ModeId> mode = stored_mode(args.config);
+    if (!mode) return mode.status();
+    const Result<int> head_size = head_size_of("key", args.key, "[num_tokens, num_kv_heads, head_size]");
+    if (!head_size) return head_size.status();
+    const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
+    if (!views) return views.status();
+    const TableCall tables{args.config, *head_size, args.key.device, stream};
+    QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
+    QUIRE_RETURN_IF_ERROR(check_codebook(tables, "midpoints", args.midpoints, true));
+    ReshapeAndCacheArgs store;
+    store.mode = *mode;
+    store.key = args.key;
+    store.value = args.value;
+    store.key_cache = views->key_cache;
+    store.value_cache = views->value_cache;
+    store.slot_mapping = args.slot_mapping;
+    return reshape_and_cache(store, stream);
+  });
 }
 
 Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream) {
-  const Result<int> head_size = head_size_of("query", args.query, "[batch, num_q_heads, head_size]");
-  if (!head_size) return head_size.status();
-  const Result<ModeId> mode = turboquant_mode(args.config);
-  if (!mode) return mode.status();
-  const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
-  if (!views) return views.status();
-  // Before cu_seqlens_q is allocated.
-  if (Status status = core::check_extents("seq_lens", args.seq_lens); !status) return status;
-  const std::int64_t batch = args.query.shape[0];
-  if (batch >= std::numeric_limits<std::int32_t>::max()) {
-    return invalid_argument("query is " + to_string(args.query) +
-                            "; supported: less than 2^31 - 1 sequences, since cu_seqlens_q is int32");
-  }
-  if (args.seq_lens.ndim != 1 || args.seq_lens.shape[0] != batch) {
-    return invalid_argument("seq_lens is " + to_string(args.seq_lens) + "; it must be [" + std::to_string(batch) +
-                            "], one for each token of query");
-  }
-  const TableCall tables{args.config, *head_size, args.query.device, stream};
-  if (Status status = check_rotation(tables, args.rotation); !status) return status;
-  if (Status status = check_codebook(tables, "centroids", args.centroids, false); !status) return status;
-  UnifiedAttentionArgs read;
-  read.mode = *mode;
-  read.query = args.query;
-  read.out = args.out;
-  read.key_cache = views->key_cache;
-  read.value_cache = views->value_cache;
-  read.seq_lens = args.seq_lens;
-  read.block_table = args.block_table;
-  read.softmax_scale = args.softmax_scale;
-  read.lse = args.lse;
-  read.max_query_len = 1;
-  const auto attend = [&read, stream](const Tensor& cu_seqlens_q) {
-    read.cu_seqlens_q = cu_seqlens_q;
-    return unified_attention(read, stream);
-  };
-  if (args.query.device == Device::kCuda) {
+  return core::guarded([&]() -> Status {
+    const Result<ModeId> mode = turboquant_mode(args.config);
+    if (!mode) return mode.status();
+    const Result<int> head_size = head_size_of("query", args.query, "[batch, num_q_heads, head_size]");
+    if (!head_size) return head_size.status();
+    const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
+    if (!views) return views.status();
+    // Before cu_seqlens_q is allocated.
+    const std::int64_t batch = args.query.shape[0];
+    QUIRE_RETURN_IF_ERROR(core::check_count("query", args.query, "batch", batch, 0));
+    QUIRE_RETURN_IF_ERROR(core::check_extents("seq_lens", args.seq_lens));
+    QUIRE_RETURN_IF_ERROR(core::check(
+        args.seq_lens, {.name = "seq_lens", .dtypes = {DType::kInt32}, .shape = {batch}, .shape_text = "[batch]"}));
+    const TableCall tables{args.config, *head_size, args.query.device, stream};
+    QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
+    QUIRE_RETURN_IF_ERROR(check_codebook(tables, "centroids", args.centroids, false));
+    UnifiedAttentionArgs read;
+    read.mode = *mode;
+    read.query = args.query;
+    read.out = args.out;
+    read.key_cache = views->key_cache;
+    read.value_cache = views->value_cache;
+    read.seq_lens = args.seq_lens;
+    read.block_table = args.block_table;
+    read.softmax_scale = args.softmax_scale;
+    read.lse = args.lse;
+    read.max_query_len = 1;
+    const auto attend = [&read, stream](const Tensor& cu_seqlens_q) {
+      read.cu_seqlens_q = cu_seqlens_q;
+      return unified_attention(read, stream);
+    };
+    if (args.query.device == Device::kCuda) {
 #if quire_with_cuda
-    return cuda::with_one_token_each(batch, attend, stream);
+      return cuda::with_one_token_each(batch, attend, stream);
 #else
-    return core::no_cuda();
+      return core::no_cuda();
 #endif
-  }
-  const std::unique_ptr<std::int32_t[]> starts(new (std::nothrow) std::int32_t[static_cast<std::size_t>(batch) + 1]);
-  if (starts == nullptr) {
-    return internal_error("no memory for cu_seqlens_q of " + std::to_string(batch + 1) + " elements");
-  }
-  std::iota(starts.get(), starts.get() + batch + 1, 0);
-  return attend(Tensor::contiguous(starts.get(), DType::kInt32, {batch + 1}));
+    }
+    std::vector<std::int32_t> starts(static_cast<std::size_t>(batch) + 1);
+    std::iota(starts.begin(), starts.end(), 0);
+    return attend(Tensor::contiguous(starts.data(), DType::kInt32, {batch + 1}));
+  });
 }
 
 std::vector<int> boundary_skip_layers(int num_layers, int n) {

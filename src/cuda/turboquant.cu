@@ -3,10 +3,9 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <string>
+#include <vector>
 
 #include "cuda/cuda.h"
 #include "cuda/launch.h"
@@ -86,19 +85,15 @@ Status check_table_once(std::string_view name, const Tensor& table, int head_siz
                        " on cuda is new at its address, so it has to be copied to the host and compared, which cannot "
                        "be captured in a graph; make a call with it before the capture, or leave it out");
   }
-  const auto num_elements = static_cast<std::size_t>(entry.num_elements);
-  const std::unique_ptr<float[]> copy(new (std::nothrow) float[num_elements]);
-  if (copy == nullptr) {
-    return internal_error("no memory for a copy of " + what + " of " + std::to_string(num_elements) + " elements");
-  }
-  const std::size_t bytes = num_elements * sizeof(float);
-  const Status copied =
-      cuda_status(cudaMemcpyAsync(copy.get(), table.data, bytes, cudaMemcpyDeviceToHost, cuda_stream), what.c_str());
+  std::vector<float> copy(static_cast<std::size_t>(entry.num_elements));
+  const Status copied = cuda_status(
+      cudaMemcpyAsync(copy.data(), table.data, copy.size() * sizeof(float), cudaMemcpyDeviceToHost, cuda_stream),
+      what.c_str());
   if (!copied) return copied;
   const Status waited = cuda_status(cudaStreamSynchronize(cuda_stream), what.c_str());
   if (!waited) return waited;
   Tensor on_host = table;
-  on_host.data = copy.get();
+  on_host.data = copy.data();
   on_host.device = Device::kCpu;
   const Status checked = check(on_host);
   if (checked) checked_tables.add(entry);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "support/problem.h"
+#include "support/turboquant_tables.h"
 
 namespace {
 
@@ -114,6 +115,37 @@ TEST(Memory, EveryAllocationOfAPlanMayFail) {
   const auto nothing = [] { return Bytes(); };
   expect_every_failed_allocation_is_a_status([&] { return problem_of(problem.args).status(); }, nothing);
   expect_every_failed_allocation_is_a_status([&] { return plan_unified_attention(planned).status(); }, nothing);
+}
+
+TEST(Memory, EveryAllocationOfATurboQuantCallMayFail) {
+  const TurboQuantConfig config{.key_bits = 4, .value_bits = 4};
+  QUIRE_NEEDS_MODES("turboquant_4bit_nc");
+  constexpr int kHeadSize = 64;
+  OwnedTensor key(DType::kFloat32, {3, 2, kHeadSize}), query(DType::kFloat32, {1, 2, kHeadSize});
+  OwnedTensor out(DType::kFloat32, {1, 2, kHeadSize}), slot_mapping(DType::kInt32, {3});
+  OwnedTensor block_table(DType::kInt32, {1, 1}), seq_lens(DType::kInt32, {1});
+  OwnedTensor rotation(DType::kFloat32, {kHeadSize, kHeadSize}), midpoints(DType::kFloat32, {15});
+  Random random(3);
+  for (OwnedTensor* tensor : {&key, &query}) tensor->fill(random.normals(tensor->view.numel()));
+  slot_mapping.fill_integers({0, 1, 2});
+  block_table.fill_integers({0});
+  seq_lens.fill_integers({3});
+  rotation.fill(rotation_table(kHeadSize));
+  midpoints.fill(midpoint_table(4, kHeadSize));
+  std::vector<std::uint8_t> cache(2 * 16 * 2 * 70, 0xFF);
+  const Tensor kv_cache = Tensor::contiguous(cache.data(), DType::kUInt8, {2, 16, 2, 70});
+  TurboQuantStoreArgs store{config, key.view, key.view, kv_cache, slot_mapping.view, rotation.view, midpoints.view};
+  expect_every_failed_allocation_is_a_status([&] { return turboquant_store(store); }, [&] { return Bytes{cache}; });
+  TurboQuantDecodeArgs decode;
+  decode.config = config;
+  decode.query = query.view;
+  decode.out = out.view;
+  decode.kv_cache = kv_cache;
+  decode.block_table = block_table.view;
+  decode.seq_lens = seq_lens.view;
+  decode.rotation = rotation.view;
+  expect_every_failed_allocation_is_a_status([&] { return turboquant_decode_attention(decode); },
+                                             [&] { return Bytes{out.bytes}; });
 }
 
 // A refusal's sentence needs memory too.

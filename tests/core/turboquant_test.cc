@@ -407,22 +407,25 @@ const Bad kBad[] = {
      true},
     {"midpoints[7] is 0.001000; only the Lloyd-Max codebook", [](SlotCalls& c) { element(c.midpoints, 7) = 0.001F; },
      true, false},
-    {"it must be [15] float32", [](SlotCalls& c) { c.store.midpoints.shape[0] = 16; }, true, false},
+    {"midpoints is [16] float32; expected [15], that is [2^key_bits - 1]",
+     [](SlotCalls& c) { c.store.midpoints.shape[0] = 16; }, true, false},
     {"centroids[0] is", [](SlotCalls& c) { element(c.centroids, 0) *= 1.001F; }, false, true},
-    {"it must be [16] float32", [](SlotCalls& c) { c.decode.centroids.shape[0] = 8; }, false, true},
+    {"centroids is [8] float32; expected [16], that is [2^key_bits]",
+     [](SlotCalls& c) { c.decode.centroids.shape[0] = 8; }, false, true},
     {"a slot of head_size 64 has 70 bytes (34 of key, 36 of value, rounded up to even)",
      [](SlotCalls& c) { c.store.kv_cache.shape[3] = c.decode.kv_cache.shape[3] = 69; }, true, true},
     {"a slot of head_size 64 has 70 bytes",
      [](SlotCalls& c) { c.store.kv_cache.shape[3] = c.decode.kv_cache.shape[3] = 62; }, true, true},
-    {"slot bytes] uint8", [](SlotCalls& c) { c.store.kv_cache.dtype = c.decode.kv_cache.dtype = DType::kInt8; }, true,
-     true},
-    {"slot bytes] uint8", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = 3; }, true, true},
+    {"kv_cache is int8; supported: uint8",
+     [](SlotCalls& c) { c.store.kv_cache.dtype = c.decode.kv_cache.dtype = DType::kInt8; }, true, true},
+    {"it must have 4 dimensions, [num_blocks, block_size, num_kv_heads, slot bytes]",
+     [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = 3; }, true, true},
     {"key is", [](SlotCalls& c) { c.store.key.ndim = 2; }, true, false},
     {"value is", [](SlotCalls& c) { c.store.value.shape[1] = 1; }, true, false},
     {"query is", [](SlotCalls& c) { c.decode.query.ndim = 2; }, false, true},
     {"rotation is a null pointer", [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = nullptr; }, true,
      true},
-    {"rotation is [64, 64] float32 on cuda; it must be [64, 64] float32 on the cpu, or left out",
+    {"rotation is on cuda, but the call's other tensors are on cpu",
      [](SlotCalls& c) { c.store.rotation.device = c.decode.rotation.device = Device::kCuda; }, true, true},
     {"rotation is not aligned to its element size of 4 bytes",
      [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = c.rotation.bytes.data() + 2; }, true, true},
@@ -437,7 +440,8 @@ const Bad kBad[] = {
     {"rotation is [64, -64]", [](SlotCalls& c) { c.store.rotation.shape[1] = c.decode.rotation.shape[1] = -64; }, true,
      true},
     {"midpoints has 7 dimensions", [](SlotCalls& c) { c.store.midpoints.ndim = 7; }, true, false},
-    {"midpoints is [15] int32", [](SlotCalls& c) { c.store.midpoints.dtype = DType::kInt32; }, true, false},
+    {"midpoints is int32; supported: float32", [](SlotCalls& c) { c.store.midpoints.dtype = DType::kInt32; }, true,
+     false},
     {"midpoints is [15, 1] float32",
      [](SlotCalls& c) {
        c.store.midpoints.ndim = 2;
@@ -449,10 +453,12 @@ const Bad kBad[] = {
     {"midpoints has stride 2 in its last dimension", [](SlotCalls& c) { c.store.midpoints.strides[0] = 2; }, true,
      false},
     {"centroids has 2147483647 dimensions", [](SlotCalls& c) { c.decode.centroids.ndim = INT_MAX; }, false, true},
-    {"centroids is [16] bfloat16", [](SlotCalls& c) { c.decode.centroids.dtype = DType::kBFloat16; }, false, true},
+    {"centroids is bfloat16; supported: float32", [](SlotCalls& c) { c.decode.centroids.dtype = DType::kBFloat16; },
+     false, true},
     {"centroids is not aligned", [](SlotCalls& c) { c.decode.centroids.data = c.centroids.bytes.data() + 3; }, false,
      true},
-    {"centroids is [16] float32 on cuda", [](SlotCalls& c) { c.decode.centroids.device = Device::kCuda; }, false, true},
+    {"centroids is on cuda, but the call's other tensors are on cpu",
+     [](SlotCalls& c) { c.decode.centroids.device = Device::kCuda; }, false, true},
     {"kv_cache has 1000 dimensions", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = 1000; }, true,
      true},
     {"kv_cache has -1 dimensions", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = -1; }, true,
@@ -466,7 +472,7 @@ const Bad kBad[] = {
     {"key has 7 dimensions", [](SlotCalls& c) { c.store.key.ndim = 7; }, true, false},
     {"query has 7 dimensions", [](SlotCalls& c) { c.decode.query.ndim = 7; }, false, true},
     {"query is [-2, 6, 64]", [](SlotCalls& c) { c.decode.query.shape[0] = -2; }, false, true},
-    {"seq_lens is [1] int32; it must be [1073741824], one for each token of query",
+    {"seq_lens is [1] int32; expected [1073741824], that is [batch]",
      [](SlotCalls& c) { c.decode.query.shape[0] = 1 << 30; }, false, true},
     {"seq_lens has -3 dimensions", [](SlotCalls& c) { c.decode.seq_lens.ndim = -3; }, false, true},
     {"seq_lens is not given", [](SlotCalls& c) { c.decode.seq_lens = Tensor(); }, false, true},
@@ -505,7 +511,7 @@ TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
   QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
   for (const bool seq_lens_too : {false, true}) {
     for (const std::int64_t batch :
-         {std::int64_t{INT32_MAX}, std::int64_t{1} << 32, std::int64_t{1} << 40, std::int64_t{1} << 50}) {
+         {std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 40, std::int64_t{1} << 50}) {
       SCOPED_TRACE(batch);
       SlotCalls calls({}, 64);
       const auto out = calls.out.bytes;
