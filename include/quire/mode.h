@@ -13,7 +13,7 @@
 
 namespace quire {
 
-// vLLM's enum. Its numbers have moved between vLLM versions: exchange modes by name, not by number.
+// vLLM's enum. Its numbers have moved between vLLM versions (5 is NVFP4 in some): exchange modes by name, not number.
 enum class KVQuantMode : int {
   kNone = 0,
   kFp8PerTensor = 1,
@@ -22,6 +22,27 @@ enum class KVQuantMode : int {
   kInt4PerTokenHead = 4,
   kInt2PerTokenHead = 5,
 };
+
+// "INT8_PER_TOKEN_HEAD", as vLLM spells it; "unknown" for a number that is none of the above.
+std::string_view kv_quant_mode_name(KVQuantMode value);
+
+// kNotFound lists the names that exist.
+Result<KVQuantMode> kv_quant_mode_from_name(std::string_view name);
+
+// True for the four modes with an fp32 scale per (token, head).
+bool is_per_token_head(KVQuantMode value);
+
+// Elements of a row per element of the cache: 4 for INT2_PER_TOKEN_HEAD, 2 for INT4_PER_TOKEN_HEAD, else 1.
+Result<int> packing_factor(KVQuantMode value);
+// head_size / packing_factor; refused where it does not divide.
+Result<int> packed_head_size(KVQuantMode value, int head_size);
+
+// vLLM's functions of the same names: what the enum says of a kv_cache_dtype string. "fp8.." is FP8_PER_TENSOR. NONE,
+// and so not quantized, is also every string the enum knows nothing of: unknown ones, nvfp4, turboquant_*, modes of two
+// formats, registered modes. What quire stores in those is a question for mode_info.
+KVQuantMode get_kv_quant_mode(std::string_view kv_cache_dtype);
+bool is_quantized_kv_cache(std::string_view kv_cache_dtype);
+bool kv_cache_uses_per_token_head_scales(std::string_view kv_cache_dtype);
 
 enum class ModeId : std::int32_t {};
 
@@ -39,7 +60,8 @@ struct ModeInfo {
 };
 
 // The mode of a name or an alias. Any pair of formats is a mode too, spelled "k=<format>,v=<format>"
-// (k=int8_per_token_head,v=turboquant_v3); a pair the table has is that mode. kNotFound lists the names that exist.
+// (k=int8_per_token_head,v=turboquant_v3), aliases of formats too (k=fp8_e4m3,v=..); a pair the table has is that mode.
+// kNotFound lists the names that exist.
 Result<ModeId> parse_kv_cache_dtype(std::string_view name);
 
 // The mode of an enum value. kInvalidArgument where several modes share the value (NONE, FP8_PER_TENSOR).
@@ -50,8 +72,8 @@ Result<ModeInfo> mode_info(ModeId mode);
 // Every mode with a name of its own: those of the table in table order, then the registered ones.
 std::vector<ModeInfo> list_modes();
 
-// Adds a mode that is not in the table, to be served by a backend registered for it (quire/backend.h).
-// The name must be new; formats may be left empty. Thread-safe.
+// Adds a mode that is not in the table, to be served by a backend registered for it (quire/backend.h). Name and aliases
+// must be new and differ, and are 1 to 64 letters, digits, '_', '-' and '.'. Thread-safe.
 struct ModeSpec {
   std::string name;
   std::vector<std::string> aliases;

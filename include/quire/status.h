@@ -16,7 +16,7 @@ enum class StatusCode {
   kNotFound,         // no mode, backend or file of that name
   kUnsupported,      // well-formed, but not built here or not possible on this device
   kAlreadyExists,    // a second, different registration for a name
-  kInternal,         // the device or the operating system reported an error
+  kInternal,         // the device, the operating system or a registered backend reported an error
 };
 
 class [[nodiscard]] Status {
@@ -41,7 +41,8 @@ inline Status unsupported(std::string message) { return {StatusCode::kUnsupporte
 inline Status already_exists(std::string message) { return {StatusCode::kAlreadyExists, std::move(message)}; }
 inline Status internal_error(std::string message) { return {StatusCode::kInternal, std::move(message)}; }
 
-// A T or the reason there is none. value() may be called only when ok().
+// A T or the reason there is none. value() may be called only when ok(). Of a temporary, `*call()` and call().value()
+// move the T out, so that what is bound to them lives on.
 template <class T>
 class [[nodiscard]] Result {
  public:
@@ -54,9 +55,10 @@ class [[nodiscard]] Result {
 
   T& value() & { return std::get<1>(state_); }
   const T& value() const& { return std::get<1>(state_); }
-  T&& value() && { return std::get<1>(std::move(state_)); }
+  T value() && { return std::get<1>(std::move(state_)); }
   T& operator*() & { return value(); }
   const T& operator*() const& { return value(); }
+  T operator*() && { return std::move(*this).value(); }
   T* operator->() { return &value(); }
   const T* operator->() const { return &value(); }
 

@@ -1,9 +1,11 @@
 #include "core/mode_table.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <iterator>
 #include <mutex>
 #include <shared_mutex>
+#include <utility>
 
 namespace quire {
 namespace {
@@ -64,26 +66,6 @@ bool format_compiled(format::FormatId id) {
   return compiled;
 }
 
-// The mode that "k=<format>,v=<format>" describes, without an id; kNotFound for another spelling or an unknown format.
-Result<ModeInfo> compose(std::string_view name) {
-  const std::size_t comma = name.find(",v=");
-  const format::FormatId key = format::find_format(name.substr(2, comma - 2));
-  const format::FormatId value =
-      comma == std::string_view::npos ? format::FormatId::kNone : format::find_format(name.substr(comma + 3));
-  if (key == format::FormatId::kNone || value == format::FormatId::kNone) {
-    return not_found("kv_cache_dtype '" + std::string(name) +
-                     "' is not k=<format>,v=<format>; formats: " + format_names());
-  }
-  ModeInfo mode;
-  mode.name = name;
-  mode.key_format = format::format_info(key).name;
-  mode.value_format = format::format_info(value).name;
-  mode.shared_slot = shares_slot(format::format_info(key).meta_place, format::format_info(value).meta_place);
-  mode.compiled = format_compiled(key) && format_compiled(value);
-  mode.composed = true;
-  return mode;
-}
-
 struct ModeTable {
   std::shared_mutex mutex;
   std::vector<ModeInfo> modes = built_in_modes();
@@ -94,11 +76,83 @@ struct ModeTable {
     }
     return nullptr;
   }
+
+  // A format by its name, or by an alias of the mode that has it for K and for V.
+  format::FormatId find_format(std::string_view name) const {
+    if (const format::FormatId id = format::find_format(name); id != format::FormatId::kNone) return id;
+    const ModeInfo* mode = find(name);
+    if (mode == nullptr || mode->key_format != mode->value_format) return format::FormatId::kNone;
+    return format::find_format(mode->key_format);
+  }
 };
 
 ModeTable& table() {
   static ModeTable instance;
   return instance;
+}
+
+// The mode that "k=<format>,v=<format>" describes, without an id; kNotFound for another spelling or an unknown format.
+Result<ModeInfo> compose(std::string_view name) {
+  const std::size_t comma = name.find(",v=");
+  const auto find = [](std::string_view format_name) {
+    std::shared_lock lock(table().mutex);
+    return table().find_format(format_name);
+  };
+  const format::FormatId key = find(name.substr(2, comma - 2));
+  const format::FormatId value =
+      comma == std::string_view::npos ? format::FormatId::kNone : find(name.substr(comma + 3));
+  if (key == format::FormatId::kNone || value == format::FormatId::kNone) {
+    return not_found("kv_cache_dtype " + core::quoted(name) +
+                     " is not k=<format>,v=<format>; formats: " + format_names());
+  }
+  ModeInfo mode;
+  mode.key_format = format::format_info(key).name;
+  mode.value_format = format::format_info(value).name;
+  mode.name = "k=" + mode.key_format + ",v=" + mode.value_format;
+  mode.shared_slot = shares_slot(format::format_info(key).meta_place, format::format_info(value).meta_place);
+  mode.compiled = format_compiled(key) && format_compiled(value);
+  mode.composed = true;
+  return mode;
+}
+
+// The names of vLLM's enum. A mode's row in modes.def has the value, not the name.
+constexpr std::pair<KVQuantMode, std::string_view> kKVQuantModeNames[] = {
+    {KVQuantMode::kNone, "NONE"},
+    {KVQuantMode::kFp8PerTensor, "FP8_PER_TENSOR"},
+    {KVQuantMode::kInt8PerTokenHead, "INT8_PER_TOKEN_HEAD"},
+    {KVQuantMode::kFp8PerTokenHead, "FP8_PER_TOKEN_HEAD"},
+    {KVQuantMode::kInt4PerTokenHead, "INT4_PER_TOKEN_HEAD"},
+    {KVQuantMode::kInt2PerTokenHead, "INT2_PER_TOKEN_HEAD"},
+};
+
+std::string kv_quant_mode_names() {
+  std::string names;
+  for (const auto& [value, name] : kKVQuantModeNames) names += (names.empty() ? "" : ", ") + std::string(name);
+  return names;
+}
+
+// Its number says nothing: numbers have moved between vLLM versions.
+Status outside_the_enum() {
+  return not_found("the KVQuantMode is outside the enum; supported: " + kv_quant_mode_names());
+}
+
+// The key format of an enum value, null outside the enum. Modes that share a value pack alike and keep their scales
+// alike.
+const format::FormatInfo* key_format_of(KVQuantMode value) {
+  std::shared_lock lock(table().mutex);
+  for (const ModeInfo& mode : table().modes) {
+    if (mode.kv_quant_mode != value) continue;
+    const core::FormatPair pair = core::formats_of(mode, DType::kFloat32, DType::kFloat32);
+    return &format::format_info(pair.key);
+  }
+  return nullptr;
+}
+
+// A name that tables, comma-separated lists and messages can hold.
+bool is_plain_name(std::string_view name) {
+  constexpr std::size_t kMaxLength = 64;
+  constexpr std::string_view kAllowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.";
+  return !name.empty() && name.size() <= kMaxLength && name.find_first_not_of(kAllowed) == std::string_view::npos;
 }
 
 }  // namespace
@@ -113,6 +167,34 @@ std::string mode_names() {
     for (const std::string& alias : mode.aliases) names += " (" + alias + ")";
   }
   return names;
+}
+
+Status check_packing(std::string_view who, int unit, int head_size) {
+  if (head_size >= 1 && head_size % unit == 0) return {};
+  return invalid_argument("head_size is " + std::to_string(head_size) + "; " + std::string(who) +
+                          (unit > 1 ? " packs multiples of " + std::to_string(unit) : " takes 1 and more"));
+}
+
+std::string mode_name(ModeId mode) {
+  const Result<ModeInfo> info = mode_info(mode);
+  return info ? info->name : "id " + std::to_string(static_cast<std::int32_t>(mode));
+}
+
+std::string quoted(std::string_view text) {
+  constexpr std::size_t kMaxShown = 64;
+  std::string quoted = "'";
+  for (const char c : text.substr(0, kMaxShown)) {
+    if (c >= ' ' && c <= '~') {
+      quoted += c;
+    } else {
+      char escaped[5];
+      std::snprintf(escaped, sizeof(escaped), "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
+      quoted += escaped;
+    }
+  }
+  quoted += "'";
+  if (text.size() > kMaxShown) quoted += " .. (" + std::to_string(text.size()) + " characters)";
+  return quoted;
 }
 
 FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype) {
@@ -130,7 +212,7 @@ Result<ModeId> parse_kv_cache_dtype(std::string_view name) {
     if (const ModeInfo* mode = table().find(name)) return mode->id;
   }
   if (name.substr(0, 2) != "k=") {
-    return not_found("kv_cache_dtype '" + std::string(name) + "' is not a mode; modes: " + core::mode_names() +
+    return not_found("kv_cache_dtype " + core::quoted(name) + " is not a mode; modes: " + core::mode_names() +
                      ", and any pair k=<format>,v=<format>");
   }
   Result<ModeInfo> composed = compose(name);
@@ -153,10 +235,10 @@ Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value) {
     sharing += (found == nullptr ? "" : ", ") + mode.name;
     found = found == nullptr ? &mode : found;
   }
-  const std::string number = std::to_string(static_cast<int>(value));
-  if (found == nullptr) return not_found("KVQuantMode " + number + " is not a mode's");
+  if (found == nullptr) return outside_the_enum();
   if (sharing != found->name) {
-    return invalid_argument("KVQuantMode " + number + " is shared by the modes " + sharing + ": name one of them");
+    return invalid_argument("KVQuantMode " + std::string(kv_quant_mode_name(value)) + " is shared by the modes " +
+                            sharing + ": name one of them");
   }
   return found->id;
 }
@@ -180,13 +262,20 @@ std::vector<ModeInfo> list_modes() {
 
 Result<ModeId> register_mode(const ModeSpec& spec) {
   std::unique_lock lock(table().mutex);
-  if (spec.name.empty())
-    return invalid_argument("name of a registered mode is empty; give the kv_cache_dtype it is called by");
-  std::vector<std::string> names = spec.aliases;
-  names.push_back(spec.name);
-  for (const std::string& name : names) {
-    if (const ModeInfo* mode = table().find(name)) {
-      return already_exists("mode '" + name + "' exists already (as '" + mode->name +
+  std::vector<std::string> names = {spec.name};
+  names.insert(names.end(), spec.aliases.begin(), spec.aliases.end());
+  for (auto name = names.begin(); name != names.end(); ++name) {
+    const std::string what = name == names.begin() ? "name" : "alias";
+    if (!is_plain_name(*name)) {
+      return invalid_argument(what + " of a registered mode is " + core::quoted(*name) +
+                              "; supported: 1 to 64 letters, digits, '_', '-' and '.'");
+    }
+    if (std::find(names.begin(), name, *name) != name) {
+      return invalid_argument("alias of a registered mode is " + core::quoted(*name) +
+                              ", which is its name or another alias already; give each once");
+    }
+    if (const ModeInfo* mode = table().find(*name)) {
+      return already_exists("mode " + core::quoted(*name) + " exists already (as '" + mode->name +
                             "'); registered names must be new");
     }
   }
@@ -197,6 +286,54 @@ Result<ModeId> register_mode(const ModeSpec& spec) {
   mode.registered = true;
   table().modes.push_back(mode);
   return mode.id;
+}
+
+std::string_view kv_quant_mode_name(KVQuantMode value) {
+  for (const auto& [named, name] : kKVQuantModeNames) {
+    if (named == value) return name;
+  }
+  return "unknown";
+}
+
+Result<KVQuantMode> kv_quant_mode_from_name(std::string_view name) {
+  for (const auto& [value, known] : kKVQuantModeNames) {
+    if (known == name) return value;
+  }
+  return not_found("KVQuantMode " + core::quoted(name) + " is not known; supported: " + kv_quant_mode_names());
+}
+
+bool is_per_token_head(KVQuantMode value) {
+  const format::FormatInfo* format = key_format_of(value);
+  return format != nullptr && format->meta_place == format::MetaPlace::kScaleCache;
+}
+
+Result<int> packing_factor(KVQuantMode value) {
+  const format::FormatInfo* format = key_format_of(value);
+  if (format == nullptr) return outside_the_enum();
+  return format->packing_factor();
+}
+
+Result<int> packed_head_size(KVQuantMode value, int head_size) {
+  const format::FormatInfo* format = key_format_of(value);
+  if (format == nullptr) return outside_the_enum();
+  Status status = core::check_packing("KVQuantMode " + std::string(kv_quant_mode_name(value)), format->unit, head_size);
+  if (!status) return status;
+  return head_size / format->packing_factor();
+}
+
+KVQuantMode get_kv_quant_mode(std::string_view kv_cache_dtype) {
+  if (const Result<ModeId> mode = parse_kv_cache_dtype(kv_cache_dtype)) {
+    if (const std::optional<KVQuantMode> value = mode_info(*mode)->kv_quant_mode) return *value;
+  }
+  return kv_cache_dtype.starts_with("fp8") ? KVQuantMode::kFp8PerTensor : KVQuantMode::kNone;
+}
+
+bool is_quantized_kv_cache(std::string_view kv_cache_dtype) {
+  return get_kv_quant_mode(kv_cache_dtype) != KVQuantMode::kNone;
+}
+
+bool kv_cache_uses_per_token_head_scales(std::string_view kv_cache_dtype) {
+  return is_per_token_head(get_kv_quant_mode(kv_cache_dtype));
 }
 
 }  // namespace quire

@@ -1,6 +1,9 @@
 // The modes at run time: the rows of modes.def, then those registered by the program. Ids index that list.
 #pragma once
 
+#include <string>
+#include <string_view>
+
 #include "format/formats.h"
 #include "quire/mode.h"
 
@@ -16,7 +19,15 @@ struct FormatPair {
 // with a dtype that is not a float.
 FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype);
 
-// "auto, bfloat16, ...", for messages.
+// Refuses a head size below 1 and one that is no multiple of `unit`, the elements that `who` ("mode ..") packs
+// together.
+Status check_packing(std::string_view who, int unit, int head_size);
+
+// For messages. "auto, bfloat16, ..":
 std::string mode_names();
+// The name of a mode, or "id 12345":
+std::string mode_name(ModeId mode);
+// Text from outside, in quotes: at most 64 characters of it, and what is not printable ASCII escaped.
+std::string quoted(std::string_view text);
 
 }  // namespace quire::core

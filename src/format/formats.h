@@ -72,6 +72,12 @@ struct FormatInfo {
   constexpr std::int64_t row_bytes(std::int64_t head_size) const {
     return code_bytes(head_size) + (meta_place == MetaPlace::kInRow ? meta_bytes : 0);
   }
+  // Elements of a row per element of its cache tensor, 0 where that is no whole number: 3-bit codes, metadata in the
+  // row.
+  constexpr int packing_factor() const {
+    const int elements = unit * static_cast<int>(dtype_bytes(cache_dtype));
+    return meta_place == MetaPlace::kInRow || elements % unit_bytes != 0 ? 0 : elements / unit_bytes;
+  }
 };
 
 template <Format F>

@@ -107,7 +107,100 @@ TEST(ModeTable, EnumValuesAreModesWhereTheyAreUnique) {
   }
   const Result<ModeId> none = mode_from_kv_quant_mode(static_cast<KVQuantMode>(77));
   EXPECT_EQ(none.status().code(), StatusCode::kNotFound);
-  EXPECT_NE(none.status().message().find("77"), std::string::npos) << none.status().message();
+  EXPECT_NE(none.status().message().find("INT2_PER_TOKEN_HEAD"), std::string::npos) << none.status().message();
+}
+
+// The names and properties of vLLM's enum, as its pull request 39074 defines them.
+TEST(KVQuantMode, NamesAndProperties) {
+  const struct {
+    KVQuantMode value;
+    const char* name;
+    bool per_token_head;
+    int packing_factor;
+  } expected[] = {
+      {KVQuantMode::kNone, "NONE", false, 1},
+      {KVQuantMode::kFp8PerTensor, "FP8_PER_TENSOR", false, 1},
+      {KVQuantMode::kInt8PerTokenHead, "INT8_PER_TOKEN_HEAD", true, 1},
+      {KVQuantMode::kFp8PerTokenHead, "FP8_PER_TOKEN_HEAD", true, 1},
+      {KVQuantMode::kInt4PerTokenHead, "INT4_PER_TOKEN_HEAD", true, 2},
+      {KVQuantMode::kInt2PerTokenHead, "INT2_PER_TOKEN_HEAD", true, 4},
+  };
+  for (const auto& mode : expected) {
+    EXPECT_EQ(kv_quant_mode_name(mode.value), mode.name);
+    EXPECT_EQ(*kv_quant_mode_from_name(mode.name), mode.value);
+    EXPECT_EQ(is_per_token_head(mode.value), mode.per_token_head) << mode.name;
+    EXPECT_EQ(*packing_factor(mode.value), mode.packing_factor) << mode.name;
+    EXPECT_EQ(*packed_head_size(mode.value, 128), 128 / mode.packing_factor) << mode.name;
+    EXPECT_FALSE(packed_head_size(mode.value, 0).ok());
+  }
+  EXPECT_EQ(packed_head_size(KVQuantMode::kInt4PerTokenHead, 127).status().message(),
+            "head_size is 127; KVQuantMode INT4_PER_TOKEN_HEAD packs multiples of 2");
+  const auto outside = static_cast<KVQuantMode>(6);
+  EXPECT_EQ(kv_quant_mode_name(outside), "unknown");
+  EXPECT_FALSE(is_per_token_head(outside));
+  EXPECT_EQ(packing_factor(outside).status().message(),
+            "the KVQuantMode is outside the enum; supported: NONE, FP8_PER_TENSOR, INT8_PER_TOKEN_HEAD, "
+            "FP8_PER_TOKEN_HEAD, INT4_PER_TOKEN_HEAD, INT2_PER_TOKEN_HEAD");
+  EXPECT_EQ(packed_head_size(outside, 128).status().code(), StatusCode::kNotFound);
+  for (const char* name : {"NVFP4", "int4_per_token_head", ""}) {
+    const Result<KVQuantMode> value = kv_quant_mode_from_name(name);
+    ASSERT_FALSE(value.ok());
+    EXPECT_EQ(value.status().code(), StatusCode::kNotFound);
+    EXPECT_NE(value.status().message().find("'" + std::string(name) + "'"), std::string::npos);
+  }
+}
+
+// The cases of the pull request's TestIsQuantizedKvCache, and vLLM's rule for everything else.
+TEST(KVQuantMode, OfAKvCacheDtype) {
+  for (const Expected& expected : kTable) EXPECT_EQ(get_kv_quant_mode(expected.name), expected.value) << expected.name;
+  for (const char* name : {"fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla"}) {
+    EXPECT_EQ(get_kv_quant_mode(name), KVQuantMode::kFp8PerTensor) << name;
+    EXPECT_TRUE(is_quantized_kv_cache(name)) << name;
+    EXPECT_FALSE(kv_cache_uses_per_token_head_scales(name)) << name;
+  }
+  for (const char* name : {"int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "int2_per_token_head"}) {
+    EXPECT_TRUE(is_quantized_kv_cache(name)) << name;
+    EXPECT_TRUE(kv_cache_uses_per_token_head_scales(name)) << name;
+  }
+  for (const char* name : {"auto", "bfloat16", "half", "", "int3_per_token_head", "turboquant_k8v4",
+                           "turboquant_3bit_nc", "k=int8_per_token_head,v=int4_per_token_head"}) {
+    EXPECT_EQ(get_kv_quant_mode(name), KVQuantMode::kNone) << name;
+    EXPECT_FALSE(is_quantized_kv_cache(name)) << name;
+    EXPECT_FALSE(kv_cache_uses_per_token_head_scales(name)) << name;
+  }
+}
+
+// Where a sentence needs the name of an enum value, it is the name.
+TEST(KVQuantMode, SentencesShowNoNumbers) {
+  for (int value = -1; value <= 77; ++value) {
+    const Status status = mode_from_kv_quant_mode(static_cast<KVQuantMode>(value)).status();
+    EXPECT_EQ(status.message().find("KVQuantMode " + std::to_string(value)), std::string::npos) << status.message();
+  }
+  const std::string shared = mode_from_kv_quant_mode(KVQuantMode::kFp8PerTensor).status().message();
+  EXPECT_EQ(shared, "KVQuantMode FP8_PER_TENSOR is shared by the modes fp8, fp8_e5m2: name one of them");
+}
+
+TEST(ModeTable, APairMayNameAliasesOfFormats) {
+  const Result<ModeId> alias = parse_kv_cache_dtype("k=fp8_e4m3,v=int2_per_token_head");
+  ASSERT_TRUE(alias.ok()) << alias.status().message();
+  EXPECT_EQ(*alias, *parse_kv_cache_dtype("k=fp8,v=int2_per_token_head"));
+  EXPECT_EQ(mode_info(*alias)->name, "k=fp8,v=int2_per_token_head");
+  EXPECT_EQ(*parse_kv_cache_dtype("k=fp8_e4m3,v=fp8_e4m3"), *parse_kv_cache_dtype("fp8"));
+  EXPECT_FALSE(parse_kv_cache_dtype("k=turboquant_k8v4,v=fp8").ok()) << "a mode of two formats is no format";
+  EXPECT_FALSE(parse_kv_cache_dtype("k=auto,v=auto").ok());
+}
+
+// A sentence shows the beginning of what it was given, and nothing that a terminal or a log would obey.
+TEST(ModeTable, SentencesQuoteNamesShortAndPrintable) {
+  const std::string megabyte(1 << 20, 'x');
+  for (const std::string& name : {megabyte, "k=" + megabyte + ",v=int4_per_token_head", "k=" + megabyte}) {
+    const std::string message = parse_kv_cache_dtype(name).status().message();
+    EXPECT_LT(message.size(), 1000U);
+    EXPECT_NE(message.find("xxx' .. (" + std::to_string(name.size()) + " characters)"), std::string::npos) << message;
+  }
+  const std::string dirty("a\nb\0c\x1b[31m\xff", 11);
+  EXPECT_NE(parse_kv_cache_dtype(dirty).status().message().find("'a\\x0ab\\x00c\\x1b[31m\\xff'"), std::string::npos)
+      << parse_kv_cache_dtype(dirty).status().message();
 }
 
 TEST(RegisterMode, AddsANameThatIsNew) {
@@ -132,6 +225,32 @@ TEST(RegisterMode, AddsANameThatIsNew) {
   }
   EXPECT_FALSE(parse_kv_cache_dtype("mode_test_b").ok()) << "a refused registration left its name behind";
   EXPECT_EQ(register_mode({.name = "", .aliases = {}}).status().code(), StatusCode::kInvalidArgument);
+}
+
+TEST(RegisterMode, NamesThatListsAndMessagesCanHold) {
+  const std::string nul("mode_test_\0c", 12);
+  for (const std::string& bad :
+       {std::string(), std::string("mode_test_\nc"), std::string("mode_test_,c"), std::string("mode_test_\tc"),
+        std::string("mode test c"), std::string("k=mode_test_c"), std::string("mode_test_\x7f"),
+        std::string("mode_test_\xc3\xa9"), nul, std::string(65, 'm')}) {
+    for (const bool as_alias : {false, true}) {
+      const ModeSpec spec = as_alias ? ModeSpec{"mode_test_c", {bad}} : ModeSpec{bad, {"mode_test_c"}};
+      const Status status = register_mode(spec).status();
+      EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << bad;
+      EXPECT_EQ(status.message().find(as_alias ? "alias of a registered mode is '" : "name of a registered mode is '"),
+                0U)
+          << status.message();
+      EXPECT_NE(status.message().find("letters, digits"), std::string::npos) << status.message();
+    }
+  }
+  for (const ModeSpec& twice :
+       {ModeSpec{"mode_test_c", {"mode_test_c"}}, ModeSpec{"mode_test_c", {"mode_test_d", "mode_test_d"}}}) {
+    const Status status = register_mode(twice).status();
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_NE(status.message().find("give each once"), std::string::npos) << status.message();
+  }
+  EXPECT_FALSE(parse_kv_cache_dtype("mode_test_c").ok()) << "a refused registration left its name behind";
+  EXPECT_TRUE(register_mode({std::string(64, 'm'), {"Mode-test.c_1"}}).ok());
 }
 
 }  // namespace

@@ -22,20 +22,9 @@ using nlohmann::ordered_json;
 
 constexpr int kHeadSize = 128;
 
-constexpr std::pair<KVQuantMode, const char*> kQuantModeNames[] = {
-    {KVQuantMode::kNone, "NONE"},
-    {KVQuantMode::kFp8PerTensor, "FP8_PER_TENSOR"},
-    {KVQuantMode::kInt8PerTokenHead, "INT8_PER_TOKEN_HEAD"},
-    {KVQuantMode::kFp8PerTokenHead, "FP8_PER_TOKEN_HEAD"},
-    {KVQuantMode::kInt4PerTokenHead, "INT4_PER_TOKEN_HEAD"},
-    {KVQuantMode::kInt2PerTokenHead, "INT2_PER_TOKEN_HEAD"},
-};
-
-const char* quant_mode_name(const ModeInfo& mode) {
-  for (const auto& [value, name] : kQuantModeNames) {
-    if (mode.kv_quant_mode == value) return name;
-  }
-  return nullptr;
+// Empty for a mode the enum does not know.
+std::string quant_mode_name(const ModeInfo& mode) {
+  return mode.kv_quant_mode ? std::string(kv_quant_mode_name(*mode.kv_quant_mode)) : "";
 }
 
 // The layout at head size 128; none for a mode that was left out of the build or whose backend is not registered.
@@ -50,8 +39,8 @@ std::optional<KVCacheLayout> layout_of(const ModeInfo& mode) {
 
 ordered_json describe(const ModeInfo& mode) {
   ordered_json row = {{"name", mode.name}, {"aliases", mode.aliases}};
-  const char* quant_mode = quant_mode_name(mode);
-  row["kv_quant_mode"] = quant_mode != nullptr ? ordered_json(quant_mode) : ordered_json();
+  const std::string quant_mode = quant_mode_name(mode);
+  row["kv_quant_mode"] = quant_mode.empty() ? ordered_json() : ordered_json(quant_mode);
   row["key_format"] = mode.key_format;
   row["value_format"] = mode.value_format;
   row["key_bits"] = nullptr;
@@ -87,13 +76,13 @@ void print_table() {
       {"mode", "KVQuantMode", "format of K and V", "bits", "scales", "bytes", "also"}};
   for (const ModeInfo& mode : list_modes()) {
     const ordered_json row = describe(mode);
-    const char* quant_mode = quant_mode_name(mode);
+    const std::string quant_mode = quant_mode_name(mode);
     const ordered_json& scales = row["scale_caches"];
     const ordered_json& bytes = row["bytes_per_token_head"];
     std::vector<std::string> notes = mode.aliases;
     if (mode.registered) notes.push_back("registered");
     if (!mode.compiled) notes.push_back("not in this build");
-    lines.push_back({mode.name, quant_mode != nullptr ? quant_mode : "-", formats_text(mode), bits_text(row),
+    lines.push_back({mode.name, quant_mode.empty() ? "-" : quant_mode, formats_text(mode), bits_text(row),
                      scales.is_null() ? "-" : (scales.get<bool>() ? "yes" : "no"), bytes.is_null() ? "-" : bytes.dump(),
                      fmt::format("{}", fmt::join(notes, ", "))});
   }
