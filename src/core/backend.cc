@@ -1,9 +1,9 @@
 // Backends: the defaults of QuantKVBackend, the built-in one, and the registry.
 #include "quire/backend.h"
 
-#include <cxxabi.h>
-
 #include <cstdlib>
+#include <exception>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -12,14 +12,6 @@
 
 namespace quire {
 namespace {
-
-std::string class_name(const QuantKVBackend& backend) {
-  int status = 0;
-  char* demangled = abi::__cxa_demangle(typeid(backend).name(), nullptr, nullptr, &status);
-  std::string name = status == 0 ? demangled : typeid(backend).name();
-  std::free(demangled);
-  return name;
-}
 
 // Serves a mode of the table through its formats.
 class TableBackend final : public QuantKVBackend {
@@ -30,17 +22,27 @@ class TableBackend final : public QuantKVBackend {
         value_(format::format_info(format::find_format(mode.value_format))) {}
 
   ModeId mode() const override { return mode_; }
-  int packing_factor() const override { return key_.unit_bytes == 0 ? 1 : key_.unit / key_.unit_bytes; }
-  bool needs_scale_caches() const override {
-    return key_.meta_place == format::MetaPlace::kScaleCache || value_.meta_place == format::MetaPlace::kScaleCache;
+  bool needs_scale_caches() const override { return has_scale_cache(key_) || has_scale_cache(value_); }
+  Result<int> packing_factor() const override {
+    if (const int factor = key_.packing_factor(); factor > 0) return factor;
+    return invalid_argument("packing_factor of " + name() +
+                            " is no whole number; ask packed_head_size for the extent of its key cache");
+  }
+  Result<int> packed_head_size(int head_size) const override {
+    const Result<std::int64_t> bytes = row_bytes(head_size, false);
+    if (!bytes) return bytes.status();
+    return static_cast<int>(*bytes / static_cast<std::int64_t>(dtype_bytes(key_.cache_dtype)));
   }
   Result<std::int64_t> row_bytes(int head_size, bool is_value) const override {
     const format::FormatInfo& info = is_value ? value_ : key_;
-    if (head_size % info.unit != 0) {
-      return invalid_argument("head_size is " + std::to_string(head_size) + "; format " + std::string(info.name) +
-                              " packs multiples of " + std::to_string(info.unit));
-    }
+    if (Status status = core::check_packing(name(), info.unit, head_size); !status) return status;
     return info.row_bytes(head_size);
+  }
+  Result<ScaleCaches> allocate_scale_caches(std::int64_t num_blocks, int block_size, int num_kv_heads) const override {
+    Result<ScaleCaches> caches = QuantKVBackend::allocate_scale_caches(num_blocks, block_size, num_kv_heads);
+    if (caches && !has_scale_cache(key_)) caches->k_scale_cache = {};
+    if (caches && !has_scale_cache(value_)) caches->v_scale_cache = {};
+    return caches;
   }
   // Both ops dispatch modes of the table before they ask a backend, so the virtuals lead straight to the kernels.
   Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) const override {
@@ -55,14 +57,20 @@ class TableBackend final : public QuantKVBackend {
   }
 
  private:
+  static bool has_scale_cache(const format::FormatInfo& info) {
+    return info.meta_place == format::MetaPlace::kScaleCache;
+  }
+  std::string name() const { return "mode " + core::mode_name(mode_); }
+
   ModeId mode_;
   const format::FormatInfo& key_;
   const format::FormatInfo& value_;
 };
 
 struct Registration {
-  std::type_index backend_class = typeid(void);
+  BackendClass the_class = nullptr;
   BackendFactory factory;
+  bool constructing = false;
   std::unique_ptr<const QuantKVBackend> backend;
 };
 
@@ -90,42 +98,73 @@ Status check_quantizing(const ModeInfo& mode) {
   return {};
 }
 
+// What it takes for a mode to have a backend, once one is registered.
+Status check_servable(const ModeInfo& mode) {
+  if (Status status = check_quantizing(mode); !status) return status;
+  if (mode.compiled) return {};
+  return unsupported("mode " + mode.name +
+                     " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
+}
+
+Result<std::unique_ptr<QuantKVBackend>> make_backend(const ModeInfo& mode, const BackendFactory& factory) {
+  std::unique_ptr<QuantKVBackend> made = factory();
+  if (made == nullptr)
+    return invalid_argument("factory of mode " + mode.name + " yielded nothing; it must make a backend");
+  if (made->mode() != mode.id) {
+    return invalid_argument("factory of mode " + mode.name + " yielded a backend of mode " +
+                            core::mode_name(made->mode()) + "; its mode() must be the one it is registered for");
+  }
+  return made;
+}
+
 }  // namespace
 
 Result<int> QuantKVBackend::packed_head_size(int head_size) const {
-  if (head_size < 1 || head_size % packing_factor() != 0) {
-    return invalid_argument("head_size is " + std::to_string(head_size) + "; " + class_name(*this) +
-                            " packs multiples of " + std::to_string(packing_factor()));
-  }
-  return head_size / packing_factor();
+  const Result<std::int64_t> bytes = row_bytes(head_size, false);
+  if (!bytes) return bytes.status();
+  return static_cast<int>(*bytes);
 }
 
 Result<std::int64_t> QuantKVBackend::row_bytes(int head_size, bool) const {
-  Result<int> packed = packed_head_size(head_size);
-  if (!packed) return packed.status();
-  return static_cast<std::int64_t>(*packed);
+  const Result<int> factor = packing_factor();
+  if (!factor) return factor.status();
+  const std::string who = "mode " + core::mode_name(mode());
+  if (*factor < 1) {
+    return invalid_argument("packing_factor of " + who + " is " + std::to_string(*factor) + "; supported: 1 and more");
+  }
+  if (Status status = core::check_packing(who, *factor, head_size); !status) return status;
+  return std::int64_t{head_size / *factor};
 }
 
 Result<ScaleCaches> QuantKVBackend::allocate_scale_caches(std::int64_t num_blocks, int block_size,
                                                           int num_kv_heads) const {
   ScaleCaches caches;
   if (!needs_scale_caches()) return caches;
+  const std::string shape =
+      "[" + std::to_string(num_blocks) + ", " + std::to_string(block_size) + ", " + std::to_string(num_kv_heads) + "]";
   if (num_blocks < 0 || block_size < 1 || num_kv_heads < 1) {
-    return invalid_argument("scale caches of [" + std::to_string(num_blocks) + ", " + std::to_string(block_size) +
-                            ", " + std::to_string(num_kv_heads) + "] were asked for; every extent must be at least 1");
+    return invalid_argument("scale caches of " + shape +
+                            " were asked for; num_blocks must be at least 0, block_size and num_kv_heads at least 1");
   }
-  const auto size = static_cast<std::size_t>(num_blocks) * static_cast<std::size_t>(block_size) *
-                    static_cast<std::size_t>(num_kv_heads);
-  caches.k.resize(size);
-  caches.v.resize(size);
-  caches.k_scale_cache = Tensor::contiguous(caches.k.data(), DType::kFloat32, {num_blocks, block_size, num_kv_heads});
-  caches.v_scale_cache = Tensor::contiguous(caches.v.data(), DType::kFloat32, {num_blocks, block_size, num_kv_heads});
+  constexpr std::int64_t kMostBytes = std::numeric_limits<std::ptrdiff_t>::max();
+  constexpr std::int64_t kBytes = 2 * sizeof(float);  // of one entry, K and V
+  const std::int64_t rows = std::int64_t{block_size} * num_kv_heads;
+  if (rows > kMostBytes / kBytes || num_blocks > kMostBytes / kBytes / rows) {
+    return invalid_argument("scale caches of " + shape + " were asked for; their bytes must fit in 63 bits");
+  }
+  const std::int64_t entries = num_blocks * rows;
+  auto* zeros = static_cast<float*>(std::calloc(static_cast<std::size_t>(entries), kBytes));
+  if (zeros == nullptr && entries > 0) return internal_error("no memory for two scale caches of " + shape + " float32");
+  caches.memory = std::shared_ptr<void>(zeros, std::free);
+  caches.k_scale_cache = Tensor::contiguous(zeros, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
+  caches.v_scale_cache = Tensor::contiguous(zeros + entries, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
   return caches;
 }
 
 Status QuantKVBackend::reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) const {
   if (read_format().empty()) {
-    return unsupported("class " + class_name(*this) + " neither overrides reshape_and_cache nor names a read_format");
+    return unsupported("the backend of mode " + core::mode_name(mode()) +
+                       " neither overrides reshape_and_cache nor names a read_format");
   }
   const Result<ModeId> format_mode = parse_kv_cache_dtype(read_format());
   if (!format_mode) return format_mode.status();
@@ -135,73 +174,95 @@ Status QuantKVBackend::reshape_and_cache(const ReshapeAndCacheArgs& args, void* 
 }
 
 Status QuantKVBackend::unified_attention(const UnifiedAttentionArgs& args, void* stream) const {
+  UnifiedAttentionArgs own = args;
   if (!read_format().empty()) {
     const Result<ModeId> format_mode = parse_kv_cache_dtype(read_format());
     if (!format_mode) return format_mode.status();
-    UnifiedAttentionArgs own = args;
     own.mode = *format_mode;
     return core::attend(own, nullptr, nullptr, 0, nullptr, stream);
   }
-  if (has_decode_row()) return core::attend(args, nullptr, nullptr, 0, this, stream);
-  return unsupported(
-      "class " + class_name(*this) +
-      " does not override unified_attention and has no readable format; name a read_format or override decode_row");
+  if (has_decode_row()) {
+    own.mode = mode();
+    return core::attend(own, nullptr, nullptr, 0, this, stream);
+  }
+  return unsupported("the backend of mode " + core::mode_name(mode()) +
+                     " does not override unified_attention and has no readable format; name a read_format or override "
+                     "decode_row");
 }
 
 bool QuantKVBackend::decode_row(const CacheRow&, float*) const { return false; }
 
-Status register_backend(ModeId id, std::type_index backend_class, BackendFactory factory) {
+namespace core {
+
+Status thrown(std::string_view what, ModeId mode) {
+  std::string message(what);
+  message += " of mode " + mode_name(mode) + " threw an exception";
+  try {
+    throw;
+  } catch (const std::exception& exception) {
+    message += ": " + quoted(exception.what());
+  } catch (...) {
+  }
+  return internal_error(std::move(message));
+}
+
+}  // namespace core
+
+Status register_backend(ModeId id, BackendClass the_class, BackendFactory factory) {
   const Result<ModeInfo> mode = mode_info(id);
   if (!mode) return mode.status();
   if (Status status = check_quantizing(*mode); !status) return status;
   if (!factory)
     return invalid_argument("factory of mode " + mode->name + " is empty; give a function that makes the backend");
   if (!mode->registered) {
-    if (backend_class == typeid(TableBackend)) return {};
+    if (the_class == backend_class<TableBackend>()) return {};
     return already_exists("mode " + mode->name +
                           " is quire's own and has its backend; register_mode a name for another one");
   }
   std::lock_guard lock(registry().mutex);
   auto [position, inserted] = registry().registrations.try_emplace(id);
-  if (!inserted && position->second.backend_class != backend_class) {
+  if (!inserted && position->second.the_class != the_class) {
     return already_exists("mode " + mode->name +
                           " is served by a registered backend of another class; the same class again is accepted");
   }
   if (inserted) {
-    position->second.backend_class = backend_class;
+    position->second.the_class = the_class;
     position->second.factory = std::move(factory);
   }
   return {};
 }
 
+bool has_backend(ModeId id) {
+  const Result<ModeInfo> mode = mode_info(id);
+  if (!mode || !check_servable(*mode)) return false;
+  std::lock_guard lock(registry().mutex);
+  return !mode->registered || registry().registrations.contains(id);
+}
+
 Result<const QuantKVBackend*> get_backend(ModeId id) {
   const Result<ModeInfo> mode = mode_info(id);
   if (!mode) return mode.status();
-  if (Status status = check_quantizing(*mode); !status) return status;
-  if (!mode->compiled) {
-    return unsupported("mode " + mode->name +
-                       " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
-  }
+  if (Status status = check_servable(*mode); !status) return status;
   std::lock_guard lock(registry().mutex);
   auto position = registry().registrations.find(id);
   if (position == registry().registrations.end()) {
     if (mode->registered) return not_found("mode " + mode->name + " has no backend; call register_backend for it");
     position = registry().registrations.try_emplace(id).first;
-    position->second.backend_class = typeid(TableBackend);
+    position->second.the_class = backend_class<TableBackend>();
     position->second.backend = std::make_unique<TableBackend>(*mode);
   }
   Registration& registration = position->second;
   if (registration.backend == nullptr) {
-    std::unique_ptr<QuantKVBackend> made = registration.factory();
-    if (made == nullptr)
-      return invalid_argument("factory of mode " + mode->name + " yielded nothing; it must make a backend");
-    if (made->mode() != id) {
-      const Result<ModeInfo> other = mode_info(made->mode());
-      return invalid_argument("factory of mode " + mode->name + " yielded a backend of mode " +
-                              (other ? other->name : "id " + std::to_string(static_cast<int>(made->mode()))) +
-                              "; its mode() must be the one it is registered for");
+    if (registration.constructing) {
+      return invalid_argument("the backend of mode " + mode->name +
+                              " is being made; its constructor and factory cannot ask for it");
     }
-    registration.backend = std::move(made);
+    registration.constructing = true;
+    Result<std::unique_ptr<QuantKVBackend>> made =
+        core::guarded("factory", id, [&] { return make_backend(*mode, registration.factory); });
+    registration.constructing = false;
+    if (!made) return made.status();
+    registration.backend = *std::move(made);
   }
   return registration.backend.get();
 }
@@ -216,13 +277,23 @@ Result<const QuantKVBackend*> get_backend(KVQuantMode value) {
   if (value == KVQuantMode::kNone) {
     return invalid_argument("KVQuantMode NONE quantizes nothing and has no backend; call the ops directly");
   }
+  if (value == KVQuantMode::kFp8PerTensor) {
+    return invalid_argument(
+        "KVQuantMode FP8_PER_TENSOR has no backend; call the ops directly with k_scale and v_scale");
+  }
   const Result<ModeId> mode = mode_from_kv_quant_mode(value);
   if (!mode) return mode.status();
   return get_backend(*mode);
 }
 
-bool has_backend(ModeId mode) { return get_backend(mode).ok(); }
-bool has_backend(std::string_view kv_cache_dtype) { return get_backend(kv_cache_dtype).ok(); }
-bool has_backend(KVQuantMode value) { return get_backend(value).ok(); }
+bool has_backend(std::string_view kv_cache_dtype) {
+  const Result<ModeId> mode = parse_kv_cache_dtype(kv_cache_dtype);
+  return mode && has_backend(*mode);
+}
+
+bool has_backend(KVQuantMode value) {
+  const Result<ModeId> mode = mode_from_kv_quant_mode(value);
+  return mode && has_backend(*mode);
+}
 
 }  // namespace quire

@@ -157,7 +157,7 @@ Status store(const ReshapeAndCacheArgs& args, void* stream) {
 Status attend(const UnifiedAttentionArgs& given, const AttentionPlan* plan, void* workspace,
               std::size_t workspace_bytes, const QuantKVBackend* decoder, void* stream) {
   return guarded([&]() -> Status {
-    Result<AttentionShape> shape = validate_attention(given, decoder != nullptr);
+    Result<AttentionShape> shape = validate_attention(given, decoder);
     if (!shape) return shape.status();
     const UnifiedAttentionArgs args = drop_idle_strides(given);
     AttentionProblem problem = problem_for(args, *shape);
@@ -211,7 +211,8 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) {
   return core::guarded([&]() -> Status {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
-    return *backend != nullptr ? (*backend)->reshape_and_cache(args, stream) : core::store(args, stream);
+    if (*backend == nullptr) return core::store(args, stream);
+    return core::guarded("reshape_and_cache", args.mode, [&] { return (*backend)->reshape_and_cache(args, stream); });
   });
 }
 
@@ -219,8 +220,8 @@ Status unified_attention(const UnifiedAttentionArgs& args, void* stream) {
   return core::guarded([&]() -> Status {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
-    if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
-    return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
+    if (*backend == nullptr) return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
+    return core::guarded("unified_attention", args.mode, [&] { return (*backend)->unified_attention(args, stream); });
   });
 }
 
@@ -229,17 +230,17 @@ Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionAr
   return core::guarded([&]() -> Status {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
-    // A registered mode's backend plans for itself.
-    if (*backend != nullptr) return (*backend)->unified_attention(args, stream);
-    return core::attend(args, &plan, workspace, workspace_bytes, nullptr, stream);
+    if (*backend == nullptr) return core::attend(args, &plan, workspace, workspace_bytes, nullptr, stream);
+    return unified_attention(args, stream);  // a registered mode's backend plans for itself
   });
 }
 
 Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args) {
   return core::guarded([&]() -> Result<AttentionProblem> {
-    const Result<ModeInfo> mode = mode_info(args.mode);
-    if (!mode) return mode.status();
-    Result<AttentionShape> shape = core::validate_attention(args, mode->registered);
+    const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
+    if (!backend) return backend.status();
+    Result<AttentionShape> shape =
+        core::guarded("row_bytes", args.mode, [&] { return core::validate_attention(args, *backend); });
     if (!shape) return shape.status();
     return problem_for(core::drop_idle_strides(args), *shape);
   });

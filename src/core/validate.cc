@@ -257,9 +257,37 @@ Status check_contents(const UnifiedAttentionArgs& args, const AttentionShape& sh
   return {};
 }
 
+// A cache of a registered backend that reads its own rows, and its scale cache.
+Status check_own_rows(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
+                      const QuantKVBackend& backend, bool is_value, int head_size, const AttentionShape& shape) {
+  QUIRE_RETURN_IF_ERROR(check(cache, {.name = name,
+                                      .dtypes = {cache.dtype},
+                                      .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads, kAny},
+                                      .shape_text = "[num_blocks, block_size, num_kv_heads, row elements]",
+                                      .dense_rows = true}));
+  if (!backend.has_decode_row()) return {};
+  const Result<std::int64_t> row_bytes = backend.row_bytes(head_size, is_value);
+  if (!row_bytes) return row_bytes.status();
+  const auto element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+  if (*row_bytes % element != 0 || cache.shape[3] != *row_bytes / element) {
+    return invalid_argument(std::string(name) + " is " + to_string(cache) + "; a row of mode " +
+                            mode_name(backend.mode()) + " has " + str(*row_bytes) + " bytes at " +
+                            (is_value ? "head_size_v " : "head_size ") + str(head_size));
+  }
+  if (backend.needs_scale_caches()) {
+    return check(scale_cache, {.name = scale_name,
+                               .dtypes = {DType::kFloat32},
+                               .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads},
+                               .shape_text = "[num_blocks, block_size, num_kv_heads]"});
+  }
+  if (!scale_cache.defined()) return {};
+  return invalid_argument(std::string(scale_name) + " is given, but mode " + mode_name(backend.mode()) +
+                          " has no scale caches; leave it out");
+}
+
 }  // namespace
 
-Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, bool own_rows) {
+Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows) {
   const Device device = args.query.device;
   AttentionShape shape;
   QUIRE_RETURN_IF_ERROR(check_tensors(args, kAttentionTensors));
@@ -297,7 +325,7 @@ Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, bool
     return invalid_argument("query has " + str(shape.num_q_heads) + " heads and key_cache " + str(shape.num_kv_heads) +
                             "; query heads must be a multiple of KV heads");
   }
-  if (!own_rows) {
+  if (own_rows == nullptr) {
     Result<FormatPair> pair = resolve(args.mode, args.key_cache, args.value_cache);
     if (!pair) return pair.status();
     shape.key_format = pair->key;
@@ -312,14 +340,10 @@ Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, bool
                                       value_format, shape.num_kv_heads, shape.head_size_v, shape.num_blocks,
                                       shape.block_size));
   } else {
-    for (const auto& [name, cache] :
-         {std::pair{"key_cache", &args.key_cache}, std::pair{"value_cache", &args.value_cache}}) {
-      QUIRE_RETURN_IF_ERROR(check(*cache, {.name = name,
-                                           .dtypes = {cache->dtype},
-                                           .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads, kAny},
-                                           .shape_text = "[num_blocks, block_size, num_kv_heads, row elements]",
-                                           .dense_rows = true}));
-    }
+    QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.key_cache, "k_scale_cache", args.k_scale_cache, *own_rows,
+                                         false, shape.head_size, shape));
+    QUIRE_RETURN_IF_ERROR(check_own_rows("value_cache", args.value_cache, "v_scale_cache", args.v_scale_cache,
+                                         *own_rows, true, shape.head_size_v, shape));
   }
 
   QUIRE_RETURN_IF_ERROR(

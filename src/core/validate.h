@@ -5,6 +5,7 @@
 
 #include "attention/problem.h"
 #include "core/checks.h"
+#include "quire/backend.h"
 #include "quire/ops.h"
 
 namespace quire::core {
@@ -17,9 +18,10 @@ MergeAttnStatesArgs drop_idle_strides(const MergeAttnStatesArgs& args);
 
 Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args);
 
-// `own_rows`: the mode is served by a registered backend that decodes its own rows, so the caches' last dimension and
-// dtype are that backend's business.
-Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, bool own_rows = false);
+// `own_rows`: the registered backend that reads its own rows, so that the caches' last dimension and dtype are its
+// business; null where the mode's formats are read. If it decodes row by row, rows and scale caches must be what it
+// says.
+Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows = nullptr);
 
 Status validate_merge(const MergeAttnStatesArgs& args);
 

@@ -53,7 +53,8 @@ struct CacheReader {
   Rotation rotation = Rotation::kNone;
   float unrotate = 1.0F;
   Kernels::LoadTile load = nullptr;
-  const QuantKVBackend* backend = nullptr;  // decodes rows where load is null
+  const QuantKVBackend* backend = nullptr;    // decodes rows where load is null
+  std::atomic<bool>* decode_threw = nullptr;  // set where it threw
   bool is_value = false;
 
   RowAddress row(std::int64_t block, std::int64_t slot, std::int64_t head) const {
@@ -70,16 +71,26 @@ struct CacheReader {
     for (int n = 0; n < num_rows; ++n) {
       float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
       const CacheRow cache_row{rows[n].data, reinterpret_cast<const float*>(rows[n].meta), shape.head_size, is_value};
-      if (!backend->decode_row(cache_row, levels)) std::fill_n(levels, shape.head_size, NAN);
+      if (!decode(cache_row, levels)) std::fill_n(levels, shape.head_size, NAN);
       std::fill(levels + shape.head_size, levels + tile.stride, 0.0F);
       tile.scale[n] = 1.0F;
       tile.offset[n] = 0.0F;
     }
   }
+
+  // An exception must not leave a parallel region.
+  bool decode(const CacheRow& cache_row, float* levels) const {
+    try {
+      return backend->decode_row(cache_row, levels);
+    } catch (...) {
+      *decode_threw = true;
+      return false;
+    }
+  }
 };
 
 CacheReader make_reader(const Tensor& cache, const Tensor& scale_cache, format::FormatId id, int head_size,
-                        const QuantKVBackend* backend, bool is_value) {
+                        const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value) {
   CacheReader reader;
   const auto element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
   reader.base = cache.ptr<const std::uint8_t>();
@@ -88,6 +99,7 @@ CacheReader make_reader(const Tensor& cache, const Tensor& scale_cache, format::
   reader.head_stride = cache.strides[2] * element;
   reader.shape = format::row_shape(head_size);
   reader.backend = backend;
+  reader.decode_threw = decode_threw;
   reader.is_value = is_value;
   if (scale_cache.defined()) {
     reader.meta_base = scale_cache.ptr<const std::uint8_t>();
@@ -509,12 +521,15 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
 
 Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace) {
+  std::atomic<bool> decode_threw = false;
   const Call call{
       .args = args,
       .shape = shape,
       .k = kernels(),
-      .key = make_reader(args.key_cache, args.k_scale_cache, shape.key_format, shape.head_size, backend, false),
-      .value = make_reader(args.value_cache, args.v_scale_cache, shape.value_format, shape.head_size_v, backend, true),
+      .key = make_reader(args.key_cache, args.k_scale_cache, shape.key_format, shape.head_size, backend, &decode_threw,
+                         false),
+      .value = make_reader(args.value_cache, args.v_scale_cache, shape.value_format, shape.head_size_v, backend,
+                           &decode_threw, true),
       .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.mm_prefix_clamp_window),
       .q_scale = make_scale_view(args.q_scale),
       .k_scale = make_scale_view(args.k_scale),
@@ -599,6 +614,11 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   if (no_memory) {
     return internal_error("no memory for the scratch of a thread, " + std::to_string(max_rows) +
                           " rows of queries, logits and results");
+  }
+  if (decode_threw) {
+    const Result<ModeInfo> mode = mode_info(args.mode);
+    return internal_error("decode_row of mode " + (mode ? mode->name : "?") +
+                          " threw an exception; rows of out that see a cache row it threw on are NaN");
   }
   return {};
 }

@@ -19,7 +19,7 @@ constexpr const char* kName = "sign_per_token_head";
 class SignBackend : public QuantKVBackend {
  public:
   ModeId mode() const override { return parse_kv_cache_dtype(kName).value(); }
-  int packing_factor() const override { return 8; }
+  Result<int> packing_factor() const override { return 8; }
   bool needs_scale_caches() const override { return true; }
   bool has_decode_row() const override { return true; }
   bool decode_row(const CacheRow& row, float* out) const override {

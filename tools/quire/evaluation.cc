@@ -33,7 +33,7 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
   std::vector<ModeInfo> modes;
   if (list == "all") {
     for (ModeInfo& mode : list_modes()) {
-      if (mode.compiled && (!mode.key_format.empty() || has_backend(mode.id))) modes.push_back(std::move(mode));
+      if (mode.compiled && (!mode.key_format.empty() || get_backend(mode.id).ok())) modes.push_back(std::move(mode));
     }
     return modes;
   }
