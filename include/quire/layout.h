@@ -66,20 +66,24 @@ struct KVCacheLayout {
   // Inline scales: offset of a row's scale from the row's first byte (same strides as the row), else -1.
   std::int64_t k_scale_offset = -1, v_scale_offset = -1;
 
-  // vLLM's page accounting: elements of the cache dtype that a (token, head) of K takes, inline scale included.
-  std::int64_t effective_head_size = 0;
-  std::int64_t effective_head_size_v = 0;
+  // vLLM's page accounting, in elements of the cache dtype. effective_head_size: the data of a row (d, d/2, d/4), as in
+  // its pull request 39074, whose page formula adds the 4 bytes of a scale itself. padded_head_size: data and scale,
+  // the last extent of a vLLM cache tensor with inline scales. Modes with shared slots: half a slot, both.
+  std::int64_t effective_head_size = 0, effective_head_size_v = 0;
+  std::int64_t padded_head_size = 0, padded_head_size_v = 0;
 
   DType key_cache_dtype = DType::kUInt8;  // the dtypes of the row tensors
   DType value_cache_dtype = DType::kUInt8;
 };
 
 // kInvalidArgument where the mode's packing does not divide a head size, a field is out of range, or rows and inline
-// scales would not fall on multiples of their own element size.
+// scales would not fall on multiples of their own element size. A registered mode costs what its backend says:
+// row_bytes and, where it needs scale caches, 4 bytes each for K and V.
 Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
 
 // The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);
-// `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode has none).
+// `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode has none). Where
+// cache_bytes refuses num_blocks, the views are not defined.
 struct KVCacheViews {
   Tensor key_cache, value_cache;        // [num_blocks, block_size, num_kv_heads, row elements]
   Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, num_kv_heads] float32, or not defined
@@ -87,10 +91,11 @@ struct KVCacheViews {
 KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base, void* v_base = nullptr,
                         void* k_scale_base = nullptr, void* v_scale_base = nullptr, Device device = Device::kCpu);
 
-// Bytes each buffer of make_views needs for num_blocks pages.
+// Bytes each buffer of make_views needs for num_blocks pages. Refused where num_blocks is negative or the bytes do not
+// fit in 63 bits.
 struct KVCacheBytes {
   std::int64_t base = 0, v_base = 0, k_scales = 0, v_scales = 0;
 };
-KVCacheBytes cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks);
+Result<KVCacheBytes> cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks);
 
 }  // namespace quire

@@ -1,8 +1,11 @@
 #include "quire/layout.h"
 
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <utility>
 
+#include "core/dispatch.h"
 #include "core/mode_table.h"
 #include "quire/backend.h"
 
@@ -13,6 +16,7 @@ using format::FormatInfo;
 using format::MetaPlace;
 
 constexpr std::int64_t kGiB = std::int64_t{1} << 30;
+constexpr std::int64_t kMaxRowBytes = 1 << 15;  // of a registered mode
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -24,6 +28,29 @@ struct RowCost {
   std::int64_t scale_bytes = 0;
   DType cache_dtype = DType::kUInt8;
 };
+
+// What a registered mode's backend says.
+Result<RowCost> registered_row_cost(const ModeInfo& mode, int head_size, bool is_value) {
+  const Result<const QuantKVBackend*> backend = get_backend(mode.id);
+  if (!backend) return backend.status();
+  const Result<std::int64_t> bytes = (*backend)->row_bytes(head_size, is_value);
+  if (!bytes) return bytes.status();
+  if (*bytes < 1 || *bytes > kMaxRowBytes) {
+    return invalid_argument("row_bytes of mode " + mode.name + " is " + std::to_string(*bytes) + " at head_size " +
+                            std::to_string(head_size) + "; supported: 1 to " + std::to_string(kMaxRowBytes));
+  }
+  if (!(*backend)->needs_scale_caches()) return RowCost{*bytes, 0, DType::kUInt8};
+  const Result<ScaleCaches> scales = (*backend)->allocate_scale_caches(2, 3, 5);
+  if (!scales) return scales.status();
+  for (const Tensor& cache : {scales->k_scale_cache, scales->v_scale_cache}) {
+    if (cache.ndim != 3 || cache.dtype != DType::kFloat32 || cache.shape[0] != 2 || cache.shape[1] != 3 ||
+        cache.shape[2] != 5) {
+      return unsupported("allocate_scale_caches(2, 3, 5) of mode " + mode.name + " gives " + to_string(cache) +
+                         "; make_layout supports [2, 3, 5] float32, other scale caches are the backend's to lay out");
+    }
+  }
+  return RowCost{*bytes, 4, DType::kUInt8};
+}
 
 Result<RowCost> row_cost(const ModeInfo& mode, const KVCacheSpec& spec, bool is_value) {
   const int head_size = is_value ? spec.head_size_v : spec.head_size;
@@ -46,11 +73,14 @@ Result<RowCost> row_cost(const ModeInfo& mode, const KVCacheSpec& spec, bool is_
     return invalid_argument("model_dtype is " + std::string(dtype_name(spec.model_dtype)) + "; mode " + mode.name +
                             " stores float32, float16 or bfloat16");
   }
-  Result<const QuantKVBackend*> backend = get_backend(mode.id);
-  if (!backend) return backend.status();
-  Result<std::int64_t> bytes = (*backend)->row_bytes(head_size, is_value);
-  if (!bytes) return bytes.status();
-  return RowCost{*bytes, (*backend)->needs_scale_caches() ? 4 : 0, DType::kUInt8};
+  return core::guarded("make_layout", mode.id, [&] { return registered_row_cost(mode, head_size, is_value); });
+}
+
+// Refuses a value outside an enum whose first `count` values are named by `names`.
+template <class Enum>
+Status check_enum(const char* field, Enum value, int count, const char* names) {
+  if (static_cast<int>(value) < count) return {};
+  return invalid_argument(std::string(field) + " is outside its enum; supported: " + names);
 }
 
 }  // namespace
@@ -59,6 +89,14 @@ Result<KVCacheLayout> make_layout(const KVCacheSpec& given) {
   KVCacheLayout layout;
   KVCacheSpec& spec = layout.spec;
   spec = given;
+  for (const Status& status : {check_enum("order", spec.order, 2, "kNHD, kHND"),
+                               check_enum("packing", spec.packing, 3, "kSeparate, kKVInBlock, kKVInRow"),
+                               check_enum("scales", spec.scales, 2, "kSeparate, kInline")}) {
+    if (!status) return status;
+  }
+  if (dtype_name(spec.model_dtype) == "unknown") {
+    return invalid_argument("model_dtype is outside its enum; supported: float32, float16, bfloat16");
+  }
   if (spec.head_size_v == 0) spec.head_size_v = spec.head_size;
   Result<ModeInfo> mode = mode_info(spec.mode);
   if (!mode) return mode.status();
@@ -150,17 +188,20 @@ Result<KVCacheLayout> make_layout(const KVCacheSpec& given) {
       layout.k_block_stride + (spec.packing == KVPacking::kSeparate ? layout.v_block_stride : 0) + separate_scales;
   layout.tokens_per_gib = kGiB / (layout.bytes_per_block * spec.num_layers) * slots;
 
-  // TurboQuant counts half a slot for K and half for V; the others the row and its inline scale.
+  // TurboQuant counts half a slot for K and half for V.
   const auto elements = [&](std::int64_t row_bytes, DType dtype) {
     return mode->shared_slot ? slot_bytes / 2 : row_bytes / static_cast<std::int64_t>(dtype_bytes(dtype));
   };
-  layout.effective_head_size = elements(layout.k_data_bytes + layout.k_scale_bytes, layout.key_cache_dtype);
-  layout.effective_head_size_v = elements(layout.v_data_bytes + layout.v_scale_bytes, layout.value_cache_dtype);
+  layout.effective_head_size = elements(layout.k_data_bytes, layout.key_cache_dtype);
+  layout.effective_head_size_v = elements(layout.v_data_bytes, layout.value_cache_dtype);
+  layout.padded_head_size = elements(layout.k_data_bytes + layout.k_scale_bytes, layout.key_cache_dtype);
+  layout.padded_head_size_v = elements(layout.v_data_bytes + layout.v_scale_bytes, layout.value_cache_dtype);
   return layout;
 }
 
 KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base, void* v_base,
                         void* k_scale_base, void* v_scale_base, Device device) {
+  if (!cache_bytes(layout, num_blocks)) return {};
   const KVCacheSpec& spec = layout.spec;
   const std::int64_t slots = spec.block_size;
   const std::int64_t heads = spec.num_kv_heads;
@@ -196,14 +237,21 @@ KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, vo
   return views;
 }
 
-KVCacheBytes cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks) {
+Result<KVCacheBytes> cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks) {
   const KVCacheSpec& spec = layout.spec;
+  const std::int64_t most =
+      std::numeric_limits<std::int64_t>::max() / std::max<std::int64_t>(1, layout.bytes_per_block);
+  if (num_blocks < 0 || num_blocks > most) {
+    return invalid_argument("num_blocks is " + std::to_string(num_blocks) + "; supported: 0 to " +
+                            std::to_string(most) + ", with pages of " + std::to_string(layout.bytes_per_block) +
+                            " bytes");
+  }
   KVCacheBytes bytes;
   bytes.base = layout.k_block_stride * num_blocks;
   if (spec.packing == KVPacking::kSeparate) bytes.v_base = layout.v_block_stride * num_blocks;
-  const std::int64_t rows = num_blocks * spec.block_size * spec.num_kv_heads;
-  if (layout.k_scale_offset < 0) bytes.k_scales = layout.k_scale_bytes * rows;
-  if (layout.v_scale_offset < 0) bytes.v_scales = layout.v_scale_bytes * rows;
+  const std::int64_t rows_per_block = std::int64_t{spec.block_size} * spec.num_kv_heads;
+  if (layout.k_scale_offset < 0) bytes.k_scales = layout.k_scale_bytes * rows_per_block * num_blocks;
+  if (layout.v_scale_offset < 0) bytes.v_scales = layout.v_scale_bytes * rows_per_block * num_blocks;
   return bytes;
 }
 

@@ -63,11 +63,12 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
 
     Layer layer;
     layer.layout = *layout;
-    const KVCacheBytes bytes = cache_bytes(layer.layout, options.num_blocks);
-    for (const auto& [memory, size] : {std::pair(&layer.base, bytes.base),
-                                       {&layer.v_base, bytes.v_base},
-                                       {&layer.k_scales, bytes.k_scales},
-                                       {&layer.v_scales, bytes.v_scales}}) {
+    const Result<KVCacheBytes> bytes = cache_bytes(layer.layout, options.num_blocks);
+    if (!bytes.ok()) return bytes.status();
+    for (const auto& [memory, size] : {std::pair(&layer.base, bytes->base),
+                                       {&layer.v_base, bytes->v_base},
+                                       {&layer.k_scales, bytes->k_scales},
+                                       {&layer.v_scales, bytes->v_scales}}) {
       Result<Memory> allocated = Memory::allocate(options.device, static_cast<std::size_t>(size));
       if (!allocated.ok()) return allocated.status();
       *memory = std::move(*allocated);

@@ -193,8 +193,10 @@ TEST(Cli, LayoutPrintsWhatMakeLayoutAnswers) {
                          {"v_offset", 12800},
                          {"k_scale_offset", 96},
                          {"v_scale_offset", 64},
-                         {"effective_head_size", 100},
-                         {"effective_head_size_v", 68}};
+                         {"effective_head_size", 96},
+                         {"effective_head_size_v", 64},
+                         {"padded_head_size", 100},
+                         {"padded_head_size_v", 68}};
   EXPECT_EQ(answer, expected);
 }
 

@@ -2,6 +2,7 @@
 // who owns which: no two rows or scales overlap, nothing lies outside the buffers, and unpadded buffers are fully used.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -64,11 +65,10 @@ TEST(Layout, BytesPerTokenOfEveryModeAndHeadSize) {
       EXPECT_EQ(layout.bytes_per_block, layout.bytes_per_token_head * 8 * 16);
       EXPECT_EQ(layout.tokens_per_gib, (std::int64_t{1} << 30) / (layout.bytes_per_block * 3) * 16);
       const auto element = static_cast<std::int64_t>(dtype_bytes(layout.key_cache_dtype));
-      EXPECT_EQ(layout.effective_head_size, (k + cost.scale_bytes) / element);
-      EXPECT_EQ(layout.effective_head_size_v, (v + cost.scale_bytes) / element);
-      if (cost.scale_bytes == 0) {
-        EXPECT_EQ(layout.effective_head_size, heads.k);
-      }
+      EXPECT_EQ(layout.effective_head_size, k / element);
+      EXPECT_EQ(layout.effective_head_size_v, v / element);
+      EXPECT_EQ(layout.padded_head_size, (k + cost.scale_bytes) / element);
+      EXPECT_EQ(layout.padded_head_size_v, (v + cost.scale_bytes) / element);
 
       spec.scales = ScalePlacement::kInline;
       const KVCacheLayout inlined = layout_of(spec);
@@ -85,7 +85,7 @@ TEST(Layout, KnownPages) {
   spec.mode = mode_of("int4_per_token_head");
   EXPECT_EQ(layout_of(spec).bytes_per_block, 16 * 8 * 136);
   spec.mode = mode_of("int8_per_token_head");
-  EXPECT_EQ(layout_of(spec).effective_head_size, 132);
+  EXPECT_EQ(layout_of(spec).padded_head_size, 132);
   spec.mode = mode_of("auto");
   spec.model_dtype = DType::kFloat32;
   EXPECT_EQ(layout_of(spec).bytes_per_token_head, 1024);
@@ -98,10 +98,31 @@ TEST(Layout, KnownPages) {
   EXPECT_EQ(layout_of(spec).bytes_per_block, 2 * 4096);
 }
 
+// Pull request 39074 to vLLM: effective_head_size is d, d, d / 2, d / 4, and its page formula adds the scales,
+// 2 * block_size * num_kv_heads * 4 bytes, to block_size * num_kv_heads * (K + V) * element size.
+TEST(Layout, EffectiveHeadSizeGoesIntoVllmsPageFormula) {
+  for (const auto& [mode, divisor] : {std::pair{"int8_per_token_head", 1},
+                                      {"fp8_per_token_head", 1},
+                                      {"int4_per_token_head", 2},
+                                      {"int2_per_token_head", 4}}) {
+    for (const Heads& heads : kHeads) {
+      KVCacheSpec spec;
+      spec.mode = mode_of(mode);
+      spec.head_size = heads.k;
+      spec.head_size_v = heads.v;
+      const KVCacheLayout layout = layout_of(spec);
+      EXPECT_EQ(layout.effective_head_size, heads.k / divisor) << mode;
+      EXPECT_EQ(layout.effective_head_size_v, heads.v / divisor) << mode;
+      EXPECT_EQ(layout.bytes_per_block,
+                16 * 8 * (layout.effective_head_size + layout.effective_head_size_v) + 2 * 16 * 8 * 4);
+    }
+  }
+}
+
 // Buffers of a layout, and which row or scale owns each byte.
 struct OwnedBytes {
   explicit OwnedBytes(const KVCacheLayout& layout, std::int64_t num_blocks) {
-    const KVCacheBytes bytes = cache_bytes(layout, num_blocks);
+    const KVCacheBytes bytes = *cache_bytes(layout, num_blocks);
     const std::int64_t sizes[] = {bytes.base, bytes.v_base, bytes.k_scales, bytes.v_scales};
     for (int i = 0; i < 4; ++i) {
       buffers[i].resize(static_cast<std::size_t>(sizes[i]), 0xFF);
@@ -202,7 +223,7 @@ TEST(Layout, ViewsCoverTheirBytesWithoutOverlap) {
         }
       }
     }
-    const KVCacheBytes bytes = cache_bytes(layout, kBlocks);
+    const KVCacheBytes bytes = *cache_bytes(layout, kBlocks);
     EXPECT_EQ(bytes.base + bytes.v_base + bytes.k_scales + bytes.v_scales, layout.bytes_per_block * kBlocks);
     EXPECT_EQ(layout.bytes_per_token_head * spec.block_size * spec.num_kv_heads * kBlocks,
               layout.bytes_per_block * kBlocks - memory.unowned());
@@ -282,6 +303,16 @@ TEST(Layout, RefusesWhatCannotBe) {
          s.mode = mode_of("auto");
          s.model_dtype = DType::kInt8;
        }},
+      {"order is outside its enum; supported: kNHD, kHND",
+       [](KVCacheSpec& s) { s.order = static_cast<CacheOrder>(2); }},
+      {"packing is outside its enum", [](KVCacheSpec& s) { s.packing = static_cast<KVPacking>(9); }},
+      {"packing is outside its enum",
+       [](KVCacheSpec& s) {
+         s.mode = mode_of("turboquant_4bit_nc");
+         s.packing = static_cast<KVPacking>(3);
+       }},
+      {"scales is outside its enum", [](KVCacheSpec& s) { s.scales = static_cast<ScalePlacement>(255); }},
+      {"model_dtype is outside its enum", [](KVCacheSpec& s) { s.model_dtype = static_cast<DType>(77); }},
       // 36 / 4 = 9 bytes, then a scale that is not on a multiple of 4.
       {"4-byte element",
        [](KVCacheSpec& s) {
@@ -297,6 +328,28 @@ TEST(Layout, RefusesWhatCannotBe) {
     ASSERT_FALSE(layout.ok()) << entry.words;
     EXPECT_NE(layout.status().message().find(entry.words), std::string::npos) << layout.status().message();
   }
+}
+
+TEST(Layout, NumbersOfBlocksThatCannotBe) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  KVCacheSpec spec;
+  spec.mode = mode_of("int8_per_token_head");
+  const KVCacheLayout layout = layout_of(spec);  // 33792 bytes a page
+  for (std::int64_t num_blocks :
+       {std::int64_t{-1}, std::numeric_limits<std::int64_t>::min(), kMost, kMost / 33792 + 1}) {
+    const Result<KVCacheBytes> bytes = cache_bytes(layout, num_blocks);
+    ASSERT_FALSE(bytes.ok()) << num_blocks;
+    EXPECT_EQ(bytes.status().message(), "num_blocks is " + std::to_string(num_blocks) + "; supported: 0 to " +
+                                            std::to_string(kMost / 33792) + ", with pages of 33792 bytes");
+    const KVCacheViews views = make_views(layout, num_blocks, nullptr);
+    for (const Tensor& view : {views.key_cache, views.value_cache, views.k_scale_cache, views.v_scale_cache}) {
+      EXPECT_FALSE(view.defined());
+    }
+  }
+  const KVCacheBytes bytes = *cache_bytes(layout, kMost / 33792);
+  EXPECT_EQ(bytes.base + bytes.v_base + bytes.k_scales + bytes.v_scales, kMost / 33792 * 33792);
+  EXPECT_EQ(cache_bytes(layout, 0)->base, 0);
+  EXPECT_TRUE(make_views(layout, 0, nullptr).key_cache.defined());
 }
 
 }  // namespace

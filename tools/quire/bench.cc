@@ -97,7 +97,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
   QUIRE_ASSIGN(layout, layout_of(problem, mode));
   cache.layout = layout;
   cache.num_blocks = num_blocks;
-  const KVCacheBytes bytes = cache_bytes(layout, num_blocks);
+  QUIRE_ASSIGN(bytes, cache_bytes(layout, num_blocks));
   for (const auto& [memory, size] :
        {std::pair{&cache.base, bytes.base}, std::pair{&cache.v_base, bytes.v_base},
         std::pair{&cache.k_scales, bytes.k_scales}, std::pair{&cache.v_scales, bytes.v_scales}}) {

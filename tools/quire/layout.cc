@@ -137,7 +137,9 @@ ordered_json describe(const KVCacheLayout& layout, const std::string& mode) {
           {"k_scale_offset", layout.k_scale_offset},
           {"v_scale_offset", layout.v_scale_offset},
           {"effective_head_size", layout.effective_head_size},
-          {"effective_head_size_v", layout.effective_head_size_v}};
+          {"effective_head_size_v", layout.effective_head_size_v},
+          {"padded_head_size", layout.padded_head_size},
+          {"padded_head_size_v", layout.padded_head_size_v}};
 }
 
 struct Options {

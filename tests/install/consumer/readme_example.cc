@@ -13,7 +13,7 @@ int main() {
   quire::KVCacheSpec spec;  // 8 KV heads of size 128, pages of 16 tokens
   spec.mode = *quire::parse_kv_cache_dtype("int8_per_token_head");
   const quire::KVCacheLayout layout = *quire::make_layout(spec);
-  const quire::KVCacheBytes bytes = quire::cache_bytes(layout, kBlocks);
+  const quire::KVCacheBytes bytes = *quire::cache_bytes(layout, kBlocks);
   std::vector<std::uint8_t> k(bytes.base), v(bytes.v_base), k_scales(bytes.k_scales), v_scales(bytes.v_scales);
   const auto cache = quire::make_views(layout, kBlocks, k.data(), v.data(), k_scales.data(), v_scales.data());
 

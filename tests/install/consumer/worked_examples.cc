@@ -24,7 +24,7 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   spec.block_size = 1;
   const auto layout = quire::make_layout(spec);
   if (!layout.ok()) return layout.status();
-  const quire::KVCacheBytes bytes = quire::cache_bytes(*layout, 1);
+  const quire::KVCacheBytes bytes = *quire::cache_bytes(*layout, 1);
   std::vector<std::uint8_t> k(bytes.base), v(bytes.v_base), k_scales(bytes.k_scales), v_scales(bytes.v_scales);
   const auto cache = quire::make_views(*layout, 1, k.data(), v.data(), k_scales.data(), v_scales.data());
 
