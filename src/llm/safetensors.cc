@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <iterator>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -24,6 +26,8 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
+// Of the tensors of a gzip file, which can be a thousandth of that itself. The golden files have 9 MB.
+constexpr std::int64_t kMaxUnpackedBytes = std::int64_t{1} << 30;
 
 struct ElementType {
   std::string_view name;
@@ -65,49 +69,87 @@ class FileDescriptor {
     if (fd_ >= 0) close(fd_);
   }
   int get() const { return fd_; }
-  int release() { return std::exchange(fd_, -1); }
 
  private:
   int fd_;
 };
 
-// Unpacks a gzip stream piece by piece. Memory grows with the bytes that really arrive, not with what a header claims.
+// The bytes of a file, mapped for reading.
+class MappedFile {
+ public:
+  static Result<MappedFile> open(const std::string& path) {
+    // O_NONBLOCK: opening a pipe must not wait for its writer. It has no effect on a regular file.
+    const FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (fd.get() < 0) return not_found(path + ": cannot open the file: " + system_reason());
+    struct stat info = {};
+    if (fstat(fd.get(), &info) != 0) return internal_error(path + ": cannot read the file's size: " + system_reason());
+    if (!S_ISREG(info.st_mode)) return invalid_argument(path + ": not a regular file");
+    MappedFile file;
+    file.bytes_ = info.st_size;
+    if (file.bytes_ == 0) return file;
+    const auto bytes = static_cast<std::size_t>(file.bytes_);
+    void* mapping = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd.get(), 0);
+    if (mapping == MAP_FAILED) return internal_error(path + ": cannot map the file: " + system_reason());
+    file.data_.reset(static_cast<const std::uint8_t*>(mapping),
+                     [bytes](const std::uint8_t* base) { munmap(const_cast<std::uint8_t*>(base), bytes); });
+    return file;
+  }
+
+  const std::shared_ptr<const std::uint8_t>& data() const { return data_; }  // null for an empty file
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<const std::uint8_t> data_;
+  std::int64_t bytes_ = 0;
+};
+
+// Unpacks a gzip file piece by piece. Memory grows with the bytes that really arrive, not with what a header claims.
+// The file ends where a member's checksum and length have been compared: until then read() never says so.
 class GzipReader {
  public:
-  GzipReader(std::string path, int fd) : path_(std::move(path)), file_(gzdopen(fd, "rb")) {
-    if (file_ == nullptr) close(fd);
+  GzipReader(std::string path, MappedFile file) : path_(std::move(path)), file_(std::move(file)) {
+    constexpr int kGzipOnly = 16;
+    ready_ = inflateInit2(&stream_, MAX_WBITS + kGzipOnly) == Z_OK;
+    stream_.next_in = const_cast<Bytef*>(file_.data().get());
   }
   GzipReader(const GzipReader&) = delete;
   GzipReader& operator=(const GzipReader&) = delete;
-  ~GzipReader() {
-    if (file_ != nullptr) gzclose_r(file_);
-  }
+  ~GzipReader() { inflateEnd(&stream_); }
 
-  // The next `size` bytes, fewer only where the stream ends in good order. operator new aligns the vector to 16.
+  // The next `size` bytes, fewer only where the file ends in good order. operator new aligns the vector to 16.
   Result<std::vector<std::uint8_t>> read(std::int64_t size) {
-    if (file_ == nullptr) return internal_error(path_ + ": zlib cannot open the file");
+    if (!ready_) return internal_error(path_ + ": zlib cannot unpack the file");
     constexpr std::int64_t kPiece = std::int64_t{1} << 20;
     std::vector<std::uint8_t> bytes;
     while (static_cast<std::int64_t>(bytes.size()) < size) {
-      const auto old_size = static_cast<std::int64_t>(bytes.size());
-      const std::int64_t wanted = std::min(kPiece, size - old_size);
-      bytes.resize(static_cast<std::size_t>(old_size + wanted));
-      const int got = gzread(file_, bytes.data() + old_size, static_cast<unsigned>(wanted));
-      if (gzdirect(file_) != 0) return invalid_argument(path_ + ": not a gzip file, though its name ends in .gz");
-      int code = Z_OK;
-      gzerror(file_, &code);
-      if (got < 0 || (code != Z_OK && code != Z_STREAM_END)) {
-        return invalid_argument(path_ + ": the gzip stream is " + (code == Z_BUF_ERROR ? "truncated" : "damaged"));
+      const std::size_t old_size = bytes.size();
+      bytes.resize(static_cast<std::size_t>(std::min(static_cast<std::int64_t>(old_size) + kPiece, size)));
+      stream_.next_out = bytes.data() + old_size;
+      stream_.avail_out = static_cast<uInt>(bytes.size() - old_size);
+      while (stream_.avail_out > 0) {
+        const auto left = file_.bytes() - (stream_.next_in - file_.data().get());
+        if (ended_ && left == 0) {
+          bytes.resize(bytes.size() - stream_.avail_out);
+          return bytes;
+        }
+        if (ended_) inflateReset(&stream_);  // another member follows
+        stream_.avail_in = static_cast<uInt>(std::min<std::int64_t>(left, UINT_MAX));
+        const int code = inflate(&stream_, Z_NO_FLUSH);
+        ended_ = code == Z_STREAM_END;
+        if (code == Z_OK || code == Z_STREAM_END) continue;
+        if (code == Z_MEM_ERROR) throw std::bad_alloc();
+        if (code == Z_BUF_ERROR) return invalid_argument(path_ + ": the gzip stream is truncated");
+        return invalid_argument(path_ + ": the gzip stream is damaged");
       }
-      bytes.resize(static_cast<std::size_t>(old_size + got));
-      if (got < wanted) break;
     }
     return bytes;
   }
 
  private:
   std::string path_;
-  gzFile file_;
+  MappedFile file_;
+  z_stream stream_ = {};
+  bool ready_ = false, ended_ = false;
 };
 
 // A non-negative JSON integer that fits in an int64.
@@ -214,15 +256,10 @@ Result<std::int64_t> SafetensorsFile::parse_header(std::string_view text) {
   return data_bytes;
 }
 
-Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
+Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) try {
   const auto refuse = [&](const std::string& reason) { return invalid_argument(path + ": " + reason); };
-  // O_NONBLOCK: opening a pipe must not wait for its writer. It has no effect on a regular file.
-  FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (fd.get() < 0) return not_found(path + ": cannot open the file: " + system_reason());
-  struct stat info = {};
-  if (fstat(fd.get(), &info) != 0) return internal_error(path + ": cannot read the file's size: " + system_reason());
-  if (!S_ISREG(info.st_mode)) return refuse("not a regular file");
-
+  Result<MappedFile> mapped = MappedFile::open(path);
+  if (!mapped.ok()) return mapped.status();
   SafetensorsFile file;
   file.path_ = path;
   const auto check_header_bytes = [&](std::uint64_t header_bytes, std::uint64_t available) -> Status {
@@ -236,8 +273,12 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
                   (present > described ? at_least : "") + std::to_string(present));
   };
 
+  const std::uint8_t* base = mapped->data().get();
   if (path.size() > 3 && path.compare(path.size() - 3, 3, ".gz") == 0) {
-    GzipReader reader(path, fd.release());
+    if (mapped->bytes() >= 2 && (base[0] != 0x1f || base[1] != 0x8b)) {
+      return refuse("not a gzip file, though its name ends in .gz");
+    }
+    GzipReader reader(path, *mapped);
     auto prefix = reader.read(8);
     if (!prefix.ok()) return prefix.status();
     if (prefix->size() < 8) return refuse("too short for a safetensors file");
@@ -249,9 +290,13 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
     if (Status status = check_header_bytes(header_bytes, header->size()); !status) return status;
     auto described = file.parse_header({reinterpret_cast<const char*>(header->data()), header->size()});
     if (!described.ok()) return described.status();
+    if (*described > kMaxUnpackedBytes) {
+      return refuse("the header describes " + std::to_string(*described) + " bytes of tensors, a .gz file may hold " +
+                    std::to_string(kMaxUnpackedBytes) + "; larger files are read as plain .safetensors");
+    }
     auto data = reader.read(*described);
     if (!data.ok()) return data.status();
-    auto rest = reader.read(1);  // also makes zlib compare the checksum
+    auto rest = reader.read(1);  // the end: a checksum that fits
     if (!rest.ok()) return rest.status();
     const auto present = static_cast<std::int64_t>(data->size() + rest->size());
     if (Status status = check_data_bytes(*described, present, "at least "); !status) return status;
@@ -260,21 +305,16 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
     return file;
   }
 
-  const auto file_bytes = static_cast<std::size_t>(info.st_size);
-  if (file_bytes < 8) return refuse("too short for a safetensors file");
-  void* mapping = mmap(nullptr, file_bytes, PROT_READ, MAP_PRIVATE, fd.get(), 0);
-  if (mapping == MAP_FAILED) return internal_error(path + ": cannot map the file: " + system_reason());
-  file.memory_.reset(static_cast<const std::uint8_t*>(mapping),
-                     [file_bytes](const std::uint8_t* base) { munmap(const_cast<std::uint8_t*>(base), file_bytes); });
-  const std::uint8_t* base = file.memory_.get();
+  if (mapped->bytes() < 8) return refuse("too short for a safetensors file");
   std::uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, base, 8);
-  const auto possible = std::min<std::uint64_t>(file_bytes - 8, kMaxHeaderBytes);
+  const auto possible = static_cast<std::uint64_t>(std::min(mapped->bytes() - 8, kMaxHeaderBytes));
   if (Status status = check_header_bytes(header_bytes, possible); !status) return status;
   auto described = file.parse_header({reinterpret_cast<const char*>(base) + 8, header_bytes});
   if (!described.ok()) return described.status();
-  const auto present = static_cast<std::int64_t>(file_bytes - 8 - header_bytes);
+  const std::int64_t present = mapped->bytes() - 8 - static_cast<std::int64_t>(header_bytes);
   if (Status status = check_data_bytes(*described, present, ""); !status) return status;
+  file.memory_ = mapped->data();
   file.data_ = base + 8 + header_bytes;
   // Writers pad the header to 8 bytes; where one did not, an aligned copy stands in for the mapping.
   if (header_bytes % 8 != 0) {
@@ -282,6 +322,8 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) {
     file.data_ = file.memory_.get();
   }
   return file;
+} catch (const std::bad_alloc&) {
+  return internal_error(path + ": there is not enough memory to read the file");
 }
 
 Result<Tensor> SafetensorsFile::tensor(std::string_view name) const {

@@ -5,7 +5,9 @@
 //                    "__metadata__": {"key": "value", ..}}
 //   the rest  the tensors' bytes, row-major; offsets count from here
 //
-// A file is never trusted: open() checks the whole header against the file's size before it hands anything out.
+// A file is never trusted: open() checks the whole header against the file's size before it hands anything out. A .gz
+// must be whole, checksum and length at its end compared, and may hold 1 GiB of tensors. (Its own header has a name, a
+// time and a system, which no checksum covers and nothing reads.)
 // Invariant of an open file: the tensors tile the data section without overlaps or holes, every shape matches its
 // bytes, and every tensor is aligned to its element.
 #pragma once
