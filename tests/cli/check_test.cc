@@ -28,7 +28,10 @@ std::string golden_path(const std::string& name) { return source_path("tests/gol
 struct GoldenFile {
   const char* name;
   int passed, skipped;
+  int written;  // of those passed: the cases that are written too
 };
+
+constexpr const char* kUnwritten = "K bytes of unwritten slots that changed";
 
 class Check : public testing::TestWithParam<GoldenFile> {};
 
@@ -55,19 +58,22 @@ TEST_P(Check, EveryCasePasses) {
   const auto modes = list_modes();
   const bool all_modes = std::all_of(modes.begin(), modes.end(), [](const ModeInfo& mode) { return mode.compiled; });
   EXPECT_TRUE(missing == 0 || !all_modes);
+  int written = 0;
   for (const json& row : answer["cases"]) {
     EXPECT_TRUE(row["pass"].get<bool>()) << row.dump(2);
     EXPECT_TRUE(row["name"].is_string());
     EXPECT_TRUE(row["worst_error"].is_number()) << row.dump(2);
     EXPECT_TRUE(row["tolerance"].is_number()) << row.dump(2);
     EXPECT_LE(row["worst_error"].get<double>(), row["tolerance"].get<double>());
+    for (const json& measure : row["measures"]) written += measure["what"] == kUnwritten ? 1 : 0;
   }
+  EXPECT_TRUE(written == golden.written || missing > 0) << written;
   for (const json& row : answer["skipped"]) EXPECT_NE(row["name"].get<std::string>(), "");
 }
 INSTANTIATE_TEST_SUITE_P(Golden, Check,
-                         testing::Values(GoldenFile{"write", 66, 0}, GoldenFile{"attention_wide", 50, 0},
-                                         GoldenFile{"attention_per_token_head", 92, 0}, GoldenFile{"diffkv", 21, 0},
-                                         GoldenFile{"turboquant", 12, 0}),
+                         testing::Values(GoldenFile{"write", 66, 0, 52}, GoldenFile{"attention_wide", 50, 0, 10},
+                                         GoldenFile{"attention_per_token_head", 92, 0, 18},
+                                         GoldenFile{"diffkv", 21, 0, 6}, GoldenFile{"turboquant", 12, 0, 12}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
 // Which comparisons a case must have gone through.
@@ -131,6 +137,10 @@ class OneCase {
 
   StoredTensor& tensor(const std::string& tensor_name) { return file.tensors.at(name_ + "/" + tensor_name); }
   void drop(const std::string& tensor_name) { file.tensors.erase(name_ + "/" + tensor_name); }
+  void rename(const std::string& tensor_name, const std::string& other) {
+    file.tensors[name_ + "/" + other] = tensor(tensor_name);
+    drop(tensor_name);
+  }
   void set(const char* parameter, const json& value) {
     json params = json::parse(file.metadata.at(name_));
     params[parameter] = value;
@@ -243,8 +253,7 @@ const Change kChanges[] = {
     // What attention reads. The first sequence has a single token in most cases, so its row is its whole answer.
     {"KeyExponent", "attention_wide", "attn/auto/mixed",
      [](OneCase& c) {
-       c.drop("key");
-       c.drop("value");
+       for (const char* name : {"key", "value", "slot_mapping"}) c.drop(name);
        flip(c.tensor("key_cache"), first_row(c, "key_cache", 0) + 1, 0x04);
      },
      1, ""},
@@ -316,9 +325,43 @@ const Change kChanges[] = {
      "'sliding_window'"},
     {"ParameterOutOfRange", "attention_wide", "attn/auto/window",
      [](OneCase& c) { c.set("sliding_window", 99999999999); }, 2, "'sliding_window'"},
-    {"NoQuery", "attention_wide", "attn/auto/window", [](OneCase& c) { c.drop("query"); }, 2, "'key'"},
+
+    // Tensors that are lost or misnamed, where the rest alone would pass.
+    {"NoQuery", "attention_wide", "attn/auto/window", [](OneCase& c) { c.drop("query"); }, 2, "no tensor 'query'"},
+    {"NoQueryButKeys", "attention_wide", "attn/auto/decode", [](OneCase& c) { c.drop("query"); }, 2,
+     "no tensor 'query'"},
     {"NoBlockTable", "attention_wide", "attn/auto/window", [](OneCase& c) { c.drop("block_table"); }, 2,
-     "'block_table'"},
+     "no tensor 'block_table'"},
+    {"NoQueryLengths", "attention_wide", "attn/auto/decode", [](OneCase& c) { c.drop("cu_seqlens_q"); }, 2,
+     "no tensor 'cu_seqlens_q'"},
+    {"NoKey", "diffkv", "diffkv/k64v128/mixed", [](OneCase& c) { c.drop("key"); }, 2, "no tensor 'key'"},
+    {"NoValue", "diffkv", "diffkv/k64v128/mixed", [](OneCase& c) { c.drop("value"); }, 2, "no tensor 'value'"},
+    {"NoSlotMapping", "attention_wide", "attn/auto/decode", [](OneCase& c) { c.drop("slot_mapping"); }, 2,
+     "no tensor 'slot_mapping'"},
+    {"OnlySlotMapping", "attention_wide", "attn/auto/decode",
+     [](OneCase& c) {
+       c.drop("key");
+       c.drop("value");
+     },
+     2, "no tensor 'key'"},
+    {"NoCacheOfAWrite", "write", "write/auto/d64/float16", [](OneCase& c) { c.drop("value_cache"); }, 2,
+     "no tensor 'value_cache'"},
+    {"NoKeyScale", "write", "write/fp8/d64/float16", [](OneCase& c) { c.drop("k_scale"); }, 2, "no tensor 'k_scale'"},
+    {"NoCentroids", "turboquant", "turboquant/turboquant_k8v4/d64", [](OneCase& c) { c.drop("centroids"); }, 2,
+     "no tensor 'centroids'"},
+    {"KeyRenamed", "diffkv", "diffkv/k64v128/mixed", [](OneCase& c) { c.rename("key", "kex"); }, 2, "'kex'"},
+    {"SinksRenamed", "attention_wide", "attn/auto/sinks", [](OneCase& c) { c.rename("sinks", "sink"); }, 2, "'sink'"},
+    {"SinksOfAWrite", "write", "write/auto/d64/float16",
+     [](OneCase& c) {
+       c.file.tensors["write/auto/d64/float16/sinks"] = {DType::kFloat32, {1}, std::string(4, 'x')};
+     },
+     2, "'sinks'"},
+    {"NoParameters", "write", "write/auto/d64/float16", [](OneCase& c) { c.file.metadata.clear(); }, 2,
+     "no parameter 'mode'"},
+    {"NoPreset", "turboquant", "turboquant/turboquant_k8v4/d64", [](OneCase& c) { c.file.metadata.clear(); }, 2,
+     "no parameter 'preset'"},
+
+    // Shapes and names.
     {"FlatCache", "attention_wide", "attn/auto/window",
      [](OneCase& c) {
        StoredTensor& cache = c.tensor("key_cache");
@@ -393,11 +436,31 @@ TEST(CheckFiles, TruncatedFileIsRefused) {
     bytes << std::ifstream(golden_path("diffkv"), std::ios::binary).rdbuf();
     return bytes.str();
   }();
-  const std::string path = write_file("cut.safetensors.gz", whole.substr(0, whole.size() - 1000));
-  const CliResult result = run_cli({"check", path});
-  EXPECT_EQ(result.exit_status, 2);
-  EXPECT_TRUE(result.one_sentence()) << result.err;
-  EXPECT_NE(result.err.find(path + ": the gzip stream is truncated"), std::string::npos) << result.err;
+  for (const std::size_t lost : {1U, 8U, 1000U}) {
+    const std::string path = write_file("cut.safetensors.gz", whole.substr(0, whole.size() - lost));
+    const CliResult result = run_cli({"check", path});
+    EXPECT_EQ(result.exit_status, 2) << lost;
+    EXPECT_TRUE(result.one_sentence()) << result.err;
+    EXPECT_NE(result.err.find(path + ": the gzip stream is truncated"), std::string::npos) << result.err;
+  }
+}
+
+TEST(CheckFiles, FileWithoutACaseFails) {
+  const std::string empty = write_file("empty.safetensors", safetensors_bytes("{}", ""));
+  const OneCase good("write", "rht_signs/32");
+  const std::string beside = write_file("good.safetensors", good.file.bytes());
+  const CliResult result = run_cli({"check", "--json", empty, beside});
+  EXPECT_EQ(result.exit_status, 1) << result.out << result.err;
+  const json answer = result.json();
+  EXPECT_EQ(answer["failed"], 1);
+  EXPECT_EQ(answer["passed"], 1);
+  EXPECT_EQ(answer["cases"][0]["name"], empty);
+  EXPECT_EQ(answer["cases"][0]["pass"], false);
+  EXPECT_EQ(answer["cases"][0]["refused"], "the file holds no case");
+  const std::string text = run_cli({"check", empty}).out;
+  EXPECT_NE(text.find(empty), std::string::npos) << text;
+  EXPECT_NE(text.find("the file holds no case"), std::string::npos) << text;
+  EXPECT_NE(text.find("0 passed, 1 failed, 0 skipped"), std::string::npos) << text;
 }
 
 TEST(CheckFiles, TextNamesTheMiss) {

@@ -655,6 +655,11 @@ Status replay_ops(const GoldenCase& golden, Device device, CaseResult& result) {
   if (!mode->compiled) return skip("mode " + name + " was left out of this build");
   if (mode->key_format.empty()) return skip("no gates are known for mode " + name);
 
+  if (mode->kv_quant_mode == KVQuantMode::kFp8PerTensor) {
+    for (const char* scale : {"k_scale", "v_scale"}) {
+      if (!golden.has(scale)) return golden.refuse(std::string("no tensor '") + scale + "'");
+    }
+  }
   Replay replay{golden, device, result, *mode, {}};
   const bool reads = golden.has("query");
   if (golden.has("key") || !reads) {
@@ -706,12 +711,60 @@ Status replay_centroids(const GoldenCase& golden, Device, CaseResult& result) {
 
 struct CaseKind {
   std::string_view prefix;
+  const char* required_param;  // null: none
   Status (*replay)(const GoldenCase& golden, Device device, CaseResult& result);
 };
 constexpr CaseKind kCaseKinds[] = {
-    {"write/", replay_ops},      {"attn/", replay_ops},        {"diffkv/", replay_ops},
-    {"turboquant/", replay_ops}, {"rht_signs/", replay_signs}, {"tq_centroids/", replay_centroids},
+    {"write/", "mode", replay_ops},        {"attn/", "mode", replay_ops},
+    {"diffkv/", nullptr, replay_ops},      {"turboquant/", "preset", replay_ops},
+    {"rht_signs/", nullptr, replay_signs}, {"tq_centroids/", nullptr, replay_centroids},
 };
+
+// What a case of each kind is made of, so that a lost or misnamed tensor is not taken for one that was never there.
+// A column is a kind, in the order of kCaseKinds; R: every case has it, W: a case that is written has it, o: it may be
+// there, -: it has no place there.
+struct TensorRule {
+  std::string_view tensor;
+  char of_kind[std::size(kCaseKinds) + 1];
+};
+constexpr TensorRule kTensorRules[] = {
+    {"key", "RWWR--"},           {"value", "RWWR--"},        {"slot_mapping", "RWWR--"},
+    {"key_cache", "RR----"},     {"value_cache", "RR----"},  {"kv_cache", "--RR--"},
+    {"query", "-RRR--"},         {"out", "-RRR--"},          {"seq_lens", "-RRR--"},
+    {"block_table", "-RRR--"},   {"cu_seqlens_q", "-RR---"}, {"k_scale_cache", "oo----"},
+    {"v_scale_cache", "oo----"}, {"k_scale", "ooo---"},      {"v_scale", "ooo---"},
+    {"q_scale", "-oo---"},       {"output_scale", "-oo---"}, {"sinks", "-oo---"},
+    {"alibi_slopes", "-oo---"},  {"qq_bias", "-oo---"},      {"mm_prefix_range", "-oo---"},
+    {"midpoints", "---R--"},     {"signs", "----R-"},        {"centroids", "---R-R"},
+};
+
+Status check_tensors(const GoldenCase& golden, const CaseKind& kind) {
+  const auto column = static_cast<std::size_t>(&kind - kCaseKinds);
+  const auto place = [&](std::string_view tensor) {
+    const auto* rule = std::find_if(std::begin(kTensorRules), std::end(kTensorRules),
+                                    [&](const TensorRule& known) { return known.tensor == tensor; });
+    return rule == std::end(kTensorRules) ? '-' : rule->of_kind[column];
+  };
+  std::string known;
+  for (const TensorRule& rule : kTensorRules) {
+    if (rule.of_kind[column] != '-') known.append(known.empty() ? "" : ", ").append(rule.tensor);
+  }
+  bool written = false;
+  for (const auto& [name, tensor] : golden.tensors) {
+    if (place(name) == '-') return golden.refuse("tensor '" + name + "' has no meaning; supported are " + known);
+    written = written || place(name) == 'W';
+  }
+  for (const TensorRule& rule : kTensorRules) {
+    const char needed = rule.of_kind[column];
+    if ((needed == 'R' || (needed == 'W' && written)) && !golden.has(rule.tensor)) {
+      return golden.refuse("no tensor '" + std::string(rule.tensor) + "'");
+    }
+  }
+  if (kind.required_param != nullptr && !golden.params.contains(kind.required_param)) {
+    return golden.refuse(std::string("no parameter '") + kind.required_param + "'");
+  }
+  return {};
+}
 
 Result<std::vector<GoldenCase>> cases_of(const llm::SafetensorsFile& file) {
   std::map<std::string, GoldenCase> cases;
@@ -769,6 +822,7 @@ Result<std::vector<CaseResult>> replay_golden_file(const std::string& path, Devi
     const auto* kind = std::find_if(std::begin(kCaseKinds), std::end(kCaseKinds),
                                     [&](const CaseKind& known) { return golden.name.rfind(known.prefix, 0) == 0; });
     if (kind == std::end(kCaseKinds)) return golden.refuse("no known kind of case; names begin with write/, attn/, ..");
+    if (Status status = check_tensors(golden, *kind); !status) return status;
     CaseResult result;
     result.name = golden.name;
     if (Status status = kind->replay(golden, device, result); !status) return status;
