@@ -1,11 +1,11 @@
 #include "llm/config.h"
 
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <optional>
+
+#include "llm/read_file.h"
 
 namespace quire::llm {
 namespace {
@@ -243,10 +243,11 @@ Result<ModelConfig> parse_config(const std::string& json_text, const std::string
 
 Result<ModelConfig> load_config(const std::string& model_dir) {
   const std::string path = model_dir + "/config.json";
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return not_found(path + ": cannot open the file; a model is a folder with config.json and safetensors");
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  return parse_config(text, path);
+  const Result<std::string> text = read_file(path);
+  if (text.ok()) return parse_config(*text, path);
+  const bool missing = text.status().code() == StatusCode::kNotFound;
+  return Status(text.status().code(),
+                text.status().message() + (missing ? "; a model is a folder with config.json and safetensors" : ""));
 }
 
 std::vector<double> rope_frequencies(const RopeConfig& rope, int head_size) {

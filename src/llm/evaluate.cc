@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "llm/npy.h"
+#include "llm/read_file.h"
 #include "llm/sampler.h"
 
 namespace quire::llm {
@@ -40,7 +41,7 @@ struct Lane {
     Status status = model.forward(batch, cache, logits);
     seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     num_tokens += batch.num_tokens();
-    return status;
+    return status ? status : Status(status.code(), score.mode + ": " + status.message());
   }
 };
 
@@ -153,6 +154,7 @@ class Evaluation {
       if (options_.against_cpu) {
         Result<Lane> on_cpu = make_lane(config_, mode.id, options_.skip_layers, window_tokens_, Device::kCpu);
         if (!on_cpu.ok()) return on_cpu.status();
+        on_cpu->score.mode = mode.name + " on the CPU";
         lane->on_cpu = std::make_unique<Lane>(std::move(*on_cpu));
       }
       lanes_.push_back(std::move(*lane));
@@ -205,6 +207,7 @@ class Evaluation {
     if (!fp32.ok()) return fp32.status();
     Result<Lane> reference = make_lane(config_, *fp32, {}, window_tokens_, options_.device);
     if (!reference.ok()) return reference.status();
+    reference->score.mode = "the fp32 reference";
     std::vector<Lane*> all{&*reference};
     for (Lane& lane : lanes_) {
       if (lane.on_cpu) all.push_back(lane.on_cpu.get());
@@ -310,11 +313,12 @@ class Evaluation {
 }  // namespace
 
 Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return not_found(path + ": cannot open the file");
+  const Result<std::string> text = read_file(path);
+  if (!text.ok()) return text.status();
+  std::istringstream lines(*text);
   std::vector<EvalPrompt> prompts;
   std::string line;
-  for (std::int64_t number = 1; std::getline(file, line); ++number) {
+  for (std::int64_t number = 1; std::getline(lines, line); ++number) {
     if (line.empty()) continue;
     const std::string where = path + ":" + std::to_string(number) + ": ";
     const auto object = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
@@ -332,8 +336,13 @@ Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const Mode
         ids->push_back(id.get<std::int32_t>());
       }
     }
-    if (object.contains("context") && object["context"].is_number_integer()) {
-      prompt.context = object["context"].get<std::int64_t>();
+    if (object.contains("context")) {
+      const auto& context = object["context"];
+      if (!context.is_number_integer() || context.get<std::int64_t>() < 0) {
+        return invalid_argument(where + "\"context\" is " + context.dump().substr(0, 40) +
+                                ", expected an integer of at least 0");
+      }
+      prompt.context = context.get<std::int64_t>();
     }
     const auto num_tokens = static_cast<std::int64_t>(prompt.prompt.size() + prompt.answer.size());
     if (num_tokens > config.max_position) {

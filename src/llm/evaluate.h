@@ -39,7 +39,7 @@ struct EvalPrompt {
   std::int64_t context = 0;  // nominal length, the key that recall is reported under; 0 where the file has none
 };
 
-// One JSON object {"prompt": [ids], "answer": [ids], "context": n} per line.
+// One JSON object {"prompt": [ids], "answer": [ids], "context": n} per line; "context" may be missing.
 Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config);
 
 struct EvalSets {

@@ -6,12 +6,12 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
+#include <new>
 #include <nlohmann/json.hpp>
 
 #include "format/float_types.h"
+#include "llm/read_file.h"
 #include "llm/safetensors.h"
 
 #ifdef _OPENMP
@@ -93,9 +93,9 @@ class Model::Loader {
     const std::string single = model_dir_ + "/model.safetensors", index = single + ".index.json";
     std::error_code error;
     if (fs::exists(single, error) || !fs::exists(index, error)) return add_file(single);
-    std::ifstream file(index, std::ios::binary);
-    const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-    const auto object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+    const Result<std::string> text = read_file(index);
+    if (!text.ok()) return text.status();
+    const auto object = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false);
     if (!object.is_object() || !object.contains("weight_map") || !object["weight_map"].is_object()) {
       return invalid_argument(index + ": not JSON with a \"weight_map\"");
     }
@@ -195,7 +195,7 @@ class Model::Loader {
   Status status_;
 };
 
-Result<Model> Model::load(const std::string& model_dir) {
+Result<Model> Model::load(const std::string& model_dir) try {
   Result<ModelConfig> parsed = load_config(model_dir);
   if (!parsed.ok()) return parsed.status();
   Model model;
@@ -231,6 +231,8 @@ Result<Model> Model::load(const std::string& model_dir) {
   model.inv_freq_ = rope_frequencies(c.rope, c.head_size);
   if (openblas_set_num_threads != nullptr) openblas_set_num_threads(1);
   return model;
+} catch (const std::bad_alloc&) {
+  return internal_error(model_dir + ": there is not enough memory for the weights");
 }
 
 // ---- running
@@ -440,6 +442,13 @@ Status Model::forward(const Batch& batch, KVCache& cache, float* logits) {
   if (num_rows > 0) {
     const std::vector<float>& head = c.tied_embeddings ? embedding_ : head_.weight;
     multiply(head.data(), {}, c.vocab_size, c.hidden_size, normed_.data(), num_rows, logits);
+  }
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const float* values = logits + row * c.vocab_size;
+    if (std::all_of(values, values + c.vocab_size, [](float value) { return std::isfinite(value); })) continue;
+    const std::int32_t token = batch.logit_rows[static_cast<std::size_t>(row)];
+    return internal_error("the logits at position " + std::to_string(batch.positions[static_cast<std::size_t>(token)]) +
+                          " are not finite: the weights hold NaN or infinity, or the cache's mode overflows");
   }
   return {};
 }

@@ -56,8 +56,8 @@ class Model {
   void record_kv(KVTape* tape) { recorded_ = tape, replayed_ = nullptr; }
   void replay_kv(const KVTape* tape) { recorded_ = nullptr, replayed_ = tape; }
 
-  // Writes logits [R, vocab_size], R = batch.logit_rows.size(). Not for two threads at once: it owns its scratch
-  // memory.
+  // Writes logits [R, vocab_size], R = batch.logit_rows.size(). An error where one of them is NaN or infinite. Not for
+  // two threads at once: it owns its scratch memory.
   Status forward(const Batch& batch, KVCache& cache, float* logits);
 
  private:

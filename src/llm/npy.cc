@@ -1,9 +1,9 @@
 #include "llm/npy.h"
 
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <string_view>
+
+#include "llm/read_file.h"
 
 namespace quire::llm {
 namespace {
@@ -26,13 +26,18 @@ std::int64_t read_integer(const char* bytes, const IntegerType& type) {
 
 Result<std::vector<std::int32_t>> read_npy_tokens(const std::string& path, int vocab_size) {
   const auto refuse = [&](const std::string& reason) { return invalid_argument(path + ": " + reason); };
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return not_found(path + ": cannot open the file");
-  const std::string bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const Result<std::string> file = read_file(path);
+  if (!file.ok()) return file.status();
+  const std::string& bytes = *file;
 
   // Magic, version, header length (2 bytes in version 1, 4 after), a Python dict as text, then the array.
   if (bytes.size() < 12 || bytes.compare(0, 6, "\x93NUMPY") != 0) return refuse("not a .npy file");
-  const std::size_t length_bytes = bytes[6] == 1 ? 2 : 4;
+  const int major = static_cast<unsigned char>(bytes[6]), minor = static_cast<unsigned char>(bytes[7]);
+  if (major < 1 || major > 3 || minor != 0) {
+    return refuse("version " + std::to_string(major) + "." + std::to_string(minor) +
+                  " is not supported; supported are 1.0, 2.0 and 3.0");
+  }
+  const std::size_t length_bytes = major == 1 ? 2 : 4;
   std::uint32_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes.data() + 8, length_bytes);
   const std::size_t data_begin = 8 + length_bytes + header_bytes;

@@ -4,18 +4,18 @@
 #include <charconv>
 #include <limits>
 #include <set>
-#include <sstream>
 
 namespace quire::llm {
 
 Result<std::vector<int>> parse_layers(const std::string& list, int num_layers) {
   std::set<int> layers;
-  std::istringstream names(list);
-  for (std::string name; std::getline(names, name, ',');) {
+  for (std::size_t begin = 0, end; !list.empty() && begin <= list.size(); begin = end + 1) {
+    end = std::min(list.find(',', begin), list.size());
+    const std::string name = list.substr(begin, end - begin);
     int layer = num_layers - 1;
     if (name != "last") {
-      const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
-      if (error != std::errc() || end != name.data() + name.size() || layer < 0 || layer >= num_layers) {
+      const auto error = std::from_chars(name.data(), name.data() + name.size(), layer).ec;
+      if (error != std::errc() || std::to_string(layer) != name || layer < 0 || layer >= num_layers) {
         return invalid_argument("'" + name + "' in the list of layers '" + list + "' is not a layer; supported: 0 to " +
                                 std::to_string(num_layers - 1) + " and last, separated by commas");
       }
@@ -160,6 +160,12 @@ std::int32_t BlockAllocator::take_oldest() {
 
 bool BlockAllocator::reserve(Sequence& sequence, std::int64_t num_tokens) {
   const std::int64_t needed = (num_tokens + block_size_ - 1) / block_size_;
+  const auto held = static_cast<std::int64_t>(sequence.blocks.size());
+  if (held > 0) {
+    if (needed - held > num_free()) return false;
+    while (static_cast<std::int64_t>(sequence.blocks.size()) < needed) sequence.blocks.push_back(take_oldest());
+    return true;
+  }
   std::vector<std::int32_t> shared;
   if (share_prefixes_) {
     const std::int64_t full = (static_cast<std::int64_t>(sequence.tokens.size()) - 1) / block_size_;

@@ -82,7 +82,8 @@ class BlockAllocator {
 
   // Gives `sequence` blocks for its first `num_tokens` positions. Full blocks of tokens that another sequence has
   // stored already are shared (num_stored says how many positions that saved; the last token is always left to
-  // compute). False, and nothing changed, where too few blocks are free.
+  // compute). A sequence that holds blocks keeps them, and what is stored in them, and is given those it lacks; it
+  // never gets fewer. False, and nothing changed, where too few blocks are free.
   bool reserve(Sequence& sequence, std::int64_t num_tokens);
 
   // Makes the full stored blocks of `sequence` findable by later ones.

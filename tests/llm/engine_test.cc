@@ -45,6 +45,31 @@ TEST(BlockAllocator, ReservesAndTakesBack) {
   EXPECT_TRUE(allocator.reserve(b, 64));
 }
 
+// A second reservation of a sequence adds to what it holds.
+TEST(BlockAllocator, ReservingMoreKeepsWhatASequenceHolds) {
+  for (const bool share : {false, true}) {
+    BlockAllocator allocator(10, 4, share);
+    Sequence a{.tokens = iota_tokens(40), .blocks = {}};
+    ASSERT_TRUE(allocator.reserve(a, 8));
+    const std::vector<std::int32_t> held = a.blocks;
+    a.num_stored = 8;
+    allocator.publish(a);
+    ASSERT_TRUE(allocator.reserve(a, 16));
+    ASSERT_EQ(a.blocks.size(), 4U);
+    EXPECT_TRUE(std::equal(held.begin(), held.end(), a.blocks.begin())) << "what is stored stays where it is";
+    EXPECT_EQ(a.num_stored, 8);
+    EXPECT_EQ(std::set<std::int32_t>(a.blocks.begin(), a.blocks.end()).size(), 4U);
+    EXPECT_EQ(allocator.num_free(), 6);
+    EXPECT_TRUE(allocator.reserve(a, 3)) << "it has more than that";
+    EXPECT_EQ(a.blocks.size(), 4U);
+    EXPECT_FALSE(allocator.reserve(a, 41)) << "eleven blocks";
+    EXPECT_EQ(a.blocks.size(), 4U);
+    EXPECT_EQ(allocator.num_free(), 6);
+    allocator.release(a);
+    EXPECT_EQ(allocator.num_free(), 10) << "none is lost";
+  }
+}
+
 TEST(BlockAllocator, SharesFullStoredBlocksOfEqualPrefixes) {
   BlockAllocator allocator(8, 4, true);
   Sequence a{.tokens = iota_tokens(10), .blocks = {}};

@@ -159,9 +159,19 @@ TEST(Npy, ReadsTokensAndRefusesTheRest) {
     const char* says;
   };
   const std::string large("\x64\x00\x00\x00", 4), negative("\xff\xff\xff\xff", 4);
+  const auto version = [&](int major, int minor = 0) {
+    std::string bytes = npy_bytes("<u2", "(2,)", u2);
+    bytes[6] = static_cast<char>(major);
+    bytes[7] = static_cast<char>(minor);
+    return bytes;
+  };
   const Case cases[] = {
       {"", "not a .npy file"},
       {npy_bytes("<u2", "(2,)", u2).substr(0, 20), "the header is longer than the file"},
+      {version(0), "version 0.0 is not supported; supported are 1.0, 2.0 and 3.0"},
+      {version(4), "version 4.0 is not supported"},
+      {version(255), "version 255.0 is not supported"},
+      {version(1, 1), "version 1.1 is not supported"},
       {npy_bytes("<u2", "(3,)", u2), "the header describes 6 bytes of data, the file holds 4"},
       {npy_bytes("<u2", "(99999999999999999999,)", u2), "the shape is not a count"},
       {npy_bytes("<u2", "(1, 2)", u2), "expected an array of one dimension"},
@@ -204,6 +214,12 @@ TEST(Prompts, RefusesBadLines) {
       {"{\"prompt\": [10], \"answer\": [1]}", "\"prompt\" holds 10, which is no token id of the vocabulary of 10"},
       {"{\"prompt\": [1], \"answer\": [-1]}", "\"answer\" holds -1"},
       {"{\"prompt\": [\"a\"], \"answer\": [1]}", "\"prompt\" holds \"a\""},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": \"250\"}", "\"context\" is \"250\", expected an integer of at"},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": 2.5}", "\"context\" is 2.5, expected an integer of at least 0"},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": [250]}", "\"context\" is [250], expected an integer"},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": null}", "\"context\" is null, expected an integer"},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": -1}", "\"context\" is -1, expected an integer"},
+      {"{\"prompt\": [1], \"answer\": [1], \"context\": 18446744073709551615}", "\"context\" is 1844674407"},
       {"{\"prompt\": [1, 2, 3, 4, 5], \"answer\": [1, 2]}", "7 tokens exceed the model's context of 6"},
   };
   for (const Case& bad : cases) {
