@@ -70,12 +70,35 @@ TEST(Bench, Refuses) {
                                         {{"bench", "encode"}, "encode"},
                                         {{"bench", "decode", "--mode", "int5"}, "int5"},
                                         {{"bench", "decode", "--layout", "dhn"}, "dhn"},
-                                        {{"bench", "decode", "--batch", "0"}, "0"}}) {
-    const CliResult result = run_cli(arguments);
-    EXPECT_EQ(result.exit_status, 2) << says;
-    EXPECT_TRUE(result.one_sentence()) << result.err;
-    EXPECT_NE(result.err.find(says), std::string::npos) << result.err;
+                                        {{"bench", "decode", "--batch", "0"}, "--batch is '0', expected"}}) {
+    expect_refusal(arguments, says);
   }
+}
+
+// Values that would run as something else, and problems that no memory holds: refused before anything is measured.
+TEST(Bench, RefusesSizesInASentence) {
+  const auto bench = [](std::vector<std::string> arguments, const std::string& says) {
+    arguments.insert(arguments.begin(), "bench");
+    expect_refusal(arguments, says);
+  };
+  for (const char* value : {"nan", "-1", "0", "inf", "", "1e400", "ten"}) {
+    bench({"decode", "--budget-ms", value}, std::string("--budget-ms is '") + value + "', expected a number from ");
+  }
+  for (const char* value : {"1,,2", "", ",", "1,", "010", "1, 2"}) {
+    bench({"decode", "--batch", value}, "--batch is '");
+  }
+  bench({"encode"}, "op is 'encode', supported are decode, prefill, store");
+  bench({"decode", "--layout", "nhd,dhn"}, "--layout is 'dhn', supported are nhd, hnd, nhd_inline, hnd_inline");
+  bench({"decode", "--context", "9223372036854775807"}, "--context is '9223372036854775807', expected a decimal");
+  bench({"decode", "--context", "2147483648"}, "--context is '2147483648', expected a decimal integer from 1 to 214");
+  for (const char* op : {"decode", "prefill", "store"}) {
+    bench({op, "--num-kv-heads", "2147483647"}, "auto: num_kv_heads");
+    bench({op, "--context", "2147483647", "--batch", "2147483647"}, " tokens, supported are 2147483647");
+    bench({op, "--context", "200000000", "--batch", "10", "--num-kv-heads", "256"}, " bytes of memory, there are ");
+    bench({op, "--head-size", "2147483647"}, "head_size");
+    bench({op, "--block-size", "2147483647"}, "block_size");
+  }
+  bench({"decode", "--num-q-heads", "2147483647", "--batch", "1024"}, " bytes of memory, there are ");
 }
 
 }  // namespace

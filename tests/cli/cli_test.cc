@@ -45,13 +45,66 @@ TEST(Cli, BadUsageIsOneSentence) {
       {{"check", "/nowhere/golden.safetensors"}, "/nowhere/golden.safetensors"},
       {{"check", "--device", "tpu", "x"}, "tpu"},
   };
-  for (const auto& call : calls) {
-    const CliResult result = run_cli(call.arguments);
-    EXPECT_EQ(result.exit_status, 2) << call.names;
-    EXPECT_TRUE(result.one_sentence()) << call.names << ": " << result.err;
-    EXPECT_NE(result.err.find(call.names), std::string::npos) << result.err;
-    EXPECT_EQ(result.out, "") << call.names;
+  for (const auto& call : calls) expect_refusal(call.arguments, call.names);
+}
+
+// What the values of options may look like; the sentence names the option, the value and what is supported.
+TEST(Cli, ValuesAreTakenAsWritten) {
+  const auto layout = [](const std::string& option, const std::string& value, const std::string& says) {
+    expect_refusal({"layout", "--mode", "auto", option, value}, says);
+    if (!value.empty()) expect_refusal({"layout", "--mode", "auto", option + "=" + value}, says);
+  };
+  const std::string integer = "expected a decimal integer from -2147483648 to 2147483647";
+  for (const char* value : {"010", "0x10", "", " 8", "8 ", "+8", "8.0", "8e0", "1,2", "eight", "2147483648",
+                            "-2147483649", "99999999999999999999", "--8", "00", "-0"}) {
+    layout("--num-kv-heads", value, std::string("--num-kv-heads is '") + value + "', " + integer);
   }
+  layout("--head-size-v", "", "--head-size-v is '', " + integer);
+  layout("--page-alignment", "9223372036854775808", "--page-alignment is '9223372036854775808', expected a decimal");
+  layout("--order", "zzz", "--order is 'zzz', supported are nhd, hnd");
+  layout("--order", "1", "--order is '1', supported are nhd, hnd");
+  layout("--order", "", "--order is '', supported are nhd, hnd");
+  layout("--packing", "2", "--packing is '2', supported are separate, kv_in_block, kv_in_row");
+  layout("--scales", "0", "--scales is '0', supported are separate, inline");
+  layout("--model-dtype", "fp16", "--model-dtype is 'fp16', supported are float32, float16, bfloat16");
+  expect_refusal({"check", "--device", "0", "x"}, "--device is '0', supported are cpu, cuda");
+  expect_refusal({"check", "--device", "tpu", "x"}, "--device is 'tpu', supported are cpu, cuda");
+  expect_refusal({"layout", "--mode", "auto", "--order", "n\nhd\t"}, "--order is 'n?hd?', supported");
+  expect_refusal({"layout", "--mode", "auto", "--order", std::string(1000, 'n')},
+                 "--order is '" + std::string(80, 'n') + "...', supported");
+
+  EXPECT_EQ(run_cli({"layout", "--mode", "auto", "--order", "HND", "--json"}).json()["order"], "hnd");
+  EXPECT_EQ(run_cli({"layout", "--mode", "auto", "--num-kv-heads", "10", "--json"}).json()["num_kv_heads"], 10);
+  EXPECT_EQ(run_cli({"layout", "--mode", "auto", "--head-size-v", "0", "--json"}).json()["head_size_v"], 128);
+}
+
+TEST(Cli, OutputThatCannotBeWrittenIsAnError) {
+  const std::vector<std::vector<std::string>> calls = {
+      {"--help"},
+      {"--version"},
+      {"layout", "--help"},
+      {"modes"},
+      {"modes", "--json"},
+      {"layout", "--mode", "fp8"},
+      {"layout", "--mode", "fp8", "--json"},
+      {"layout", "--table"},
+      {"layout", "--table", "--markdown"},
+      {"layout", "--table", "--json"},
+      {"check", source_path("tests/golden/turboquant.safetensors.gz")},
+      {"check", "--json", source_path("tests/golden/turboquant.safetensors.gz")},
+  };
+  for (const auto& call : calls) {
+    const CliResult result = run_cli_into("/dev/full", call);
+    EXPECT_EQ(result.exit_status, 2) << call.back();
+    EXPECT_TRUE(result.one_sentence()) << result.err;
+    EXPECT_EQ(result.err.rfind("quire: cannot write to standard output", 0), 0U) << call.back() << result.err;
+  }
+  // The next call starts afresh.
+  EXPECT_EQ(run_cli({"--version"}).exit_status, 0);
+  // One sentence, not two, where the call is refused anyway.
+  const CliResult refused = run_cli_into("/dev/full", {"layout", "--mode", "int5"});
+  EXPECT_EQ(refused.exit_status, 2);
+  EXPECT_TRUE(refused.one_sentence()) << refused.err;
 }
 
 TEST(Cli, HelpAndVersion) {

@@ -2,6 +2,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
@@ -64,6 +67,87 @@ TEST_F(Verbs, GenerateRefuses) {
   expect_refusal(run_cli({"generate", "--model", "/nowhere", "--token-ids", "1"}), "/nowhere/config.json");
 }
 
+// Values that would run as something else.
+TEST_F(Verbs, GenerateTakesValuesAsWritten) {
+  const auto generate = [&](std::vector<std::string> arguments, const std::string& says) {
+    arguments.insert(arguments.begin(), {"generate", "--model", model()});
+    expect_refusal(run_cli(arguments), says);
+  };
+  for (const char* ids : {"1,,2", "", ",", "1,", ",1", "1, 2", "01", "0x1", "1.0", "2147483648", "1 2"}) {
+    generate({"--token-ids", ids}, "--token-ids is '");
+  }
+  generate({"--token-ids", "1", "-n", "9223372036854775808"},
+           "--max-new-tokens is '9223372036854775808', expected a decimal integer");
+  for (const char* seed : {"18446744073709551616", "-1", "010", "", "1e3"}) {
+    generate({"--token-ids", "1", "--seed", seed}, std::string("--seed is '") + seed + "', expected a decimal integer");
+  }
+  for (const char* temperature : {"nan", "inf", "", "1e100", "0x1p0", "warm", "1.0f"}) {
+    generate({"--token-ids", "1", "--temperature", temperature},
+             std::string("--temperature is '") + temperature + "', expected a number");
+  }
+  generate({"--token-ids", "1", "--block-size", "0x10"}, "--block-size is '0x10', expected a decimal integer");
+  for (const char* layers : {"0,", ",0", "0,,1", "00"}) {
+    generate({"--token-ids", "1", "--kv-cache-dtype-skip-layers", layers}, "is not a layer");
+  }
+  const auto whole = run_cli({"generate", "--model", model(), "--token-ids", "3", "-n", "1", "--seed",
+                              "18446744073709551615", "--temperature", "1e-3", "--top-p", ".5"});
+  EXPECT_EQ(whole.exit_status, 0) << whole.err;
+}
+
+TEST_F(Verbs, OutputThatCannotBeWrittenIsAnError) {
+  dir_.write("p.jsonl", "{\"prompt\": [1, 2, 3], \"answer\": [4]}\n");
+  for (const std::vector<std::string>& call :
+       {std::vector<std::string>{"generate", "--model", model(), "-m", "auto", "--token-ids", "1", "-n", "3"},
+        {"eval", "--model", model(), "-m", "auto", "--recall", model() + "/p.jsonl", "--json"},
+        {"eval", "--model", model(), "-m", "auto", "--recall", model() + "/p.jsonl"}}) {
+    const auto outcome = test::run_cli_into("/dev/full", call);
+    EXPECT_EQ(outcome.exit_status, 2);
+    EXPECT_NE(outcome.err.find("quire: cannot write to standard output"), std::string::npos) << outcome.err;
+  }
+}
+
+// Logits that are not finite are no text and no measure.
+TEST_F(Verbs, WeightsOfNaNAreAnError) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  TestModel broken("LlamaForCausalLM", {{"max_position_embeddings", 64}, {"eos_token_id", nullptr}});
+  for (auto& [name, tensor] : broken.tensors) std::fill(tensor.values.begin(), tensor.values.end(), nan);
+  broken.save(dir_);
+  dir_.write("p.jsonl", "{\"prompt\": [1, 2, 3], \"answer\": [4]}\n");
+  for (const char* temperature : {"0", "1"}) {
+    expect_refusal(
+        run_cli({"generate", "--model", model(), "--token-ids", "3", "-n", "5", "--temperature", temperature}),
+        "the logits at position 0 are not finite");
+  }
+  expect_refusal(run_cli({"eval", "--model", model(), "-m", "auto", "--recall", model() + "/p.jsonl"}),
+                 "the logits at position 2 are not finite");
+}
+
+// The file is opened before anything is computed; a run that fails leaves no file behind and an older one as it was.
+TEST_F(Verbs, DemoOpensItsOutputFirst) {
+  expect_refusal(run_cli({"demo", "--model", "/nowhere", "--json-out", "/nowhere/x.json"}),
+                 "/nowhere/x.json: cannot open the file for writing: No such file or directory");
+  expect_refusal(run_cli({"demo", "--model", model(), "--json-out", model()}),
+                 model() + ": cannot open the file for writing: Is a directory");
+  const std::string path = model() + "/out.json";
+  EXPECT_EQ(run_cli({"demo", "--model", model(), "--json-out", path}).exit_status, 2) << "nothing to evaluate";
+  EXPECT_FALSE(std::filesystem::exists(path));
+  dir_.write("out.json", "from before");
+  EXPECT_EQ(run_cli({"demo", "--model", model(), "--json-out", path}).exit_status, 2);
+  std::ostringstream kept;
+  kept << std::ifstream(path).rdbuf();
+  EXPECT_EQ(kept.str(), "from before");
+}
+
+// A folder where a file should be.
+TEST_F(Verbs, FoldersAreNamed) {
+  expect_refusal(run_cli({"eval", "--model", model(), "--tokens", model()}), model() + ": cannot read the file: Is a ");
+  expect_refusal(run_cli({"eval", "--model", model(), "--recall", model()}), model() + ": cannot read the file: Is a ");
+  std::filesystem::remove(model() + "/config.json");
+  std::filesystem::create_directory(model() + "/config.json");
+  expect_refusal(run_cli({"generate", "--model", model(), "--token-ids", "1"}),
+                 model() + "/config.json: cannot read the file: Is a directory");
+}
+
 TEST_F(Verbs, EvalWritesJson) {
   QUIRE_NEEDS_MODES("int8_per_token_head");
   dir_.write("p.jsonl", "{\"prompt\": [1, 2, 3], \"answer\": [4], \"context\": 250}\n");
@@ -87,8 +171,13 @@ TEST_F(Verbs, EvalRefuses) {
   expect_refusal(run_cli({"eval", "--model", model(), "-m", "fp8,int5"}), "int5");
   expect_refusal(run_cli({"eval", "--model", model(), "--tokens", model() + "/config.json"}), "not a .npy file");
   expect_refusal(run_cli({"eval", "--model", model(), "--recall", "/nowhere"}), "/nowhere: cannot open");
-  expect_refusal(run_cli({"eval", "--model", model(), "--windows", "-3"}), "--windows");
-  expect_refusal(run_cli({"eval", "--model", model(), "--qkv-dtype", "int8"}), "supported are model, float32");
+  expect_refusal(run_cli({"eval", "--model", model(), "--windows", "-3"}),
+                 "--windows is '-3', expected a decimal integer from 0 to 2147483647");
+  expect_refusal(run_cli({"eval", "--model", model(), "--limit", "99999999999999999999"}),
+                 "--limit is '99999999999999999999', expected a decimal integer from 0 to 2147483647");
+  expect_refusal(run_cli({"eval", "--model", model(), "--qkv-dtype", "int8"}),
+                 "--qkv-dtype is 'int8', supported are model, float32, float16, bfloat16");
+  expect_refusal(run_cli({"eval", "--model", model(), "-m", "auto,"}), "'' is not a mode");
 }
 
 // Where there is no CUDA, a sentence; where there is, the CPU's answer: greedy tokens of an fp32 cache.

@@ -1,10 +1,12 @@
 // quire bench decode|prefill|store: times the ops over a grid of problems and holds them against the memory's speed.
 #include <fmt/core.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -15,6 +17,7 @@
 #include "evaluation.h"
 #include "format/float_types.h"
 #include "measure.h"
+#include "options.h"
 #include "quire/layout.h"
 #include "quire/ops.h"
 #include "verbs.h"
@@ -28,6 +31,9 @@ template <class T>
 Result<Memory> copy_of(Device device, const std::vector<T>& values) {
   return Memory::copy_of(device, values.data(), values.size() * sizeof(T));
 }
+
+const std::vector<std::string> kOps = {"decode", "prefill", "store"};
+const std::vector<std::string> kLayouts = {"nhd", "hnd", "nhd_inline", "hnd_inline"};
 
 struct Options {
   std::string op = "decode";
@@ -327,11 +333,74 @@ std::string driver_version() {
   return {};
 }
 
+// Bytes that a row of the table takes at most, an estimate that cannot overflow.
+double memory_bytes(const std::string& op, const Problem& problem, const KVCacheLayout& layout) {
+  const auto batch = static_cast<double>(problem.batch), context = static_cast<double>(problem.context);
+  const auto rows = [](double tokens, int heads, int elements) { return 2.0 * tokens * heads * elements; };  // bf16
+  const double cache = batch * std::ceil(context / problem.block_size) * static_cast<double>(layout.bytes_per_block);
+  constexpr double kCopies = 256 << 20;  // of a small problem, beside the first
+  if (op == "store") {
+    const double input =
+        2.0 * rows(batch * context, problem.num_kv_heads, std::max(problem.head_size, problem.head_size_v));
+    return 4.0 * kCopies + 4.0 * input + 2.0 * cache;
+  }
+  const double query_tokens = batch * static_cast<double>(problem.q_len);
+  return kCopies + cache + rows(query_tokens, problem.num_q_heads, 2 * problem.head_size + problem.head_size_v);
+}
+
+// Ok where the problem can be laid out, its tokens can be counted in the int32 of block tables and lengths, and it fits
+// the memory.
+Status check_problem(const std::string& op, const Problem& problem) {
+  QUIRE_ASSIGN(mode, parse_kv_cache_dtype(problem.mode));
+  QUIRE_ASSIGN(layout, layout_of(problem, mode));
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (const std::int64_t tokens = problem.batch * problem.context; tokens > kMost) {
+    return invalid_argument(fmt::format("{} sequences of {} tokens are {} tokens, supported are {}", problem.batch,
+                                        problem.context, tokens, kMost));
+  }
+  const double needed = memory_bytes(op, problem, layout);
+  const double available =
+      problem.device == Device::kCuda
+          ? std::ldexp(1.0, 40)  // beyond any device, which says itself what it has
+          : static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (needed <= available) return {};
+  return invalid_argument(fmt::format(
+      "{} of {} sequences of {} tokens, {} query heads and {} KV heads of size {} needs some {:.2g} bytes of "
+      "memory, there are {:.2g}",
+      op, problem.batch, problem.context, problem.num_q_heads, problem.num_kv_heads, problem.head_size, needed,
+      available));
+}
+
+std::vector<Problem> problems_of(const Options& options, const std::vector<ModeInfo>& modes) {
+  std::vector<Problem> problems;
+  for (const std::int64_t batch : options.batches)
+    for (const std::int64_t context : options.contexts)
+      for (const std::int64_t q_len :
+           options.q_lens.empty() ? std::vector<std::int64_t>{options.op == "prefill" ? context : 1} : options.q_lens)
+        for (const int q_heads : options.num_q_heads)
+          for (const int kv_heads : options.num_kv_heads)
+            for (const int head_size : options.head_sizes)
+              for (const std::string& layout : options.layouts)
+                for (const ModeInfo& mode : modes) {
+                  const int head_size_v = options.head_size_v > 0 ? options.head_size_v : head_size;
+                  problems.push_back({options.device, mode.name, layout, batch, context, std::min(q_len, context),
+                                      q_heads, kv_heads, head_size, head_size_v, options.block_size});
+                }
+  return problems;
+}
+
 Status run_bench(const Options& options) {
   const Device device = options.device;
   if (Status status = device_available(device); !status) return status;
   const Result<std::vector<ModeInfo>> modes = parse_modes(options.modes);
   if (!modes) return modes.status();
+  const std::vector<Problem> problems = problems_of(options, *modes);
+  const auto about = [](const Problem& problem, const Status& status) {
+    return Status(status.code(), problem.mode + ": " + status.message());
+  };
+  for (const Problem& problem : problems) {
+    if (Status status = check_problem(options.op, problem); !status) return about(problem, status);
+  }
   Ceilings ceilings;
   QUIRE_ASSIGN(read, bench::linear_read_bandwidth(device));
   QUIRE_ASSIGN(copy, bench::copy_bandwidth(device));
@@ -342,45 +411,24 @@ Status run_bench(const Options& options) {
     fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>8}\n", "op", "mode", "layout",
                "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "TFLOP/s");
   }
-  for (const std::int64_t batch : options.batches)
-    for (const std::int64_t context : options.contexts)
-      for (const std::int64_t q_len :
-           options.q_lens.empty() ? std::vector<std::int64_t>{options.op == "prefill" ? context : 1} : options.q_lens)
-        for (const int q_heads : options.num_q_heads)
-          for (const int kv_heads : options.num_kv_heads)
-            for (const int head_size : options.head_sizes)
-              for (const std::string& layout : options.layouts)
-                for (const ModeInfo& info : *modes) {
-                  const std::string& mode = info.name;
-                  const Problem problem{device,
-                                        mode,
-                                        layout,
-                                        batch,
-                                        context,
-                                        std::min(q_len, context),
-                                        q_heads,
-                                        kv_heads,
-                                        head_size,
-                                        options.head_size_v > 0 ? options.head_size_v : head_size,
-                                        options.block_size};
-                  const Result<Json> row = options.op == "store"
-                                               ? bench_store(problem, ceilings, options.budget_ms)
-                                               : bench_attention(options.op, problem, ceilings, options.budget_ms);
-                  if (!row) return Status(row.status().code(), mode + ": " + row.status().message());
-                  if (!options.json) {
-                    const Json& r = *row;
-                    const auto share = [&](const char* name) {
-                      return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
-                    };
-                    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}\n",
-                               options.op, mode, layout, batch, context, problem.q_len,
-                               fmt::format("{}/{}", q_heads, kv_heads), head_size, r["ms"].get<double>(),
-                               r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
-                               r["tflops"].get<double>());
-                    std::fflush(stdout);
-                  }
-                  rows.push_back(*row);
-                }
+  for (const Problem& problem : problems) {
+    const Result<Json> row = options.op == "store" ? bench_store(problem, ceilings, options.budget_ms)
+                                                   : bench_attention(options.op, problem, ceilings, options.budget_ms);
+    if (!row) return about(problem, row.status());
+    if (!options.json) {
+      const Json& r = *row;
+      const auto share = [&](const char* name) {
+        return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
+      };
+      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}\n", options.op,
+                 problem.mode, problem.layout, problem.batch, problem.context, problem.q_len,
+                 fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
+                 r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
+                 r["tflops"].get<double>());
+      std::fflush(stdout);
+    }
+    rows.push_back(*row);
+  }
   if (options.json) {
     const Json report{{"device", device_description(device)},
                       {"driver", device == Device::kCuda ? Json(driver_version()) : Json()},
@@ -397,27 +445,28 @@ Status run_bench(const Options& options) {
 void add_bench(CLI::App& app, int& exit_status) {
   auto options = std::make_shared<Options>();
   CLI::App* verb = app.add_subcommand("bench", "Time the ops over a grid of problems");
-  verb->add_option("op", options->op, "decode, prefill or store")
-      ->required()
-      ->check(CLI::IsMember({"decode", "prefill", "store"}));
+  add_choice(*verb, "op", "decode, prefill or store", kOps, [options](std::size_t place) {
+    options->op = kOps[place];
+  })->required();
   add_device(*verb, options->device, "Where the ops run");
   verb->add_option("--mode", options->modes, "kv_cache_dtypes, comma-separated, or all");
-  verb->add_option("--layout", options->layouts, "nhd, hnd, nhd_inline, hnd_inline")
-      ->delimiter(',')
-      ->check(CLI::IsMember({"nhd", "hnd", "nhd_inline", "hnd_inline"}));
-  verb->add_option("--batch", options->batches, "sequences")->delimiter(',')->check(CLI::PositiveNumber);
-  verb->add_option("--context", options->contexts, "keys of a sequence, new tokens included")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  verb->add_option("--q-len", options->q_lens, "query tokens of a sequence")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
-  verb->add_option("--num-q-heads", options->num_q_heads)->delimiter(',')->check(CLI::PositiveNumber);
-  verb->add_option("--num-kv-heads", options->num_kv_heads)->delimiter(',')->check(CLI::PositiveNumber);
-  verb->add_option("--head-size", options->head_sizes)->delimiter(',')->check(CLI::PositiveNumber);
-  verb->add_option("--head-size-v", options->head_size_v, "default: the head size")->check(CLI::PositiveNumber);
-  verb->add_option("--block-size", options->block_size)->check(CLI::PositiveNumber);
-  verb->add_option("--budget-ms", options->budget_ms, "time spent measuring one row");
+  add_text(*verb, "--layout", "nhd, hnd, nhd_inline, hnd_inline", "TEXT,..", [options](const std::string& text) {
+    options->layouts.clear();
+    for (const std::string& part : split_list(text)) {
+      options->layouts.push_back(kLayouts[parse_choice("--layout", part, kLayouts)]);
+    }
+  });
+  constexpr int kMost = std::numeric_limits<std::int32_t>::max();
+  add_integers<std::int64_t>(*verb, "--batch", options->batches, "sequences", 1, kMost);
+  add_integers<std::int64_t>(*verb, "--context", options->contexts, "keys of a sequence, new tokens included", 1,
+                             kMost);
+  add_integers<std::int64_t>(*verb, "--q-len", options->q_lens, "query tokens of a sequence", 1, kMost);
+  add_integers(*verb, "--num-q-heads", options->num_q_heads, "query heads", 1, kMost);
+  add_integers(*verb, "--num-kv-heads", options->num_kv_heads, "KV heads", 1, kMost);
+  add_integers(*verb, "--head-size", options->head_sizes, "head size of K", 1, kMost);
+  add_integer(*verb, "--head-size-v", options->head_size_v, "default: the head size", 1, kMost);
+  add_integer(*verb, "--block-size", options->block_size, "token slots of a page", 1, kMost);
+  add_number(*verb, "--budget-ms", options->budget_ms, "time spent measuring one row", 1e-3, 3.6e6);
   verb->add_flag("--json", options->json, "JSON on stdout");
   verb->footer(
       "share: of the best linear read of 2 GiB (decode, prefill) or copy of 1 GiB (store) measured first, in the same "

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "golden.h"
+#include "options.h"
 #include "verbs.h"
 
 namespace quire::cli {

@@ -1,8 +1,12 @@
 // quire demo: every mode on a small language model in a few minutes: a table, then one paragraph in two modes.
+#include <fcntl.h>
 #include <fmt/core.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
+#include <cerrno>
+#include <cstring>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -76,7 +80,59 @@ Status print_samples(llm::Model& model, const std::string& model_dir) {
   return {};
 }
 
+// The file of --json-out, opened before anything is computed. What it holds changes in write() alone: a run that fails
+// before leaves an older file as it was, and none where there was none.
+class OutputFile {
+ public:
+  OutputFile() = default;
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  ~OutputFile() {
+    if (fd_ < 0) return;
+    close(fd_);
+    if (created_) unlink(path_.c_str());
+  }
+
+  Status open(const std::string& path) {
+    path_ = path;
+    fd_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    created_ = fd_ >= 0;
+    if (!created_) fd_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    if (fd_ >= 0) return {};
+    return not_found(path + ": cannot open the file for writing: " + std::strerror(errno));
+  }
+
+  // Replaces what the file holds; where that fails, a regular file is left empty.
+  Status write(const std::string& text) {
+    struct stat info = {};
+    const bool regular = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);
+    bool good = !regular || ftruncate(fd_, 0) == 0;
+    for (std::size_t done = 0; good && done < text.size();) {
+      const ssize_t count = ::write(fd_, text.data() + done, text.size() - done);
+      good = count > 0;
+      done += good ? static_cast<std::size_t>(count) : 0;
+    }
+    if (good) {
+      created_ = false;
+      return {};
+    }
+    const std::string reason = std::strerror(errno);
+    const bool emptied = !regular || ftruncate(fd_, 0) == 0;
+    return internal_error(path_ + (emptied ? ": cannot write the file: " : ": the file was written in part: ") +
+                          reason);
+  }
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+  bool created_ = false;
+};
+
 int run(const Options& options) {
+  OutputFile json;
+  if (!options.json_path.empty()) {
+    if (Status status = json.open(options.json_path); !status) return report(status);
+  }
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
   const llm::ModelConfig& config = model->config();
@@ -106,9 +162,8 @@ int run(const Options& options) {
   if (Status status = print_samples(*model, options.model_dir); !status) return report(status);
 
   if (!options.json_path.empty()) {
-    std::ofstream file(options.json_path);
-    file << llm::to_json(*scores, options.model_dir, Device::kCpu) << "\n";
-    if (!file.flush()) return report(not_found(options.json_path + ": cannot write the file"));
+    const Status status = json.write(llm::to_json(*scores, options.model_dir, Device::kCpu) + "\n");
+    if (!status) return report(status);
   }
   fmt::print(
       "\nNext:\n"
@@ -126,7 +181,7 @@ void add_demo(CLI::App& app, int& exit_status) {
   CLI::App* verb = app.add_subcommand("demo", "Every mode on a small language model, in a few minutes");
   auto options = std::make_shared<Options>();
   verb->add_option("--model", options->model_dir, "Model folder with its evaluation sets")->capture_default_str();
-  verb->add_option("--json-out", options->json_path, "Also write the table as JSON to this file");
+  verb->add_option("--json-out", options->json_path, "Also write the table as JSON to this file, when all is done");
   verb->callback([options, &exit_status] { exit_status = run(*options); });
 }
 

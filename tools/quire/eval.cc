@@ -2,22 +2,23 @@
 #include <fmt/core.h>
 #include <unistd.h>
 
-#include <cstdio>
+#include <cstdint>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/device_memory.h"
 #include "evaluation.h"
+#include "options.h"
 #include "verbs.h"
 
 namespace quire::cli {
 namespace {
 
-constexpr DType kQkvDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-
 struct Options {
-  std::string model_dir, kv_cache_dtype = "all", skip_layers, qkv_dtype = "model";
+  std::string model_dir, kv_cache_dtype = "all", skip_layers;
   llm::EvalPaths paths;
   llm::EvalOptions eval;
   bool as_json = false;
@@ -38,13 +39,6 @@ int run(Options& options) {
   const auto sets = llm::load_eval_sets(paths, model->config());
   if (!sets.ok()) return report(sets.status());
 
-  for (const DType dtype : kQkvDTypes) {
-    if (options.qkv_dtype == dtype_name(dtype)) options.eval.qkv_dtype = dtype;
-  }
-  if (options.qkv_dtype != "model" && !options.eval.qkv_dtype) {
-    return report(invalid_argument("--qkv-dtype is '" + options.qkv_dtype +
-                                   "'; supported are model, float32, float16, bfloat16"));
-  }
   options.eval.progress = progress_bar();
   const auto scores = llm::evaluate(*model, *sets, options.eval);
   if (!scores.ok()) return report(scores.status());
@@ -68,12 +62,17 @@ void add_eval(CLI::App& app, int& exit_status) {
   verb->add_option("--tokens", options->paths.tokens, "Token ids for perplexity and KL divergence, .npy");
   verb->add_option("--recall", options->paths.recall, "Prompts and answers, .jsonl, reported per context length");
   verb->add_option("--arithmetic", options->paths.arithmetic, "Prompts and answers, .jsonl");
-  verb->add_option("--windows", options->eval.max_windows, "At most this many windows of tokens")
-      ->check(CLI::NonNegativeNumber);
-  verb->add_option("--limit", options->eval.max_prompts, "At most this many prompts per set and context length")
-      ->check(CLI::NonNegativeNumber);
-  verb->add_option("--qkv-dtype", options->qkv_dtype, "Float type of q, k and v on their way to the cache, or model")
-      ->capture_default_str();
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  add_integer<std::int64_t>(*verb, "--windows", options->eval.max_windows, "At most this many windows of tokens", 0,
+                            kMost);
+  add_integer<std::int64_t>(*verb, "--limit", options->eval.max_prompts,
+                            "At most this many prompts per set and context length", 0, kMost);
+  add_choice<std::optional<DType>>(*verb, "--qkv-dtype", options->eval.qkv_dtype,
+                                   "Float type of q, k and v on their way to the cache; by default the model's",
+                                   {{"model", std::nullopt},
+                                    {"float32", DType::kFloat32},
+                                    {"float16", DType::kFloat16},
+                                    {"bfloat16", DType::kBFloat16}});
   add_device(*verb, options->eval.device, "Where the cache lives and both ops run");
   verb->add_flag("--against-cpu", options->eval.against_cpu,
                  "Measure cpu_perplexity too, and give the device's cache the CPU's keys and values");

@@ -9,8 +9,8 @@
 #include <cstdio>
 #include <filesystem>
 #include <set>
-#include <sstream>
 
+#include "options.h"
 #include "quire/backend.h"
 
 namespace quire::cli {
@@ -37,9 +37,7 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
     }
     return modes;
   }
-  std::vector<std::string> parts;
-  std::istringstream stream(list);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  const std::vector<std::string> parts = split_list(list);
   for (std::size_t first = 0; first < parts.size();) {
     // A mode's own name may hold a comma: take as many parts as make a name.
     std::size_t last = parts.size();
@@ -52,7 +50,6 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
     if (!seen) modes.push_back(std::move(*info));
     first = last;
   }
-  if (modes.empty()) return invalid_argument("--kv-cache-dtype names no mode");
   return modes;
 }
 

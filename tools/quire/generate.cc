@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 #include "evaluation.h"
 #include "llm/engine.h"
 #include "llm/tokenizer.h"
+#include "options.h"
 #include "quire/mode.h"
 #include "verbs.h"
 
@@ -110,17 +112,18 @@ void add_generate(CLI::App& app, int& exit_status) {
   verb->add_option("-m,--kv-cache-dtype", options->kv_cache_dtype, "Mode of the cache")->capture_default_str();
   verb->add_option("--kv-cache-dtype-skip-layers", options->skip_layers, kSkipLayersHelp);
   auto* prompt = verb->add_option("-p,--prompt", options->prompt, "Text to continue (needs tokenizer.model)");
-  verb->add_option("--token-ids", options->token_ids, "Token ids to continue, separated by commas; prints ids")
-      ->delimiter(',')
+  add_integers(*verb, "--token-ids", options->token_ids, "Token ids to continue, separated by commas; prints ids", 0)
       ->excludes(prompt);
-  verb->add_option("-n,--max-new-tokens", request.max_new_tokens, "Tokens to generate")->capture_default_str();
-  verb->add_option("--temperature", request.sampling.temperature, "0: always the likeliest token")
+  add_integer(*verb, "-n,--max-new-tokens", request.max_new_tokens, "Tokens to generate")->capture_default_str();
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  add_number(*verb, "--temperature", request.sampling.temperature, "0: always the likeliest token", -kLargest, kLargest)
       ->capture_default_str();
-  verb->add_option("--top-p", request.sampling.top_p, "Sample from the smallest set of tokens with this probability")
+  add_number(*verb, "--top-p", request.sampling.top_p, "Sample from the smallest set of tokens with this probability",
+             -kLargest, kLargest)
       ->capture_default_str();
-  verb->add_option("--seed", request.sampling.seed, "Seed of the sampling")->capture_default_str();
+  add_integer(*verb, "--seed", request.sampling.seed, "Seed of the sampling")->capture_default_str();
   verb->add_flag("!--ignore-eos", request.stop_at_eos, "Go on after an end-of-sequence token");
-  verb->add_option("--block-size", options->block_size, "Token slots of a cache page")->capture_default_str();
+  add_integer(*verb, "--block-size", options->block_size, "Token slots of a cache page")->capture_default_str();
   add_device(*verb, options->device, "Where the cache lives and both ops run");
   verb->footer(kDeviceFooter);
   verb->callback([options, &exit_status] { exit_status = run(*options); });

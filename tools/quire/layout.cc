@@ -1,14 +1,13 @@
 // quire layout: what make_layout answers for one cache, or bytes per token-head for every mode and head size.
 #include <fmt/core.h>
-#include <fmt/format.h>
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "options.h"
 #include "quire/layout.h"
 #include "quire/mode.h"
 #include "verbs.h"
@@ -18,16 +17,16 @@ namespace {
 
 using nlohmann::ordered_json;
 
-const std::map<std::string, CacheOrder> kOrders = {{"nhd", CacheOrder::kNHD}, {"hnd", CacheOrder::kHND}};
-const std::map<std::string, KVPacking> kPackings = {
+const Choices<CacheOrder> kOrders = {{"nhd", CacheOrder::kNHD}, {"hnd", CacheOrder::kHND}};
+const Choices<KVPacking> kPackings = {
     {"separate", KVPacking::kSeparate}, {"kv_in_block", KVPacking::kKVInBlock}, {"kv_in_row", KVPacking::kKVInRow}};
-const std::map<std::string, ScalePlacement> kScalePlacements = {{"separate", ScalePlacement::kSeparate},
-                                                                {"inline", ScalePlacement::kInline}};
-const std::map<std::string, DType> kModelDTypes = {
+const Choices<ScalePlacement> kScalePlacements = {{"separate", ScalePlacement::kSeparate},
+                                                  {"inline", ScalePlacement::kInline}};
+const Choices<DType> kModelDTypes = {
     {"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}};
 
 template <class T>
-std::string name_in(const std::map<std::string, T>& names, T value) {
+std::string name_in(const Choices<T>& names, T value) {
   for (const auto& [name, named] : names) {
     if (named == value) return name;
   }
@@ -183,28 +182,17 @@ void add_layout(CLI::App& app, int& exit_status) {
   auto options = std::make_shared<Options>();
   KVCacheSpec& spec = options->spec;
   auto* mode = verb->add_option("-m,--mode", options->mode, "kv_cache_dtype, such as int4_per_token_head");
-  verb->add_option("--head-size", spec.head_size, "Head size of K")->capture_default_str();
-  verb->add_option("--head-size-v", spec.head_size_v, "Head size of V; 0: that of K")->capture_default_str();
-  verb->add_option("--num-kv-heads", spec.num_kv_heads, "KV heads")->capture_default_str();
-  verb->add_option("--num-layers", spec.num_layers, "Layers")->capture_default_str();
-  verb->add_option("--block-size", spec.block_size, "Token slots of a page")->capture_default_str();
-  verb->add_option("--page-alignment", spec.page_alignment, "A page is rounded up to a multiple of this many bytes")
+  add_integer(*verb, "--head-size", spec.head_size, "Head size of K")->capture_default_str();
+  add_integer(*verb, "--head-size-v", spec.head_size_v, "Head size of V; 0: that of K")->capture_default_str();
+  add_integer(*verb, "--num-kv-heads", spec.num_kv_heads, "KV heads")->capture_default_str();
+  add_integer(*verb, "--num-layers", spec.num_layers, "Layers")->capture_default_str();
+  add_integer(*verb, "--block-size", spec.block_size, "Token slots of a page")->capture_default_str();
+  add_integer(*verb, "--page-alignment", spec.page_alignment, "A page is rounded up to a multiple of this many bytes")
       ->capture_default_str();
-  const auto choice = [&](const char* name, auto& field, const auto& names, const char* help) {
-    verb->add_option(name, field, help)
-        ->transform(CLI::CheckedTransformer(names, CLI::ignore_case).description(""))
-        ->type_name(fmt::format("{}", fmt::join(
-                                          [&] {
-                                            std::vector<std::string> keys;
-                                            for (const auto& item : names) keys.push_back(item.first);
-                                            return keys;
-                                          }(),
-                                          "|")));
-  };
-  choice("--order", spec.order, kOrders, "Order of slots and heads in a page");
-  choice("--packing", spec.packing, kPackings, "How K and V share memory");
-  choice("--scales", spec.scales, kScalePlacements, "Where per-row scales live");
-  choice("--model-dtype", spec.model_dtype, kModelDTypes, "What 'auto' stores");
+  add_choice(*verb, "--order", spec.order, "Order of slots and heads in a page", kOrders);
+  add_choice(*verb, "--packing", spec.packing, "How K and V share memory", kPackings);
+  add_choice(*verb, "--scales", spec.scales, "Where per-row scales live", kScalePlacements);
+  add_choice(*verb, "--model-dtype", spec.model_dtype, "What 'auto' stores", kModelDTypes);
   auto* table = verb->add_flag("--table", options->table, "Bytes per token-head of every mode and head size");
   verb->add_flag("--markdown", options->markdown, "The table in Markdown")->needs(table);
   verb->add_flag("--json", options->as_json, "Print JSON");

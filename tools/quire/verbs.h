@@ -4,10 +4,8 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <string>
 
 #include "quire/status.h"
-#include "quire/tensor.h"
 
 namespace quire::cli {
 
@@ -18,9 +16,6 @@ void add_check(CLI::App& app, int& exit_status);
 void add_generate(CLI::App& app, int& exit_status);
 void add_eval(CLI::App& app, int& exit_status);
 void add_demo(CLI::App& app, int& exit_status);
-
-// --device cpu|cuda into `device`.
-CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description);
 
 // One sentence on stderr; returns the exit status of bad input.
 int report(const Status& status);
