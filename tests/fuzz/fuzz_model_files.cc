@@ -1,10 +1,12 @@
 // Feeds damaged model files to the readers for a given number of seconds:  fuzz_model_files SECONDS [SEED]
 //
-// Starts from well-formed safetensors, config.json, .npy and .jsonl files and mutates them: flipped bits, bytes of
-// interest, numbers replaced by extreme ones, pieces cut, doubled or moved, a lying header length. A reader must answer
-// each with a value or a sentence. Built for AddressSanitizer and UndefinedBehaviorSanitizer, which turn anything else
-// into an abort; the seed is printed first, so that a failure can be repeated.
+// Starts from well-formed safetensors (plain and gzip-compressed), config.json, .npy and .jsonl files and mutates them:
+// flipped bits, bytes of interest, numbers replaced by extreme ones, pieces cut, doubled or moved, a lying header
+// length. A reader must answer each with a value or a sentence. Built for AddressSanitizer and
+// UndefinedBehaviorSanitizer, which turn anything else into an abort; the seed is printed first, so that a failure can
+// be repeated.
 #include <unistd.h>
+#include <zlib.h>
 
 #include <chrono>
 #include <cstdint>
@@ -40,6 +42,22 @@ std::string safetensors_seed() {
   const std::uint64_t size = header.size();
   std::memcpy(out.data(), &size, 8);
   return out + header + std::string(33, '\x3f');
+}
+
+std::string gzip_seed() {
+  const std::string plain = safetensors_seed();
+  z_stream stream = {};
+  constexpr int kGzipOnly = 16;
+  deflateInit2(&stream, Z_BEST_SPEED, Z_DEFLATED, MAX_WBITS + kGzipOnly, 8, Z_DEFAULT_STRATEGY);
+  std::string packed(deflateBound(&stream, plain.size()), '\0');
+  stream.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(plain.data()));
+  stream.avail_in = static_cast<uInt>(plain.size());
+  stream.next_out = reinterpret_cast<Bytef*>(packed.data());
+  stream.avail_out = static_cast<uInt>(packed.size());
+  deflate(&stream, Z_FINISH);
+  packed.resize(stream.total_out);
+  deflateEnd(&stream);
+  return packed;
 }
 
 const char* const kConfigSeed =
@@ -148,6 +166,11 @@ int run(double seconds, std::uint64_t seed) {
   vocabulary.vocab_size = 8192;
   const std::vector<Target> targets = {
       {"safetensors", safetensors_seed(), [](const auto& path, const auto&) { return read_safetensors(path); }},
+      {"gzip", gzip_seed(),
+       [](const auto& path, const auto&) {
+         std::filesystem::rename(path, path + ".gz");
+         return read_safetensors(path + ".gz");
+       }},
       {"config", kConfigSeed,
        [](const auto&, const auto& bytes) {
          const auto config = llm::parse_config(bytes, "config.json");
