@@ -2,6 +2,11 @@
 include(CMakePackageConfigHelpers)
 
 set(quire_cmake_dir ${CMAKE_INSTALL_LIBDIR}/cmake/quire)
+if(BUILD_SHARED_LIBS)
+  set(quire_is_static OFF)
+else()
+  set(quire_is_static ON)
+endif()
 install(TARGETS quire EXPORT quireTargets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})

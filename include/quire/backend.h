@@ -19,6 +19,7 @@
 #include <string>
 #include <string_view>
 
+#include "quire/export.h"
 #include "quire/layout.h"
 #include "quire/mode.h"
 #include "quire/ops.h"
@@ -41,7 +42,7 @@ struct CacheRow {
   bool is_value = false;
 };
 
-class QuantKVBackend {
+class QUIRE_API QuantKVBackend {
  public:
   virtual ~QuantKVBackend() = default;
 
@@ -91,7 +92,7 @@ BackendClass backend_class() {
 
 // Registers a factory; nothing of it runs until the first get_backend. The same class again is accepted; a second class
 // for a mode, an unknown mode, and the modes of NONE and FP8_PER_TENSOR are refused. Thread-safe.
-Status register_backend(ModeId mode, BackendClass the_class, BackendFactory factory);
+QUIRE_API Status register_backend(ModeId mode, BackendClass the_class, BackendFactory factory);
 
 template <class T>
 Status register_backend(ModeId mode) {
@@ -101,14 +102,14 @@ Status register_backend(ModeId mode) {
 // The backend of a mode, constructed on first use and kept for the life of the process. Refused for the modes of NONE
 // (nothing to quantize) and FP8_PER_TENSOR (both ops serve them without a backend, as in vLLM), and to a constructor or
 // factory that asks for the very backend it is making.
-Result<const QuantKVBackend*> get_backend(ModeId mode);
-Result<const QuantKVBackend*> get_backend(std::string_view kv_cache_dtype);
-Result<const QuantKVBackend*> get_backend(KVQuantMode value);
+QUIRE_API Result<const QuantKVBackend*> get_backend(ModeId mode);
+QUIRE_API Result<const QuantKVBackend*> get_backend(std::string_view kv_cache_dtype);
+QUIRE_API Result<const QuantKVBackend*> get_backend(KVQuantMode value);
 
 // True where the mode has a backend, constructed or not. Only looks it up: no factory runs, and one that would fail is
 // not noticed. False for NONE, FP8_PER_TENSOR and modes that are not in this build.
-bool has_backend(ModeId mode);
-bool has_backend(std::string_view kv_cache_dtype);
-bool has_backend(KVQuantMode value);
+QUIRE_API bool has_backend(ModeId mode);
+QUIRE_API bool has_backend(std::string_view kv_cache_dtype);
+QUIRE_API bool has_backend(KVQuantMode value);
 
 }  // namespace quire

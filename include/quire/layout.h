@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "quire/export.h"
 #include "quire/mode.h"
 #include "quire/status.h"
 #include "quire/tensor.h"
@@ -79,7 +80,7 @@ struct KVCacheLayout {
 // kInvalidArgument where the mode's packing does not divide a head size, a field is out of range, or rows and inline
 // scales would not fall on multiples of their own element size. A registered mode costs what its backend says:
 // row_bytes and, where it needs scale caches, 4 bytes each for K and V.
-Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
+QUIRE_API Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
 
 // The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);
 // `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode has none). Where
@@ -88,14 +89,15 @@ struct KVCacheViews {
   Tensor key_cache, value_cache;        // [num_blocks, block_size, num_kv_heads, row elements]
   Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, num_kv_heads] float32, or not defined
 };
-KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base, void* v_base = nullptr,
-                        void* k_scale_base = nullptr, void* v_scale_base = nullptr, Device device = Device::kCpu);
+QUIRE_API KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base,
+                                  void* v_base = nullptr, void* k_scale_base = nullptr, void* v_scale_base = nullptr,
+                                  Device device = Device::kCpu);
 
 // Bytes each buffer of make_views needs for num_blocks pages. Refused where num_blocks is negative or the bytes do not
 // fit in 63 bits.
 struct KVCacheBytes {
   std::int64_t base = 0, v_base = 0, k_scales = 0, v_scales = 0;
 };
-Result<KVCacheBytes> cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks);
+QUIRE_API Result<KVCacheBytes> cache_bytes(const KVCacheLayout& layout, std::int64_t num_blocks);
 
 }  // namespace quire

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "quire/export.h"
 #include "quire/mode.h"
 #include "quire/status.h"
 #include "quire/tensor.h"
@@ -31,7 +32,7 @@ struct ReshapeAndCacheArgs {
   Tensor error_counter;
 };
 
-Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream = nullptr);
+QUIRE_API Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream = nullptr);
 
 // B sequences, N query tokens in all, Hq query heads; Hq % Hk == 0; KV head of query head h is h / (Hq / Hk).
 // Query row i of a sequence sits at absolute position p = seq_len - query_len + i.
@@ -100,18 +101,18 @@ struct AttentionPlan {
 };
 
 // A pure function of the problem.
-Result<AttentionPlan> plan_unified_attention(const AttentionProblem& problem);
+QUIRE_API Result<AttentionPlan> plan_unified_attention(const AttentionProblem& problem);
 
 // Allocates nothing on the device and reads nothing back. `workspace` holds plan.workspace_bytes, 16-byte aligned, on
 // the plan's device; it needs no initialisation. `stream` is a cudaStream_t, ignored on the CPU.
-Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
-                             std::size_t workspace_bytes, void* stream = nullptr);
+QUIRE_API Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
+                                       std::size_t workspace_bytes, void* stream = nullptr);
 
 // The problem of one call: bounds taken from the arguments (on the CPU, from the lengths themselves).
-Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args);
+QUIRE_API Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args);
 
 // problem_of, plan, workspace and run in one call.
-Status unified_attention(const UnifiedAttentionArgs& args, void* stream = nullptr);
+QUIRE_API Status unified_attention(const UnifiedAttentionArgs& args, void* stream = nullptr);
 
 // Combines two partial results over disjoint key sets exactly: out = sum_i exp(lse_i - lse) out_i, lse = log sum exp
 // lse_i. Outputs [N, Hq, dv] Float, LSE [N, Hq] float32, any strides; an empty part (LSE -inf) is neutral. If sinks are
@@ -121,15 +122,15 @@ struct MergeAttnStatesArgs {
   Tensor prefix_out, prefix_lse;
   Tensor suffix_out, suffix_lse;
 };
-Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream = nullptr);
+QUIRE_API Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream = nullptr);
 
 // The entry point from before modes were explicit: takes the mode from the cache's dtype (float8_e4m3fn:
 // fp8_per_token_head, int8: int8_per_token_head) and refuses any other, since uint8 cannot tell int4 from int2.
-[[deprecated("name the mode: set args.mode and call reshape_and_cache")]] Status reshape_and_cache_infer_mode(
-    ReshapeAndCacheArgs args, void* stream = nullptr);
+[[deprecated("name the mode: set args.mode and call reshape_and_cache")]] QUIRE_API Status
+reshape_and_cache_infer_mode(ReshapeAndCacheArgs args, void* stream = nullptr);
 
 // Where the library's rare remarks go (deprecated entry points, slower paths). Null, the default, drops them.
 using LogHook = void (*)(const char* message);
-void set_log_hook(LogHook hook);
+QUIRE_API void set_log_hook(LogHook hook);
 
 }  // namespace quire

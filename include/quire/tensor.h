@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 
+#include "quire/export.h"
+
 namespace quire {
 
 enum class DType : std::uint8_t {
@@ -138,6 +140,6 @@ struct Tensor {
 };
 
 // "[3, 16, 2, 64] float16", for messages; "float16 of 7 dimensions" where ndim is not 0 to kMaxDims.
-std::string to_string(const Tensor& tensor);
+QUIRE_API std::string to_string(const Tensor& tensor);
 
 }  // namespace quire

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "quire/export.h"
 #include "quire/ops.h"
 #include "quire/status.h"
 
@@ -22,11 +23,11 @@ struct TurboQuantConfig {
 
 // Whether vLLM keeps fp8 keys as e4b15 on a GPU of this compute capability: below 8.9, where Triton has no e4m3fn. For
 // callers who read or write vLLM's caches; quire itself asks no GPU and does what key_e4b15 says.
-bool turboquant_uses_e4b15(int major, int minor);
+QUIRE_API bool turboquant_uses_e4b15(int major, int minor);
 
 // The mode of a configuration. Refused: other bit widths, 3- or 4-bit keys without norm correction (a mode is also
 // read).
-Result<ModeId> turboquant_mode(const TurboQuantConfig& config);
+QUIRE_API Result<ModeId> turboquant_mode(const TurboQuantConfig& config);
 
 struct TurboQuantStoreArgs {
   TurboQuantConfig config;
@@ -46,7 +47,7 @@ struct TurboQuantStoreArgs {
   Tensor midpoints;  // [2^key_bits - 1] float32: of the centroids for N(0, 1/d)
 };
 // Writes the same bytes with and without norm_correction.
-Status turboquant_store(const TurboQuantStoreArgs& args, void* stream = nullptr);
+QUIRE_API Status turboquant_store(const TurboQuantStoreArgs& args, void* stream = nullptr);
 
 struct TurboQuantDecodeArgs {
   TurboQuantConfig config;
@@ -62,17 +63,17 @@ struct TurboQuantDecodeArgs {
 };
 // Refused: 3- or 4-bit keys without norm_correction. On cuda: cu_seqlens_q is allocated, filled and freed in stream
 // order, without waiting, so the call can be captured in a graph.
-Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream = nullptr);
+QUIRE_API Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream = nullptr);
 
 // The key and value views of a slot tensor, for calling the ops with all their semantics. norm_correction, which no
 // byte shows, does not matter here.
 struct SlotViews {
   Tensor key_cache, value_cache;
 };
-Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size);
+QUIRE_API Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size);
 
 // The layers that a TurboQuant model usually keeps in its own dtype: the first n and the last n, ascending. n is capped
 // at num_layers / 2, and at 65536; n <= 0 gives none.
-std::vector<int> boundary_skip_layers(int num_layers, int n = 2);
+QUIRE_API std::vector<int> boundary_skip_layers(int num_layers, int n = 2);
 
 }  // namespace quire

@@ -197,13 +197,6 @@ std::string quoted(std::string_view text) {
   return quoted;
 }
 
-FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype) {
-  const auto resolve = [](std::string_view name, DType dtype) {
-    return format::find_format(name == AutoFloat::kName ? dtype_name(dtype) : name);
-  };
-  return {resolve(mode.key_format, key_cache_dtype), resolve(mode.value_format, value_cache_dtype)};
-}
-
 }  // namespace core
 
 Result<ModeId> parse_kv_cache_dtype(std::string_view name) {

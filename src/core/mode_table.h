@@ -17,7 +17,12 @@ struct FormatPair {
 
 // The formats a mode stores in; "auto" takes those of the dtypes given. Not known for a registered mode, and for "auto"
 // with a dtype that is not a float.
-FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype);
+inline FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype) {
+  const auto resolve = [](std::string_view name, DType dtype) {
+    return format::find_format(name == format::AutoFloat::kName ? dtype_name(dtype) : name);
+  };
+  return {resolve(mode.key_format, key_cache_dtype), resolve(mode.value_format, value_cache_dtype)};
+}
 
 // Refuses a head size below 1 and one that is no multiple of `unit`, the elements that `who` ("mode ..") packs
 // together.

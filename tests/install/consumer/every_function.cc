@@ -1,0 +1,82 @@
+// Links every public function that is not inline, and derives from every public class. Prints how many functions, which
+// tests/install/shared compares with what the headers declare.
+#include <cstdio>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "quire/quire.h"
+
+namespace {
+
+std::vector<void (*)()> functions;
+
+// The type says which overload is meant.
+template <class F>
+void link(F* function) {
+  functions.push_back(reinterpret_cast<void (*)()>(function));
+}
+
+// A mode of floats that another mode reads.
+class Backend : public quire::QuantKVBackend {
+ public:
+  quire::ModeId mode() const override { return *quire::parse_kv_cache_dtype("every_function"); }
+  std::string_view read_format() const override { return "float32"; }
+};
+
+}  // namespace
+
+int main() {
+  using namespace quire;
+  using Name = std::string_view;
+  link<Status(ModeId, BackendClass, BackendFactory)>(register_backend);
+  link<Result<const QuantKVBackend*>(ModeId)>(get_backend);
+  link<Result<const QuantKVBackend*>(Name)>(get_backend);
+  link<Result<const QuantKVBackend*>(KVQuantMode)>(get_backend);
+  link<bool(ModeId)>(has_backend);
+  link<bool(Name)>(has_backend);
+  link<bool(KVQuantMode)>(has_backend);
+  link(make_layout);
+  link(make_views);
+  link(cache_bytes);
+  link(kv_quant_mode_name);
+  link(kv_quant_mode_from_name);
+  link(is_per_token_head);
+  link(packing_factor);
+  link(packed_head_size);
+  link(get_kv_quant_mode);
+  link(is_quantized_kv_cache);
+  link(kv_cache_uses_per_token_head_scales);
+  link(parse_kv_cache_dtype);
+  link(mode_from_kv_quant_mode);
+  link(mode_info);
+  link(list_modes);
+  link(register_mode);
+  link(reshape_and_cache);
+  link(plan_unified_attention);
+  link(run_unified_attention);
+  link(problem_of);
+  link(unified_attention);
+  link(merge_attn_states);
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  link(reshape_and_cache_infer_mode);
+#pragma GCC diagnostic pop
+  link(set_log_hook);
+  link(to_string);
+  link(turboquant_uses_e4b15);
+  link(turboquant_mode);
+  link(turboquant_store);
+  link(turboquant_decode_attention);
+  link(turboquant_views);
+  link(boundary_skip_layers);
+
+  const Result<ModeId> mode = register_mode({"every_function", {}});
+  if (!mode.ok() || !register_backend<Backend>(*mode).ok()) return 1;
+  const Result<const QuantKVBackend*> backend = get_backend("every_function");
+  if (!backend.ok() || (*backend)->mode() != *mode || (*backend)->has_decode_row()) return 1;
+  for (auto* function : functions) {
+    if (function == nullptr) return 1;
+  }
+  std::printf("%d functions\n", static_cast<int>(functions.size()));
+}
