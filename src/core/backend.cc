@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "core/dispatch.h"
+#include "core/guard.h"
 #include "core/mode_table.h"
 
 namespace quire {

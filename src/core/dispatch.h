@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <string_view>
 
 #include "quire/backend.h"
 #include "quire/ops.h"
@@ -21,18 +20,5 @@ Status attend(const UnifiedAttentionArgs& args, const AttentionPlan* plan, void*
 Status no_cuda();
 
 void log(const char* message);
-
-// What a registered backend's code has just thrown, as a Status. Call it from a handler.
-Status thrown(std::string_view what, ModeId mode);
-
-// Runs `what` ("unified_attention") of the registered backend of a mode. Returns its Status or Result.
-template <class Call>
-auto guarded(std::string_view what, ModeId mode, Call&& call) -> decltype(call()) {
-  try {
-    return call();
-  } catch (...) {
-    return thrown(what, mode);
-  }
-}
 
 }  // namespace quire::core

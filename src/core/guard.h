@@ -1,10 +1,12 @@
-// Memory that the system does not give is a Status, as every other failure: the body of each public function that
-// allocates runs inside guarded().
+// Exceptions become Statuses, as every other failure: the body of each public function that allocates runs inside
+// guarded(), and what a registered backend brings inside the guarded() that names its mode.
 #pragma once
 
 #include <new>
 #include <stdexcept>
+#include <string_view>
 
+#include "quire/mode.h"
 #include "quire/status.h"
 
 namespace quire::core {
@@ -26,6 +28,19 @@ auto guarded(const Body& body) -> decltype(body()) {
     return out_of_memory();
   } catch (const std::length_error&) {
     return out_of_memory();
+  }
+}
+
+// What a registered backend's code has just thrown, as a Status. Call it from a handler.
+Status thrown(std::string_view what, ModeId mode);
+
+// Runs `what` ("unified_attention") of the registered backend of a mode. Returns its Status or Result.
+template <class Call>
+auto guarded(std::string_view what, ModeId mode, const Call& call) -> decltype(call()) {
+  try {
+    return guarded(call);
+  } catch (...) {
+    return thrown(what, mode);
   }
 }
 

@@ -5,7 +5,7 @@
 #include <limits>
 #include <utility>
 
-#include "core/dispatch.h"
+#include "core/guard.h"
 #include "core/mode_table.h"
 #include "quire/backend.h"
 
