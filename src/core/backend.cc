@@ -139,27 +139,30 @@ Result<std::int64_t> QuantKVBackend::row_bytes(int head_size, bool) const {
 
 Result<ScaleCaches> QuantKVBackend::allocate_scale_caches(std::int64_t num_blocks, int block_size,
                                                           int num_kv_heads) const {
-  ScaleCaches caches;
-  if (!needs_scale_caches()) return caches;
-  const std::string shape =
-      "[" + std::to_string(num_blocks) + ", " + std::to_string(block_size) + ", " + std::to_string(num_kv_heads) + "]";
-  if (num_blocks < 0 || block_size < 1 || num_kv_heads < 1) {
-    return invalid_argument("scale caches of " + shape +
-                            " were asked for; num_blocks must be at least 0, block_size and num_kv_heads at least 1");
-  }
-  constexpr std::int64_t kMostBytes = std::numeric_limits<std::ptrdiff_t>::max();
-  constexpr std::int64_t kBytes = 2 * sizeof(float);  // of one entry, K and V
-  const std::int64_t rows = std::int64_t{block_size} * num_kv_heads;
-  if (rows > kMostBytes / kBytes || num_blocks > kMostBytes / kBytes / rows) {
-    return invalid_argument("scale caches of " + shape + " were asked for; their bytes must fit in 63 bits");
-  }
-  const std::int64_t entries = num_blocks * rows;
-  auto* zeros = static_cast<float*>(std::calloc(static_cast<std::size_t>(entries), kBytes));
-  if (zeros == nullptr && entries > 0) return internal_error("no memory for two scale caches of " + shape + " float32");
-  caches.memory = std::shared_ptr<void>(zeros, std::free);
-  caches.k_scale_cache = Tensor::contiguous(zeros, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
-  caches.v_scale_cache = Tensor::contiguous(zeros + entries, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
-  return caches;
+  return core::guarded([&]() -> Result<ScaleCaches> {
+    ScaleCaches caches;
+    if (!needs_scale_caches()) return caches;
+    const std::string shape = "[" + std::to_string(num_blocks) + ", " + std::to_string(block_size) + ", " +
+                              std::to_string(num_kv_heads) + "]";
+    if (num_blocks < 0 || block_size < 1 || num_kv_heads < 1) {
+      return invalid_argument("scale caches of " + shape +
+                              " were asked for; num_blocks must be at least 0, block_size and num_kv_heads at least 1");
+    }
+    constexpr std::int64_t kMostBytes = std::numeric_limits<std::ptrdiff_t>::max();
+    constexpr std::int64_t kBytes = 2 * sizeof(float);  // of one entry, K and V
+    const std::int64_t rows = std::int64_t{block_size} * num_kv_heads;
+    if (rows > kMostBytes / kBytes || num_blocks > kMostBytes / kBytes / rows) {
+      return invalid_argument("scale caches of " + shape + " were asked for; their bytes must fit in 63 bits");
+    }
+    const std::int64_t entries = num_blocks * rows;
+    auto* zeros = static_cast<float*>(std::calloc(static_cast<std::size_t>(entries), kBytes));
+    if (zeros == nullptr && entries > 0)
+      return internal_error("no memory for two scale caches of " + shape + " float32");
+    caches.memory = std::shared_ptr<void>(zeros, std::free);
+    caches.k_scale_cache = Tensor::contiguous(zeros, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
+    caches.v_scale_cache = Tensor::contiguous(zeros + entries, DType::kFloat32, {num_blocks, block_size, num_kv_heads});
+    return caches;
+  });
 }
 
 Status QuantKVBackend::reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) const {
@@ -210,27 +213,29 @@ Status thrown(std::string_view what, ModeId mode) {
 }  // namespace core
 
 Status register_backend(ModeId id, BackendClass the_class, BackendFactory factory) {
-  const Result<ModeInfo> mode = mode_info(id);
-  if (!mode) return mode.status();
-  if (Status status = check_quantizing(*mode); !status) return status;
-  if (!factory)
-    return invalid_argument("factory of mode " + mode->name + " is empty; give a function that makes the backend");
-  if (!mode->registered) {
-    if (the_class == backend_class<TableBackend>()) return {};
-    return already_exists("mode " + mode->name +
-                          " is quire's own and has its backend; register_mode a name for another one");
-  }
-  std::lock_guard lock(registry().mutex);
-  auto [position, inserted] = registry().registrations.try_emplace(id);
-  if (!inserted && position->second.the_class != the_class) {
-    return already_exists("mode " + mode->name +
-                          " is served by a registered backend of another class; the same class again is accepted");
-  }
-  if (inserted) {
-    position->second.the_class = the_class;
-    position->second.factory = std::move(factory);
-  }
-  return {};
+  return core::guarded([&]() -> Status {
+    const Result<ModeInfo> mode = mode_info(id);
+    if (!mode) return mode.status();
+    if (Status status = check_quantizing(*mode); !status) return status;
+    if (!factory)
+      return invalid_argument("factory of mode " + mode->name + " is empty; give a function that makes the backend");
+    if (!mode->registered) {
+      if (the_class == backend_class<TableBackend>()) return {};
+      return already_exists("mode " + mode->name +
+                            " is quire's own and has its backend; register_mode a name for another one");
+    }
+    std::lock_guard lock(registry().mutex);
+    auto [position, inserted] = registry().registrations.try_emplace(id);
+    if (!inserted && position->second.the_class != the_class) {
+      return already_exists("mode " + mode->name +
+                            " is served by a registered backend of another class; the same class again is accepted");
+    }
+    if (inserted) {
+      position->second.the_class = the_class;
+      position->second.factory = std::move(factory);
+    }
+    return {};
+  });
 }
 
 bool has_backend(ModeId id) {
@@ -241,31 +246,36 @@ bool has_backend(ModeId id) {
 }
 
 Result<const QuantKVBackend*> get_backend(ModeId id) {
-  const Result<ModeInfo> mode = mode_info(id);
-  if (!mode) return mode.status();
-  if (Status status = check_servable(*mode); !status) return status;
-  std::lock_guard lock(registry().mutex);
-  auto position = registry().registrations.find(id);
-  if (position == registry().registrations.end()) {
-    if (mode->registered) return not_found("mode " + mode->name + " has no backend; call register_backend for it");
-    position = registry().registrations.try_emplace(id).first;
-    position->second.the_class = backend_class<TableBackend>();
-    position->second.backend = std::make_unique<TableBackend>(*mode);
-  }
-  Registration& registration = position->second;
-  if (registration.backend == nullptr) {
-    if (registration.constructing) {
-      return invalid_argument("the backend of mode " + mode->name +
-                              " is being made; its constructor and factory cannot ask for it");
+  return core::guarded([&]() -> Result<const QuantKVBackend*> {
+    const Result<ModeInfo> mode = mode_info(id);
+    if (!mode) return mode.status();
+    if (Status status = check_servable(*mode); !status) return status;
+    std::lock_guard lock(registry().mutex);
+    auto position = registry().registrations.find(id);
+    if (position == registry().registrations.end()) {
+      if (mode->registered) return not_found("mode " + mode->name + " has no backend; call register_backend for it");
+      auto backend = std::make_unique<TableBackend>(*mode);
+      position = registry().registrations.try_emplace(id).first;
+      position->second.the_class = backend_class<TableBackend>();
+      position->second.backend = std::move(backend);
     }
-    registration.constructing = true;
-    Result<std::unique_ptr<QuantKVBackend>> made =
-        core::guarded("factory", id, [&] { return make_backend(*mode, registration.factory); });
-    registration.constructing = false;
-    if (!made) return made.status();
-    registration.backend = *std::move(made);
-  }
-  return registration.backend.get();
+    Registration& registration = position->second;
+    if (registration.backend == nullptr) {
+      if (registration.constructing) {
+        return invalid_argument("the backend of mode " + mode->name +
+                                " is being made; its constructor and factory cannot ask for it");
+      }
+      const struct Constructing {
+        bool& flag;
+        ~Constructing() { flag = false; }
+      } constructing{registration.constructing = true};
+      Result<std::unique_ptr<QuantKVBackend>> made =
+          core::call_backend("factory", id, [&] { return make_backend(*mode, registration.factory); });
+      if (!made) return made.status();
+      registration.backend = *std::move(made);
+    }
+    return registration.backend.get();
+  });
 }
 
 Result<const QuantKVBackend*> get_backend(std::string_view kv_cache_dtype) {

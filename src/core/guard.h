@@ -1,5 +1,5 @@
 // Exceptions become Statuses, as every other failure: the body of each public function that allocates runs inside
-// guarded(), and what a registered backend brings inside the guarded() that names its mode.
+// guarded(), and what a registered backend brings inside call_backend().
 #pragma once
 
 #include <new>
@@ -36,7 +36,7 @@ Status thrown(std::string_view what, ModeId mode);
 
 // Runs `what` ("unified_attention") of the registered backend of a mode. Returns its Status or Result.
 template <class Call>
-auto guarded(std::string_view what, ModeId mode, const Call& call) -> decltype(call()) {
+auto call_backend(std::string_view what, ModeId mode, const Call& call) -> decltype(call()) {
   try {
     return guarded(call);
   } catch (...) {

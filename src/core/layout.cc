@@ -73,7 +73,7 @@ Result<RowCost> row_cost(const ModeInfo& mode, const KVCacheSpec& spec, bool is_
     return invalid_argument("model_dtype is " + std::string(dtype_name(spec.model_dtype)) + "; mode " + mode.name +
                             " stores float32, float16 or bfloat16");
   }
-  return core::guarded("make_layout", mode.id, [&] { return registered_row_cost(mode, head_size, is_value); });
+  return core::call_backend("make_layout", mode.id, [&] { return registered_row_cost(mode, head_size, is_value); });
 }
 
 // Refuses a value outside an enum whose first `count` values are named by `names`.
@@ -86,117 +86,121 @@ Status check_enum(const char* field, Enum value, int count, const char* names) {
 }  // namespace
 
 Result<KVCacheLayout> make_layout(const KVCacheSpec& given) {
-  KVCacheLayout layout;
-  KVCacheSpec& spec = layout.spec;
-  spec = given;
-  for (const Status& status : {check_enum("order", spec.order, 2, "kNHD, kHND"),
-                               check_enum("packing", spec.packing, 3, "kSeparate, kKVInBlock, kKVInRow"),
-                               check_enum("scales", spec.scales, 2, "kSeparate, kInline")}) {
-    if (!status) return status;
-  }
-  if (dtype_name(spec.model_dtype) == "unknown") {
-    return invalid_argument("model_dtype is outside its enum; supported: float32, float16, bfloat16");
-  }
-  if (spec.head_size_v == 0) spec.head_size_v = spec.head_size;
-  Result<ModeInfo> mode = mode_info(spec.mode);
-  if (!mode) return mode.status();
-  if (mode->shared_slot) spec.packing = KVPacking::kKVInRow;
-
-  // The limits keep every product of these with a row's bytes inside 63 bits.
-  const struct {
-    const char* name;
-    std::int64_t value, most;
-  } counts[] = {{"num_kv_heads", spec.num_kv_heads, 1 << 14},
-                {"num_layers", spec.num_layers, 1 << 14},
-                {"block_size", spec.block_size, 1 << 18},
-                {"page_alignment", spec.page_alignment, 1 << 30}};
-  for (const auto& field : counts) {
-    if (field.value < 1 || field.value > field.most) {
-      return invalid_argument(std::string(field.name) + " is " + std::to_string(field.value) + "; supported: 1 to " +
-                              std::to_string(field.most));
+  return core::guarded([&]() -> Result<KVCacheLayout> {
+    KVCacheLayout layout;
+    KVCacheSpec& spec = layout.spec;
+    spec = given;
+    for (const Status& status : {check_enum("order", spec.order, 2, "kNHD, kHND"),
+                                 check_enum("packing", spec.packing, 3, "kSeparate, kKVInBlock, kKVInRow"),
+                                 check_enum("scales", spec.scales, 2, "kSeparate, kInline")}) {
+      if (!status) return status;
     }
-  }
+    if (dtype_name(spec.model_dtype) == "unknown") {
+      return invalid_argument("model_dtype is outside its enum; supported: float32, float16, bfloat16");
+    }
+    if (spec.head_size_v == 0) spec.head_size_v = spec.head_size;
+    Result<ModeInfo> mode = mode_info(spec.mode);
+    if (!mode) return mode.status();
+    if (mode->shared_slot) spec.packing = KVPacking::kKVInRow;
 
-  const Result<RowCost> k = row_cost(*mode, spec, false);
-  if (!k) return k.status();
-  const Result<RowCost> v = row_cost(*mode, spec, true);
-  if (!v) return v.status();
-  layout.key_cache_dtype = k->cache_dtype;
-  layout.value_cache_dtype = v->cache_dtype;
-  const bool any_scales = k->scale_bytes + v->scale_bytes > 0;
-  const bool inline_scales = any_scales && spec.scales == ScalePlacement::kInline;
-
-  layout.k_data_bytes = k->data_bytes;
-  layout.v_data_bytes = v->data_bytes;
-  layout.k_scale_bytes = k->scale_bytes;
-  layout.v_scale_bytes = v->scale_bytes;
-  layout.k_row_bytes = k->data_bytes + (inline_scales ? k->scale_bytes : 0);
-  layout.v_row_bytes = v->data_bytes + (inline_scales ? v->scale_bytes : 0);
-  const bool in_row = spec.packing == KVPacking::kKVInRow;
-  // A slot that K and V share is rounded up to an even number of bytes, as TurboQuant's is.
-  const std::int64_t slot_bytes = round_up(layout.k_row_bytes + layout.v_row_bytes, mode->shared_slot ? 2 : 1);
-  layout.bytes_per_token_head = (in_row ? slot_bytes : layout.k_row_bytes + layout.v_row_bytes) +
-                                (inline_scales ? 0 : layout.k_scale_bytes + layout.v_scale_bytes);
-  layout.bytes_per_token = layout.bytes_per_token_head * spec.num_kv_heads * spec.num_layers;
-
-  const std::int64_t heads = spec.num_kv_heads;
-  const std::int64_t slots = spec.block_size;
-  const auto place = [&](std::int64_t row, std::int64_t& slot_stride, std::int64_t& head_stride) {
-    slot_stride = spec.order == CacheOrder::kNHD ? heads * row : row;
-    head_stride = spec.order == CacheOrder::kNHD ? row : slots * row;
-    return heads * slots * row;  // bytes of the plane
-  };
-  const std::int64_t k_plane =
-      place(in_row ? slot_bytes : layout.k_row_bytes, layout.k_slot_stride, layout.k_head_stride);
-  const std::int64_t v_plane =
-      place(in_row ? slot_bytes : layout.v_row_bytes, layout.v_slot_stride, layout.v_head_stride);
-  if (spec.packing == KVPacking::kSeparate) {
-    layout.k_block_stride = round_up(k_plane, spec.page_alignment);
-    layout.v_block_stride = round_up(v_plane, spec.page_alignment);
-  } else {
-    layout.v_offset = in_row ? layout.k_row_bytes : k_plane;
-    layout.k_block_stride = layout.v_block_stride = round_up(in_row ? k_plane : k_plane + v_plane, spec.page_alignment);
-  }
-  if (inline_scales) {
-    layout.k_scale_offset = layout.k_scale_bytes > 0 ? layout.k_data_bytes : -1;
-    layout.v_scale_offset = layout.v_scale_bytes > 0 ? layout.v_data_bytes : -1;
-  }
-
-  for (const auto& [element, strides] :
-       {std::pair{static_cast<std::int64_t>(dtype_bytes(layout.key_cache_dtype)),
-                  std::array{layout.k_block_stride, layout.k_slot_stride, layout.k_head_stride, std::int64_t{0}}},
-        std::pair{static_cast<std::int64_t>(dtype_bytes(layout.value_cache_dtype)),
-                  std::array{layout.v_block_stride, layout.v_slot_stride, layout.v_head_stride, layout.v_offset}},
-        std::pair{std::int64_t{layout.k_scale_offset < 0 ? 1 : 4},
-                  std::array{layout.k_block_stride, layout.k_slot_stride, layout.k_head_stride, layout.k_scale_offset}},
-        std::pair{std::int64_t{layout.v_scale_offset < 0 ? 1 : 4},
-                  std::array{layout.v_block_stride, layout.v_slot_stride, layout.v_head_stride,
-                             layout.v_offset + layout.v_scale_offset}}}) {
-    for (std::int64_t stride : strides) {
-      if (stride % element != 0) {
-        return invalid_argument(
-            "mode " + mode->name + " with these head sizes, packing, scales and page_alignment puts a " +
-            std::to_string(element) + "-byte element at " + std::to_string(stride) +
-            " bytes; supported: multiples of the element size (separate scales, another page_alignment)");
+    // The limits keep every product of these with a row's bytes inside 63 bits.
+    const struct {
+      const char* name;
+      std::int64_t value, most;
+    } counts[] = {{"num_kv_heads", spec.num_kv_heads, 1 << 14},
+                  {"num_layers", spec.num_layers, 1 << 14},
+                  {"block_size", spec.block_size, 1 << 18},
+                  {"page_alignment", spec.page_alignment, 1 << 30}};
+    for (const auto& field : counts) {
+      if (field.value < 1 || field.value > field.most) {
+        return invalid_argument(std::string(field.name) + " is " + std::to_string(field.value) + "; supported: 1 to " +
+                                std::to_string(field.most));
       }
     }
-  }
 
-  const std::int64_t separate_scales =
-      inline_scales ? 0 : (layout.k_scale_bytes + layout.v_scale_bytes) * heads * slots;
-  layout.bytes_per_block =
-      layout.k_block_stride + (spec.packing == KVPacking::kSeparate ? layout.v_block_stride : 0) + separate_scales;
-  layout.tokens_per_gib = kGiB / (layout.bytes_per_block * spec.num_layers) * slots;
+    const Result<RowCost> k = row_cost(*mode, spec, false);
+    if (!k) return k.status();
+    const Result<RowCost> v = row_cost(*mode, spec, true);
+    if (!v) return v.status();
+    layout.key_cache_dtype = k->cache_dtype;
+    layout.value_cache_dtype = v->cache_dtype;
+    const bool any_scales = k->scale_bytes + v->scale_bytes > 0;
+    const bool inline_scales = any_scales && spec.scales == ScalePlacement::kInline;
 
-  // TurboQuant counts half a slot for K and half for V.
-  const auto elements = [&](std::int64_t row_bytes, DType dtype) {
-    return mode->shared_slot ? slot_bytes / 2 : row_bytes / static_cast<std::int64_t>(dtype_bytes(dtype));
-  };
-  layout.effective_head_size = elements(layout.k_data_bytes, layout.key_cache_dtype);
-  layout.effective_head_size_v = elements(layout.v_data_bytes, layout.value_cache_dtype);
-  layout.padded_head_size = elements(layout.k_data_bytes + layout.k_scale_bytes, layout.key_cache_dtype);
-  layout.padded_head_size_v = elements(layout.v_data_bytes + layout.v_scale_bytes, layout.value_cache_dtype);
-  return layout;
+    layout.k_data_bytes = k->data_bytes;
+    layout.v_data_bytes = v->data_bytes;
+    layout.k_scale_bytes = k->scale_bytes;
+    layout.v_scale_bytes = v->scale_bytes;
+    layout.k_row_bytes = k->data_bytes + (inline_scales ? k->scale_bytes : 0);
+    layout.v_row_bytes = v->data_bytes + (inline_scales ? v->scale_bytes : 0);
+    const bool in_row = spec.packing == KVPacking::kKVInRow;
+    // A slot that K and V share is rounded up to an even number of bytes, as TurboQuant's is.
+    const std::int64_t slot_bytes = round_up(layout.k_row_bytes + layout.v_row_bytes, mode->shared_slot ? 2 : 1);
+    layout.bytes_per_token_head = (in_row ? slot_bytes : layout.k_row_bytes + layout.v_row_bytes) +
+                                  (inline_scales ? 0 : layout.k_scale_bytes + layout.v_scale_bytes);
+    layout.bytes_per_token = layout.bytes_per_token_head * spec.num_kv_heads * spec.num_layers;
+
+    const std::int64_t heads = spec.num_kv_heads;
+    const std::int64_t slots = spec.block_size;
+    const auto place = [&](std::int64_t row, std::int64_t& slot_stride, std::int64_t& head_stride) {
+      slot_stride = spec.order == CacheOrder::kNHD ? heads * row : row;
+      head_stride = spec.order == CacheOrder::kNHD ? row : slots * row;
+      return heads * slots * row;  // bytes of the plane
+    };
+    const std::int64_t k_plane =
+        place(in_row ? slot_bytes : layout.k_row_bytes, layout.k_slot_stride, layout.k_head_stride);
+    const std::int64_t v_plane =
+        place(in_row ? slot_bytes : layout.v_row_bytes, layout.v_slot_stride, layout.v_head_stride);
+    if (spec.packing == KVPacking::kSeparate) {
+      layout.k_block_stride = round_up(k_plane, spec.page_alignment);
+      layout.v_block_stride = round_up(v_plane, spec.page_alignment);
+    } else {
+      layout.v_offset = in_row ? layout.k_row_bytes : k_plane;
+      layout.k_block_stride = layout.v_block_stride =
+          round_up(in_row ? k_plane : k_plane + v_plane, spec.page_alignment);
+    }
+    if (inline_scales) {
+      layout.k_scale_offset = layout.k_scale_bytes > 0 ? layout.k_data_bytes : -1;
+      layout.v_scale_offset = layout.v_scale_bytes > 0 ? layout.v_data_bytes : -1;
+    }
+
+    for (const auto& [element, strides] :
+         {std::pair{static_cast<std::int64_t>(dtype_bytes(layout.key_cache_dtype)),
+                    std::array{layout.k_block_stride, layout.k_slot_stride, layout.k_head_stride, std::int64_t{0}}},
+          std::pair{static_cast<std::int64_t>(dtype_bytes(layout.value_cache_dtype)),
+                    std::array{layout.v_block_stride, layout.v_slot_stride, layout.v_head_stride, layout.v_offset}},
+          std::pair{
+              std::int64_t{layout.k_scale_offset < 0 ? 1 : 4},
+              std::array{layout.k_block_stride, layout.k_slot_stride, layout.k_head_stride, layout.k_scale_offset}},
+          std::pair{std::int64_t{layout.v_scale_offset < 0 ? 1 : 4},
+                    std::array{layout.v_block_stride, layout.v_slot_stride, layout.v_head_stride,
+                               layout.v_offset + layout.v_scale_offset}}}) {
+      for (std::int64_t stride : strides) {
+        if (stride % element != 0) {
+          return invalid_argument(
+              "mode " + mode->name + " with these head sizes, packing, scales and page_alignment puts a " +
+              std::to_string(element) + "-byte element at " + std::to_string(stride) +
+              " bytes; supported: multiples of the element size (separate scales, another page_alignment)");
+        }
+      }
+    }
+
+    const std::int64_t separate_scales =
+        inline_scales ? 0 : (layout.k_scale_bytes + layout.v_scale_bytes) * heads * slots;
+    layout.bytes_per_block =
+        layout.k_block_stride + (spec.packing == KVPacking::kSeparate ? layout.v_block_stride : 0) + separate_scales;
+    layout.tokens_per_gib = kGiB / (layout.bytes_per_block * spec.num_layers) * slots;
+
+    // TurboQuant counts half a slot for K and half for V.
+    const auto elements = [&](std::int64_t row_bytes, DType dtype) {
+      return mode->shared_slot ? slot_bytes / 2 : row_bytes / static_cast<std::int64_t>(dtype_bytes(dtype));
+    };
+    layout.effective_head_size = elements(layout.k_data_bytes, layout.key_cache_dtype);
+    layout.effective_head_size_v = elements(layout.v_data_bytes, layout.value_cache_dtype);
+    layout.padded_head_size = elements(layout.k_data_bytes + layout.k_scale_bytes, layout.key_cache_dtype);
+    layout.padded_head_size_v = elements(layout.v_data_bytes + layout.v_scale_bytes, layout.value_cache_dtype);
+    return layout;
+  });
 }
 
 KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base, void* v_base,

@@ -7,6 +7,8 @@
 #include <shared_mutex>
 #include <utility>
 
+#include "core/guard.h"
+
 namespace quire {
 namespace {
 
@@ -200,50 +202,56 @@ std::string quoted(std::string_view text) {
 }  // namespace core
 
 Result<ModeId> parse_kv_cache_dtype(std::string_view name) {
-  {
-    std::shared_lock lock(table().mutex);
-    if (const ModeInfo* mode = table().find(name)) return mode->id;
-  }
-  if (name.substr(0, 2) != "k=") {
-    return not_found("kv_cache_dtype " + core::quoted(name) + " is not a mode; modes: " + core::mode_names() +
-                     ", and any pair k=<format>,v=<format>");
-  }
-  Result<ModeInfo> composed = compose(name);
-  if (!composed) return composed.status();
-  std::unique_lock lock(table().mutex);
-  for (const ModeInfo& mode : table().modes) {
-    if (mode.key_format == composed->key_format && mode.value_format == composed->value_format) return mode.id;
-  }
-  composed->id = static_cast<ModeId>(table().modes.size());
-  table().modes.push_back(*composed);
-  return composed->id;
+  return core::guarded([&]() -> Result<ModeId> {
+    {
+      std::shared_lock lock(table().mutex);
+      if (const ModeInfo* mode = table().find(name)) return mode->id;
+    }
+    if (name.substr(0, 2) != "k=") {
+      return not_found("kv_cache_dtype " + core::quoted(name) + " is not a mode; modes: " + core::mode_names() +
+                       ", and any pair k=<format>,v=<format>");
+    }
+    Result<ModeInfo> composed = compose(name);
+    if (!composed) return composed.status();
+    std::unique_lock lock(table().mutex);
+    for (const ModeInfo& mode : table().modes) {
+      if (mode.key_format == composed->key_format && mode.value_format == composed->value_format) return mode.id;
+    }
+    composed->id = static_cast<ModeId>(table().modes.size());
+    table().modes.push_back(*composed);
+    return composed->id;
+  });
 }
 
 Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value) {
-  std::shared_lock lock(table().mutex);
-  const ModeInfo* found = nullptr;
-  std::string sharing;
-  for (const ModeInfo& mode : table().modes) {
-    if (mode.kv_quant_mode != value) continue;
-    sharing += (found == nullptr ? "" : ", ") + mode.name;
-    found = found == nullptr ? &mode : found;
-  }
-  if (found == nullptr) return outside_the_enum();
-  if (sharing != found->name) {
-    return invalid_argument("KVQuantMode " + std::string(kv_quant_mode_name(value)) + " is shared by the modes " +
-                            sharing + ": name one of them");
-  }
-  return found->id;
+  return core::guarded([&]() -> Result<ModeId> {
+    std::shared_lock lock(table().mutex);
+    const ModeInfo* found = nullptr;
+    std::string sharing;
+    for (const ModeInfo& mode : table().modes) {
+      if (mode.kv_quant_mode != value) continue;
+      sharing += (found == nullptr ? "" : ", ") + mode.name;
+      found = found == nullptr ? &mode : found;
+    }
+    if (found == nullptr) return outside_the_enum();
+    if (sharing != found->name) {
+      return invalid_argument("KVQuantMode " + std::string(kv_quant_mode_name(value)) + " is shared by the modes " +
+                              sharing + ": name one of them");
+    }
+    return found->id;
+  });
 }
 
 Result<ModeInfo> mode_info(ModeId mode) {
-  std::shared_lock lock(table().mutex);
-  const auto index = static_cast<std::size_t>(mode);
-  if (static_cast<std::int32_t>(mode) < 0 || index >= table().modes.size()) {
-    return not_found("mode id " + std::to_string(static_cast<std::int32_t>(mode)) +
-                     " is not a mode's; take ids from parse_kv_cache_dtype or register_mode");
-  }
-  return table().modes[index];
+  return core::guarded([&]() -> Result<ModeInfo> {
+    std::shared_lock lock(table().mutex);
+    const auto index = static_cast<std::size_t>(mode);
+    if (static_cast<std::int32_t>(mode) < 0 || index >= table().modes.size()) {
+      return not_found("mode id " + std::to_string(static_cast<std::int32_t>(mode)) +
+                       " is not a mode's; take ids from parse_kv_cache_dtype or register_mode");
+    }
+    return table().modes[index];
+  });
 }
 
 std::vector<ModeInfo> list_modes() {
@@ -254,31 +262,33 @@ std::vector<ModeInfo> list_modes() {
 }
 
 Result<ModeId> register_mode(const ModeSpec& spec) {
-  std::unique_lock lock(table().mutex);
-  std::vector<std::string> names = {spec.name};
-  names.insert(names.end(), spec.aliases.begin(), spec.aliases.end());
-  for (auto name = names.begin(); name != names.end(); ++name) {
-    const std::string what = name == names.begin() ? "name" : "alias";
-    if (!is_plain_name(*name)) {
-      return invalid_argument(what + " of a registered mode is " + core::quoted(*name) +
-                              "; supported: 1 to 64 letters, digits, '_', '-' and '.'");
+  return core::guarded([&]() -> Result<ModeId> {
+    std::unique_lock lock(table().mutex);
+    std::vector<std::string> names = {spec.name};
+    names.insert(names.end(), spec.aliases.begin(), spec.aliases.end());
+    for (auto name = names.begin(); name != names.end(); ++name) {
+      const std::string what = name == names.begin() ? "name" : "alias";
+      if (!is_plain_name(*name)) {
+        return invalid_argument(what + " of a registered mode is " + core::quoted(*name) +
+                                "; supported: 1 to 64 letters, digits, '_', '-' and '.'");
+      }
+      if (std::find(names.begin(), name, *name) != name) {
+        return invalid_argument("alias of a registered mode is " + core::quoted(*name) +
+                                ", which is its name or another alias already; give each once");
+      }
+      if (const ModeInfo* mode = table().find(*name)) {
+        return already_exists("mode " + core::quoted(*name) + " exists already (as '" + mode->name +
+                              "'); registered names must be new");
+      }
     }
-    if (std::find(names.begin(), name, *name) != name) {
-      return invalid_argument("alias of a registered mode is " + core::quoted(*name) +
-                              ", which is its name or another alias already; give each once");
-    }
-    if (const ModeInfo* mode = table().find(*name)) {
-      return already_exists("mode " + core::quoted(*name) + " exists already (as '" + mode->name +
-                            "'); registered names must be new");
-    }
-  }
-  ModeInfo mode;
-  mode.id = static_cast<ModeId>(table().modes.size());
-  mode.name = spec.name;
-  mode.aliases = spec.aliases;
-  mode.registered = true;
-  table().modes.push_back(mode);
-  return mode.id;
+    ModeInfo mode;
+    mode.id = static_cast<ModeId>(table().modes.size());
+    mode.name = spec.name;
+    mode.aliases = spec.aliases;
+    mode.registered = true;
+    table().modes.push_back(mode);
+    return mode.id;
+  });
 }
 
 std::string_view kv_quant_mode_name(KVQuantMode value) {

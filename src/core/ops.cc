@@ -212,7 +212,8 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
     if (*backend == nullptr) return core::store(args, stream);
-    return core::guarded("reshape_and_cache", args.mode, [&] { return (*backend)->reshape_and_cache(args, stream); });
+    return core::call_backend("reshape_and_cache", args.mode,
+                              [&] { return (*backend)->reshape_and_cache(args, stream); });
   });
 }
 
@@ -221,7 +222,8 @@ Status unified_attention(const UnifiedAttentionArgs& args, void* stream) {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
     if (*backend == nullptr) return core::attend(args, nullptr, nullptr, 0, nullptr, stream);
-    return core::guarded("unified_attention", args.mode, [&] { return (*backend)->unified_attention(args, stream); });
+    return core::call_backend("unified_attention", args.mode,
+                              [&] { return (*backend)->unified_attention(args, stream); });
   });
 }
 
@@ -240,7 +242,7 @@ Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args) {
     const Result<const QuantKVBackend*> backend = registered_backend(args.mode);
     if (!backend) return backend.status();
     Result<AttentionShape> shape =
-        core::guarded("row_bytes", args.mode, [&] { return core::validate_attention(args, *backend); });
+        core::call_backend("row_bytes", args.mode, [&] { return core::validate_attention(args, *backend); });
     if (!shape) return shape.status();
     return problem_for(core::drop_idle_strides(args), *shape);
   });

@@ -1,6 +1,6 @@
 // Which room may include which. A room is a folder; what it may use lies below it:
 //
-//   include/quire/{status,tensor,mode}.h   <-   format   <-   attention   <-   reference, cpu, cuda   <-   core
+//   include/quire/{export,status,tensor,mode}.h   <-   format   <-   attention   <-   reference, cpu, cuda   <-   core
 //   <-   llm, tools, python, tests
 //
 // The other public headers are the shapes of the ops and of backends: everything above attention may include them.

@@ -148,6 +148,32 @@ TEST(Memory, EveryAllocationOfATurboQuantCallMayFail) {
                                              [&] { return Bytes{out.bytes}; });
 }
 
+TEST(Memory, EveryAllocationOfALookUpMayFail) {
+  QUIRE_NEEDS_MODES("int8_per_token_head", "fp8");
+  const auto nothing = [] { return Bytes(); };
+  const char* pair = "k=int8_per_token_head,v=fp8_e4m3";
+  const auto expect = [&](const std::function<Status()>& call) {
+    expect_every_failed_allocation_is_a_status(call, nothing);
+  };
+  expect([&] { return parse_kv_cache_dtype(pair).status(); });
+  const ModeId mode = *parse_kv_cache_dtype(pair);
+  expect([&] { return mode_info(mode).status(); });
+  expect([&] { return get_backend(mode).status(); });  // made here
+  expect([&] { return get_backend(pair).status(); });
+  const QuantKVBackend* backend = *get_backend(mode);
+  expect([&] { return backend->allocate_scale_caches(2, 16, 2).status(); });
+  expect([&] { return make_layout({.mode = mode}).status(); });
+
+  const ModeSpec specs[] = {{"memory_test_first_of_two", {"memory_test_first_alias"}},
+                            {"memory_test_second_of_two", {"memory_test_second_alias"}}};
+  const ModeSpec* next = specs;
+  expect([&] {
+    const Status status = register_mode(*next).status();
+    if (status.ok()) ++next;
+    return status;
+  });
+}
+
 // A refusal's sentence needs memory too.
 TEST(Memory, EveryAllocationOfARefusalMayFail) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
