@@ -20,14 +20,14 @@ std::string list_of(std::span<const std::int64_t> values) {
   return list + "]";
 }
 
-Status check_memory(const std::string& name, const Tensor& tensor) {
+Status check_memory(const char* name, const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
   if (tensor.data == nullptr) {
-    return invalid_argument(name + " is a null pointer with shape " + to_string(tensor) +
+    return invalid_argument(std::string(name) + " is a null pointer with shape " + to_string(tensor) +
                             "; it must point to its elements");
   }
   if (reinterpret_cast<std::uintptr_t>(tensor.data) % dtype_bytes(tensor.dtype) != 0) {
-    return invalid_argument(name + " is not aligned to its element size of " +
+    return invalid_argument(std::string(name) + " is not aligned to its element size of " +
                             str(static_cast<std::int64_t>(dtype_bytes(tensor.dtype))) + " bytes");
   }
   return {};
@@ -43,14 +43,13 @@ Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> s
 }
 
 Status check(const Tensor& tensor, const Expect& expect) {
-  const std::string name = expect.name;
   if (!tensor.defined()) {
     if (expect.optional) return {};
-    return invalid_argument(name + " is not given; it must be " + expect.shape_text);
+    return invalid_argument(std::string(expect.name) + " is not given; it must be " + expect.shape_text);
   }
   if (tensor.ndim != static_cast<int>(expect.shape.size())) {
-    return invalid_argument(name + " is " + to_string(tensor) + "; it must have " + str(std::ssize(expect.shape)) +
-                            " dimensions, " + expect.shape_text);
+    return invalid_argument(std::string(expect.name) + " is " + to_string(tensor) + "; it must have " +
+                            str(std::ssize(expect.shape)) + " dimensions, " + expect.shape_text);
   }
   int dim = 0;
   for (std::int64_t extent : expect.shape) {
@@ -58,15 +57,15 @@ Status check(const Tensor& tensor, const Expect& expect) {
       std::string wanted;
       for (std::int64_t e : expect.shape)
         wanted += (wanted.empty() ? "" : ", ") + (e == kAny ? std::string("any") : str(e));
-      return invalid_argument(name + " is " + to_string(tensor) + "; expected [" + wanted + "], that is " +
-                              expect.shape_text);
+      return invalid_argument(std::string(expect.name) + " is " + to_string(tensor) + "; expected [" + wanted +
+                              "], that is " + expect.shape_text);
     }
     ++dim;
   }
   QUIRE_RETURN_IF_ERROR(check_dtype(expect.name, tensor.dtype, expect.dtypes));
-  QUIRE_RETURN_IF_ERROR(check_memory(name, tensor));
+  QUIRE_RETURN_IF_ERROR(check_memory(expect.name, tensor));
   if (expect.dense_rows && tensor.shape[tensor.ndim - 1] > 1 && tensor.strides[tensor.ndim - 1] != 1) {
-    return invalid_argument(name + " has stride " + str(tensor.strides[tensor.ndim - 1]) +
+    return invalid_argument(std::string(expect.name) + " has stride " + str(tensor.strides[tensor.ndim - 1]) +
                             " in its last dimension; supported: 1");
   }
   return {};
@@ -87,13 +86,14 @@ Status check_extents(const char* name, const Tensor& tensor) {
                               "; the product of its extents must be below 2^63");
     }
   }
-  const std::int64_t most = INT64_MAX / static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+  const auto element = static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
   std::int64_t reach = 1;  // elements from the first to the farthest in memory, both counted
   for (int dim = 0; dim < tensor.ndim; ++dim) {
     if (tensor.shape[dim] <= 1) continue;
     std::int64_t distance = 0;
+    std::int64_t bytes = 0;
     if (__builtin_mul_overflow(tensor.shape[dim] - 1, tensor.strides[dim], &distance) || distance == INT64_MIN ||
-        __builtin_add_overflow(reach, std::abs(distance), &reach) || reach > most) {
+        __builtin_add_overflow(reach, std::abs(distance), &reach) || __builtin_mul_overflow(reach, element, &bytes)) {
       return invalid_argument(std::string(name) + " is " + to_string(tensor) + " with stride " +
                               str(tensor.strides[dim]) + " in dimension " + str(dim) +
                               "; its elements must lie within 2^63 bytes");

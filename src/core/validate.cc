@@ -63,8 +63,8 @@ Status check_tensors(const Args& args, const TensorField<Args> (&fields)[kSize])
   const TensorField<Args>* first = nullptr;
   for (const TensorField<Args>& field : fields) {
     const Tensor& tensor = args.*field.tensor;
-    QUIRE_RETURN_IF_ERROR(check_extents(field.name, tensor));
     if (!tensor.defined()) continue;
+    QUIRE_RETURN_IF_ERROR(check_extents(field.name, tensor));
     if (tensor.device != Device::kCpu && tensor.device != Device::kCuda) {
       return invalid_argument(std::string(field.name) + " is on an unknown device; supported: cpu and cuda");
     }
@@ -79,14 +79,15 @@ Status check_tensors(const Args& args, const TensorField<Args> (&fields)[kSize])
 }
 
 template <class Args, std::size_t kSize>
-Args drop_idle_strides(Args args, const TensorField<Args> (&fields)[kSize]) {
+Args drop_idle_strides(const Args& args, const TensorField<Args> (&fields)[kSize]) {
+  Args copy = args;
   for (const TensorField<Args>& field : fields) {
-    Tensor& tensor = args.*field.tensor;
+    Tensor& tensor = copy.*field.tensor;
     for (int dim = 0; dim < tensor.ndim; ++dim) {
       if (tensor.shape[dim] <= 1) tensor.strides[dim] = 0;
     }
   }
-  return args;
+  return copy;
 }
 
 }  // namespace

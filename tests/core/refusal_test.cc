@@ -637,6 +637,7 @@ TEST(Refusals, AnAutoPlanIsForOneCacheDtype) {
 }
 
 TEST(Refusals, PlansThatNobodyMade) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase::Options options;
   options.sequences = {{1, 2000}};
   AttentionCase call(options);
@@ -686,6 +687,7 @@ TEST(Refusals, BadWorkspaces) {
 
 // The workspace grows with the bounds and with nothing else; a plan for larger bounds serves smaller calls.
 TEST(Plan, BoundsOnlyGrow) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionProblem problem;
   problem.mode = mode_of("int4_per_token_head");
   problem.num_q_heads = 8;
