@@ -709,6 +709,22 @@ Status replay_centroids(const GoldenCase& golden, Device, CaseResult& result) {
   return {};
 }
 
+// e4b15/float16: Triton's code of every float16, by its bits.
+Status replay_e4b15(const GoldenCase& golden, Device, CaseResult& result) {
+  if (Status status = golden.require("codes", 1); !status) return status;
+  const Tensor theirs = golden.tensor("codes");
+  if (theirs.dtype != DType::kUInt8 || theirs.shape[0] != 1 << 16) {
+    return golden.refuse("'codes' is " + to_string(theirs) + ", needs 65536 uint8");
+  }
+  int different = 0;
+  for (int bits = 0; bits < 1 << 16; ++bits) {
+    const std::uint8_t mine = format::E4B15::encode(format::half_to_float(static_cast<std::uint16_t>(bits)));
+    different += mine == theirs.ptr<std::uint8_t>()[bits] ? 0 : 1;
+  }
+  result.measures.push_back({"codes that differ", static_cast<double>(different), 0.0});
+  return {};
+}
+
 struct CaseKind {
   std::string_view prefix;
   const char* required_param;  // null: none
@@ -718,6 +734,7 @@ constexpr CaseKind kCaseKinds[] = {
     {"write/", "mode", replay_ops},        {"attn/", "mode", replay_ops},
     {"diffkv/", nullptr, replay_ops},      {"turboquant/", "preset", replay_ops},
     {"rht_signs/", nullptr, replay_signs}, {"tq_centroids/", nullptr, replay_centroids},
+    {"e4b15/", nullptr, replay_e4b15},
 };
 
 // What a case of each kind is made of, so that a lost or misnamed tensor is not taken for one that was never there.
@@ -728,14 +745,15 @@ struct TensorRule {
   char of_kind[std::size(kCaseKinds) + 1];
 };
 constexpr TensorRule kTensorRules[] = {
-    {"key", "RWWR--"},           {"value", "RWWR--"},        {"slot_mapping", "RWWR--"},
-    {"key_cache", "RR----"},     {"value_cache", "RR----"},  {"kv_cache", "--RR--"},
-    {"query", "-RRR--"},         {"out", "-RRR--"},          {"seq_lens", "-RRR--"},
-    {"block_table", "-RRR--"},   {"cu_seqlens_q", "-RR---"}, {"k_scale_cache", "oo----"},
-    {"v_scale_cache", "oo----"}, {"k_scale", "ooo---"},      {"v_scale", "ooo---"},
-    {"q_scale", "-oo---"},       {"output_scale", "-oo---"}, {"sinks", "-oo---"},
-    {"alibi_slopes", "-oo---"},  {"qq_bias", "-oo---"},      {"mm_prefix_range", "-oo---"},
-    {"midpoints", "---R--"},     {"signs", "----R-"},        {"centroids", "---R-R"},
+    {"key", "RWWR---"},           {"value", "RWWR---"},        {"slot_mapping", "RWWR---"},
+    {"key_cache", "RR-----"},     {"value_cache", "RR-----"},  {"kv_cache", "--RR---"},
+    {"query", "-RRR---"},         {"out", "-RRR---"},          {"seq_lens", "-RRR---"},
+    {"block_table", "-RRR---"},   {"cu_seqlens_q", "-RR----"}, {"k_scale_cache", "oo-----"},
+    {"v_scale_cache", "oo-----"}, {"k_scale", "ooo----"},      {"v_scale", "ooo----"},
+    {"q_scale", "-oo----"},       {"output_scale", "-oo----"}, {"sinks", "-oo----"},
+    {"alibi_slopes", "-oo----"},  {"qq_bias", "-oo----"},      {"mm_prefix_range", "-oo----"},
+    {"midpoints", "---R---"},     {"signs", "----R--"},        {"centroids", "---R-R-"},
+    {"codes", "------R"},
 };
 
 Status check_tensors(const GoldenCase& golden, const CaseKind& kind) {

@@ -6,6 +6,7 @@
 //   write/..            key, value, slot_mapping -> caches and scale caches
 //   attn/.., diffkv/..  caches, query, .. -> out; where key, value and slot_mapping are there, also as write/..
 //   rht_signs/<d>       the sign vector of the randomized Hadamard transform
+//   e4b15/float16       e4b15's code of every float16
 //   turboquant/..       as write/.. and attn/.., one query per sequence, K and V in one slot
 //   tq_centroids/<d>_<bits>  the Lloyd-Max codebook of N(0, 1 / d)
 //
