@@ -346,7 +346,8 @@ TEST(Safetensors, MutatedBytesNeverEscape) {
 }
 
 TEST(Safetensors, GoldenFilesAreWhole) {
-  for (const char* name : {"write", "attention_wide", "attention_per_token_head", "diffkv", "turboquant"}) {
+  for (const char* name :
+       {"write", "attention_wide", "attention_per_token_head", "diffkv", "turboquant", "vllm033_attention"}) {
     const auto file = SafetensorsFile::open(golden_path(name));
     ASSERT_TRUE(file.ok()) << file.status().message();
     EXPECT_GT(touch_everything(*file), 0U);
