@@ -1,0 +1,73 @@
+#include "hostile/memory.h"
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace {
+
+constexpr std::size_t kMostBytes = std::size_t{256} << 20;
+constexpr std::size_t kLargeBytes = 512;
+
+bool limited = false;
+int large_left = -1;  // negative: any number
+
+void* get(std::size_t bytes, std::size_t alignment = 1) noexcept {
+  if (limited && bytes > kMostBytes) return nullptr;
+  if (large_left >= 0 && bytes >= kLargeBytes && large_left-- == 0) {
+    large_left = 0;
+    return nullptr;
+  }
+  if (alignment <= alignof(std::max_align_t)) return std::malloc(bytes == 0 ? 1 : bytes);
+  void* memory = nullptr;
+  return posix_memalign(&memory, alignment, bytes) == 0 ? memory : nullptr;
+}
+
+void* get_or_throw(std::size_t bytes, std::size_t alignment = 1) {
+  void* memory = get(bytes, alignment);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+std::size_t of(std::align_val_t alignment) { return static_cast<std::size_t>(alignment); }
+
+}  // namespace
+
+namespace quire::testing::allocations {
+
+void limit() {
+  limited = true;
+  large_left = -1;
+}
+
+void fail_after(int n) { large_left = n; }
+
+}  // namespace quire::testing::allocations
+
+// All forms: a sanitizer's library has its own of each, and would not take the memory of another.
+void* operator new(std::size_t bytes) { return get_or_throw(bytes); }
+void* operator new[](std::size_t bytes) { return get_or_throw(bytes); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return get(bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return get(bytes); }
+void* operator new(std::size_t bytes, std::align_val_t alignment) { return get_or_throw(bytes, of(alignment)); }
+void* operator new[](std::size_t bytes, std::align_val_t alignment) { return get_or_throw(bytes, of(alignment)); }
+void* operator new(std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return get(bytes, of(alignment));
+}
+void* operator new[](std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return get(bytes, of(alignment));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
+
+extern "C" void* aligned_alloc(std::size_t alignment, std::size_t bytes) noexcept { return get(bytes, alignment); }
