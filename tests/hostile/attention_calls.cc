@@ -103,9 +103,8 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
 }
 
 struct AttentionProbes {
-  bool tensors = true;
+  const char* tensors = "";  // of those with this in their names
   bool swaps = false;
-  bool values = true;
 };
 
 Call make_attention(const AttentionCase::Options& options, const AttentionProbes& wanted) {
@@ -115,14 +114,13 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   call.run = [&args] { return unified_attention(args); };
   call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
 
-  if (wanted.tensors) all_tensor_probes(call);
+  all_tensor_probes(call, wanted.tensors);
   if (wanted.swaps) swap_probes(call);
   call.probes.push_back({"error_counter given", Expect::kRefused, [&args] {
                            args.error_counter = args.seq_lens;
                            args.error_counter.dtype = DType::kInt64;
                            args.error_counter.shape[0] = 1;
                          }});
-  if (!wanted.values) return call;
 
   for (const char* name : {"cu_seqlens_q", "seq_lens", "block_table"}) index_probes(call, name);
   if (options.causal_per_seq) index_probes(call, "causal_per_seq", Expect::kAccepted);
@@ -312,11 +310,11 @@ std::vector<Group> attention_groups() {
   AttentionCase::Options gaps = small("int8_per_token_head");
   gaps.layout = Layout::kPadded;
   return {group("auto", small("auto"), {.swaps = true}, 300),
-          group("fp8", small("fp8"), {}, 300),
-          group("int8", gaps, {}, 300),
-          group("int4", small("int4_per_token_head"), {}, 300),
+          group("fp8", small("fp8"), {.tensors = "cache"}, 300),
+          group("int8", gaps, {.tensors = "cache"}, 300),
+          group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 300),
           group("turboquant", small("turboquant_k8v4"), {}, 300),
-          group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {}, 300),
+          group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 300),
           group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 600),
           group("float8", float8_in_and_out("int8_per_token_head"), {}, 300),
           group("ones", ones("int4_per_token_head"), {}, 300)};

@@ -83,8 +83,8 @@ constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 
 // data, dtype, device, ndim, every extent and every stride of one tensor; and the tensor left out.
 void tensor_probes(Call& call, const TensorArgument& argument);
-// tensor_probes of all, and each word of their shapes changed in all of them at once.
-void all_tensor_probes(Call& call);
+// tensor_probes of all tensors with `containing` in their names, and each word of all shapes changed in all at once.
+void all_tensor_probes(Call& call, std::string_view containing = "");
 // Every two tensors swapped, and every one passed in the place of every other.
 void swap_probes(Call& call);
 // Every element (of many: the first, the middle and the last) of an integer tensor set to each hostile integer.

@@ -30,6 +30,7 @@ struct StoreOptions {
   bool scales = false;  // k_scale [Hk], v_scale one element
   bool ones = false;    // every extent that can be is 1
   bool swaps = false;
+  const char* tensors = "";  // probes of those with this in their names
 };
 
 Call make_store(const StoreOptions& options) {
@@ -111,7 +112,7 @@ Call make_store(const StoreOptions& options) {
   call.run = [&args] { return reshape_and_cache(args); };
   call.oracle = [&args] { return reference::reshape_and_cache(args); };
 
-  all_tensor_probes(call);
+  all_tensor_probes(call, options.tensors);
   if (options.swaps) swap_probes(call);
   index_probes(call, "slot_mapping");
   for (const char* name : {"key", "value"}) {
@@ -153,13 +154,15 @@ std::vector<Group> store_groups() {
   };
   return {group("auto", {.mode = "auto", .swaps = true}),
           group("fp8", {.mode = "fp8", .scales = true, .swaps = true}),
-          group("int8", {.mode = "int8_per_token_head"}),
+          group("int8", {.mode = "int8_per_token_head", .tensors = "cache"}),
           group("int4", {.mode = "int4_per_token_head", .layout = Layout::kPadded, .swaps = true}),
-          group("turboquant", {.mode = "turboquant_3bit_nc", .layout = Layout::kPackedRow}),
-          group("pair", {.mode = "k=int8_per_token_head,v=int4_per_token_head", .layout = Layout::kPackedInline}),
+          group("turboquant", {.mode = "turboquant_3bit_nc", .layout = Layout::kPackedRow, .tensors = "cache"}),
+          group("pair", {.mode = "k=int8_per_token_head,v=int4_per_token_head",
+                         .layout = Layout::kPackedInline,
+                         .tensors = "cache"}),
           group("ones", {.mode = "int4_per_token_head", .ones = true}),
           group("head_major_auto", {.mode = "auto", .head_major = true}),
-          group("head_major_fp8", {.mode = "fp8", .head_major = true, .scales = true})};
+          group("head_major_fp8", {.mode = "fp8", .head_major = true, .scales = true, .tensors = "cache"})};
 }
 
 }  // namespace quire::testing
