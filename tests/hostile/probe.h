@@ -32,6 +32,7 @@ enum class Expect {
   kAccepted,  // is legal: must be done, as the oracle does it
   kConfined,  // refused, or writes elements of its outputs and nothing else: their values are undefined (two arguments
               // over the same memory) or not the oracle's (logits that overflow fp32)
+  kPartial,   // the same, and a refusal may come when some of them are written: a user's code failed in the middle
 };
 
 struct Probe {
