@@ -112,7 +112,7 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   Call call = call_of(problem);
   UnifiedAttentionArgs& args = problem->args;
   call.run = [&args] { return unified_attention(args); };
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
 
   all_tensor_probes(call, wanted.tensors);
   if (wanted.swaps) swap_probes(call);
@@ -219,7 +219,7 @@ Call make_plan(const AttentionCase::Options& options) {
   call.run = [&p] { return plan_and_run(p); };
   call.words.insert(call.words.end(),
                     {"workspace", "device", "plan", "split", "num_tokens", "batch", "query_len", "seq_len"});
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
 
   AttentionProblem& problem = p.problem;
   const auto dimension = [&](const char* name, int* field) {
@@ -263,7 +263,7 @@ Call make_plan(const AttentionCase::Options& options) {
       call, "row_alignment", &problem.row_alignment,
       {.refused = {kInt32Min, -1, 0, 3, 5, 6, 12, 15, 24, 32, 1024, kInt32Max}, .right = {16}, .accepted = {1, 2, 4}});
   scalar_probes<bool>(call, "batch_invariant", &problem.batch_invariant, {.accepted = {true}});
-  scalar_probes<ModeId, std::int64_t>(call, "mode", &problem.mode, {.refused = {-1, kInt32Min, kInt32Max, 1000, 0, 1}});
+  scalar_probes<ModeId, std::int64_t>(call, "mode", &problem.mode, {.refused = {-1, kInt32Min, kInt32Max, 1000, 2}});
   scalar_probes<Device, std::int64_t>(call, "device", &problem.device, {.refused = {1, 2, 99, 255}});
   scalar_probes<DType, std::int64_t>(call, "query_dtype", &problem.query_dtype,
                                      {.refused = {1, 2, 3, 4, 5, 6, 7, 8, 9, 77, 255}});
@@ -309,14 +309,14 @@ std::vector<Group> attention_groups() {
   };
   AttentionCase::Options gaps = small("int8_per_token_head");
   gaps.layout = Layout::kPadded;
-  return {group("auto", small("auto"), {.swaps = true}, 300),
+  return {group("auto", small("auto"), {.tensors = "cache", .swaps = true}, 300),
           group("fp8", small("fp8"), {.tensors = "cache"}, 300),
           group("int8", gaps, {.tensors = "cache"}, 300),
           group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 300),
-          group("turboquant", small("turboquant_k8v4"), {}, 300),
+          group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 300),
           group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 300),
           group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 600),
-          group("float8", float8_in_and_out("int8_per_token_head"), {}, 300),
+          group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 300),
           group("ones", ones("int4_per_token_head"), {}, 300)};
 }
 

@@ -128,7 +128,7 @@ Call make_arguments() {
   if (!register_rows(*rows).ok()) std::abort();
   Call call = call_of(rows);
   UnifiedAttentionArgs& args = rows->attention.args;
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
   // The backend needs them: as for a mode of the table, a call without them is refused.
   call.probes.push_back({"no k_scale_cache", Expect::kRefused, [&args] { args.k_scale_cache = Tensor(); }});
   call.probes.push_back({"no v_scale_cache", Expect::kRefused, [&args] { args.v_scale_cache = Tensor(); }});

@@ -18,7 +18,7 @@ const std::vector<Group>& groups() {
   static const std::vector<Group> all = [] {
     std::vector<Group> groups;
     for (auto* make : {store_groups, attention_groups, plan_groups, merge_groups, turboquant_groups, layout_groups,
-                       mode_groups, backend_groups, memory_groups, random_groups}) {
+                       mode_groups, backend_groups, random_groups}) {
       for (Group& group : make()) groups.push_back(std::move(group));
     }
     return groups;

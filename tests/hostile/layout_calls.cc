@@ -82,7 +82,7 @@ Call make_layout_call(const KVCacheSpec& spec) {
   };
   call.oracle = [&l] { return check_layout(l); };
   call.words = {"packing", "num_blocks"};
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
 
   KVCacheSpec& s = l.spec;
   scalar_probes<ModeId, std::int64_t>(call, "mode", &s.mode, {.refused = {-1, kInt32Min, kInt32Max, 1000}});

@@ -7,17 +7,17 @@
 namespace {
 
 constexpr std::size_t kMostBytes = std::size_t{256} << 20;
-constexpr std::size_t kLargeBytes = 512;
 
 bool limited = false;
-int large_left = -1;  // negative: any number
+int left = -1;  // of the allocations that succeed; negative: any number
+bool any_failed = false;
 
 void* get(std::size_t bytes, std::size_t alignment = 1) noexcept {
-  if (limited && bytes > kMostBytes) return nullptr;
-  if (large_left >= 0 && bytes >= kLargeBytes && large_left-- == 0) {
-    large_left = 0;
+  if (left == 0 || (limited && bytes > kMostBytes)) {
+    any_failed = true;
     return nullptr;
   }
+  if (left > 0) --left;
   if (alignment <= alignof(std::max_align_t)) return std::malloc(bytes == 0 ? 1 : bytes);
   void* memory = nullptr;
   return posix_memalign(&memory, alignment, bytes) == 0 ? memory : nullptr;
@@ -37,10 +37,15 @@ namespace quire::testing::allocations {
 
 void limit() {
   limited = true;
-  large_left = -1;
+  left = -1;
 }
 
-void fail_after(int n) { large_left = n; }
+void fail_after(int n) {
+  left = n;
+  any_failed = false;
+}
+
+bool failed() { return any_failed; }
 
 }  // namespace quire::testing::allocations
 

@@ -76,12 +76,12 @@ Call make_merge(DType dtype, bool ones) {
                   {"suffix_lse", &m.args.suffix_lse, "num_tokens num_q_heads"}};
   call.run = [&m] { return merge_attn_states(m.args); };
   call.oracle = [&m] { return merge_in_double(m.args); };
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
   // out may alias a part, element for element.
   call.probes.push_back({"out is prefix_out", Expect::kAccepted, [&m] { m.args.out = m.args.prefix_out; }});
   call.probes.push_back({"out is suffix_out", Expect::kAccepted, [&m] { m.args.out = m.args.suffix_out; }});
-  all_tensor_probes(call);
-  swap_probes(call);
+  all_tensor_probes(call, dtype == DType::kFloat32 ? "" : "out");
+  if (!ones) swap_probes(call);
   // Of two parts, one with LSE +inf or NaN makes NaN; where both are infinite the order of operations decides.
   for (const char* name : {"prefix_lse", "suffix_lse"}) {
     float_probes(call, name, Expect::kConfined, Expect::kConfined, Expect::kConfined);

@@ -172,7 +172,6 @@ std::string wrong_output(const Call& call, Expect expect, Bytes got, Bytes expec
 Outcome judge(Call& call, Expect expect) {
   const Bytes before = snapshot(call);
   const Status status = call.run();
-  allocations::limit();  // the judge needs memory, but the oracle of an absurd call must not take all
   const Bytes got = snapshot(call);
 
   if (!status.ok()) {
@@ -195,6 +194,25 @@ Outcome judge(Call& call, Expect expect) {
   return wrong.empty() ? Outcome{Outcome::kAcceptedOk, ""} : failed("accepted, but " + wrong);
 }
 
+// The calls for which there is not enough memory; what is wrong about them, or nothing.
+std::string judge_without_memory(Call& call) {
+  const Bytes before = snapshot(call);
+  Bytes after = before;
+  for (int n = 0;; ++n) {
+    allocations::fail_after(n);
+    const Status status = call.run();
+    const bool enough = !allocations::failed();
+    allocations::limit();
+    if (enough) return "";
+    for (std::size_t i = 0; i < after.size(); ++i) std::ranges::copy(*call.buffers[i], after[i].begin());
+    const std::string at = "after " + std::to_string(n) + " allocations ";
+    if (status.ok()) return at + "accepted";
+    if (const std::string wrote = difference(after, before); !wrote.empty()) return at + "refused, but wrote: " + wrote;
+    if (status.message().find("memory") == std::string::npos)
+      return at + "refused, not for want of memory: " + status.message();
+  }
+}
+
 [[noreturn]] void child(Call& call, const Probe& probe, int report, std::FILE* log) {
   dup2(fileno(log), STDOUT_FILENO);
   dup2(fileno(log), STDERR_FILENO);
@@ -209,13 +227,16 @@ Outcome judge(Call& call, Expect expect) {
   try {
     allocations::limit();
     probe.change();
-    outcome = judge(call, probe.expect);
+    std::string wrong;
+    if (probe.without_memory) wrong = judge_without_memory(call);
+    outcome = wrong.empty() ? judge(call, probe.expect) : failed(wrong);
   } catch (const std::exception& error) {
+    allocations::limit();
     outcome = failed(std::string("threw ") + error.what());
   } catch (...) {
+    allocations::limit();
     outcome = failed("threw something");
   }
-  allocations::limit();
   const std::string text = std::string(1, static_cast<char>('0' + outcome.kind)) + outcome.text.substr(0, 4000);
   const bool told = write(report, text.data(), text.size()) == static_cast<ssize_t>(text.size());
   _exit(told ? 0 : 1);
@@ -325,16 +346,16 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
     add(".dtype=" + std::string(dtype_name(dtype)), wider ? Expect::kRefused : Expect::kConfined,
         with([&](Tensor& x) { x.dtype = dtype; }));
   }
-  for (int number : {9, 77, 255}) {
+  for (int number : {9, 77}) {
     add(".dtype=" + std::to_string(number), Expect::kRefused,
         with([&](Tensor& x) { x.dtype = static_cast<DType>(number); }));
   }
   add(".device=cuda", Expect::kRefused, with([](Tensor& x) { x.device = Device::kCuda; }));
-  for (int number : {2, 99}) {
+  for (int number : {99}) {
     add(".device=" + std::to_string(number), Expect::kRefused,
         with([&](Tensor& x) { x.device = static_cast<Device>(number); }));
   }
-  for (int ndim : {kInt32Min, -1, 0, valid.ndim - 1, valid.ndim + 1, 6, 7, 1000, kInt32Max}) {
+  for (int ndim : {-1, 0, valid.ndim - 1, valid.ndim + 1, 7, 1000, kInt32Max}) {
     if (ndim == valid.ndim) continue;
     const bool scalar = argument.scale && ndim >= 0 && ndim <= 2;
     add(".ndim=" + to_text(std::int64_t{ndim}), scalar ? Expect::kRight : Expect::kRefused,
@@ -421,6 +442,11 @@ void all_tensor_probes(Call& call, std::string_view containing) {
   }
 }
 
+void plain_probes(Call& call) {
+  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  call.probes.push_back({"memory ends", Expect::kAccepted, [] {}, true});
+}
+
 void swap_probes(Call& call) {
   for (const TensorArgument& a : call.tensors) {
     for (const TensorArgument& b : call.tensors) {
@@ -457,7 +483,7 @@ std::vector<std::uint8_t*> elements_of(const Call& call, const Tensor& t, std::s
                    [&](std::size_t buffer, std::size_t at) { all.push_back(call.buffers[buffer]->data() + at); });
   if (all.size() <= most) return all;
   if (most == 2) return {all.front(), all.back()};
-  return {all[0], all[1], all[all.size() / 2], all[all.size() - 2], all[all.size() - 1]};
+  return {all.front(), all[all.size() / 2], all.back()};
 }
 
 }  // namespace
@@ -465,8 +491,8 @@ std::vector<std::uint8_t*> elements_of(const Call& call, const Tensor& t, std::s
 void index_probes(Call& call, const char* name, Expect expect) {
   const Tensor& t = tensor_named(call, name);
   std::size_t n = 0;
-  for (std::uint8_t* at : elements_of(call, t, 6)) {
-    std::vector<std::int64_t> values = {-2, -1, 0, 1, 2, 7, 1000, kInt32Max, kInt32Max - 1, kInt32Min};
+  for (std::uint8_t* at : elements_of(call, t, 3)) {
+    std::vector<std::int64_t> values = {-1, 0, 1, 7, 1000, kInt32Max, kInt32Min};
     if (t.dtype == DType::kInt64) values.insert(values.end(), {kInt64Max, kInt64Min, std::int64_t{1} << 32});
     if (t.dtype == DType::kUInt8) values = {0, 1, 2, 255};
     for (std::int64_t value : values) {

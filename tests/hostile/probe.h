@@ -39,6 +39,7 @@ struct Probe {
   std::string name;
   Expect expect = Expect::kRight;
   std::function<void()> change;
+  bool without_memory = false;  // before the call it is made again and again, each time with one more allocation
 };
 
 enum class Role {
@@ -86,6 +87,8 @@ constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 void tensor_probes(Call& call, const TensorArgument& argument);
 // tensor_probes of all tensors with `containing` in their names, and each word of all shapes changed in all at once.
 void all_tensor_probes(Call& call, std::string_view containing = "");
+// The call as it is, after calls in which memory ends: at the first allocation, at the second, and so on.
+void plain_probes(Call& call);
 // Every two tensors swapped, and every one passed in the place of every other.
 void swap_probes(Call& call);
 // Every element (of many: the first, the middle and the last) of an integer tensor set to each hostile integer.
@@ -141,7 +144,6 @@ std::vector<Group> turboquant_groups();
 std::vector<Group> layout_groups();
 std::vector<Group> mode_groups();
 std::vector<Group> backend_groups();
-std::vector<Group> memory_groups();
 std::vector<Group> random_groups();
 
 // ---- running -----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ Call make_store(const StoreOptions& options) {
                            s->args.slot_mapping.dtype = DType::kInt32;
                            s->args.slot_mapping.strides[0] *= 2;  // the low halves
                          }});
-  call.probes.push_back({"as before", Expect::kAccepted, [] {}});
+  plain_probes(call);
   return call;
 }
 
@@ -161,7 +161,7 @@ std::vector<Group> store_groups() {
                          .layout = Layout::kPackedInline,
                          .tensors = "cache"}),
           group("ones", {.mode = "int4_per_token_head", .ones = true}),
-          group("head_major_auto", {.mode = "auto", .head_major = true}),
+          group("head_major_auto", {.mode = "auto", .head_major = true, .tensors = "cache"}),
           group("head_major_fp8", {.mode = "fp8", .head_major = true, .scales = true, .tensors = "cache"})};
 }
 

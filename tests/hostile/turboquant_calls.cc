@@ -168,8 +168,8 @@ Call make_store(const TurboQuantConfig& config) {
   call.words = {"key_cache", "value_cache", "config"};
   call.run = [&s] { return turboquant_store(s.store); };
   call.oracle = [&s] { return store_oracle(s); };
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
-  all_tensor_probes(call);
+  plain_probes(call);
+  all_tensor_probes(call, config.key_bits == 8 ? "cache" : "");
   index_probes(call, "slot_mapping");
   config_probes(call, s.store.config);
   table_probes(call, "rotation", s.rotation);
@@ -198,8 +198,8 @@ Call make_decode(const TurboQuantConfig& config) {
   call.words = {"key_cache", "value_cache", "config"};
   call.run = [&s] { return turboquant_decode_attention(s.decode); };
   call.oracle = [&s] { return decode_oracle(s); };
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
-  all_tensor_probes(call);
+  plain_probes(call);
+  all_tensor_probes(call, config.key_bits == 8 ? "cache" : "");
   for (const char* name : {"block_table", "seq_lens"}) index_probes(call, name);
   config_probes(call, s.decode.config);
   table_probes(call, "rotation", s.rotation);
@@ -250,7 +250,7 @@ Call make_views_call(const TurboQuantConfig& config) {
       return internal_error("a view leaves its slot");
     return {};
   };
-  call.probes.push_back({"as it is", Expect::kAccepted, [] {}});
+  plain_probes(call);
   Tensor& t = v.kv_cache;
   for (int ndim : {kInt32Min, -1, 0, 3, 5, 7, 1000, kInt32Max}) {
     call.probes.push_back(
