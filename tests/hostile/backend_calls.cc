@@ -27,7 +27,7 @@ class RowBackend : public QuantKVBackend {
   RowBackend(ModeId mode, const Faults& faults) : mode_(mode), faults_(faults) {}
 
   ModeId mode() const override { return faults_.other_mode ? mode_of("int8_per_token_head") : mode_; }
-  int packing_factor() const override { return faults_.packing_factor; }
+  Result<int> packing_factor() const override { return faults_.packing_factor; }
   bool needs_scale_caches() const override { return faults_.scale_caches; }
   std::string_view read_format() const override { return faults_.read_format; }
   bool has_decode_row() const override { return true; }
@@ -81,7 +81,7 @@ std::shared_ptr<Rows> make_rows() {
 }
 
 Status register_rows(Rows& rows) {
-  return register_backend(rows.mode, typeid(RowBackend), [&rows]() -> std::unique_ptr<QuantKVBackend> {
+  return register_backend(rows.mode, backend_class<RowBackend>(), [&rows]() -> std::unique_ptr<QuantKVBackend> {
     if (rows.factory) return rows.factory();
     return std::make_unique<RowBackend>(rows.mode, rows.faults);
   });

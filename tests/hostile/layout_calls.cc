@@ -33,7 +33,12 @@ bool reach(const Tensor& t, const void* base, std::int64_t* last) {
 
 Status check_layout(const LayoutCall& call) {
   const KVCacheLayout& layout = *call.layout;
-  const KVCacheBytes bytes = cache_bytes(layout, call.num_blocks);
+  const Result<KVCacheBytes> result = cache_bytes(layout, call.num_blocks);
+  if (!result.ok()) {
+    const KVCacheViews none = make_views(layout, call.num_blocks, nullptr);
+    return none.key_cache.defined() ? internal_error("there are views of what has no size") : Status();
+  }
+  const KVCacheBytes& bytes = *result;
   for (std::int64_t size : {bytes.base, bytes.v_base, bytes.k_scales, bytes.v_scales}) {
     if (size < 0) return internal_error("cache_bytes gave " + std::to_string(size) + " bytes");
   }
