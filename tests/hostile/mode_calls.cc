@@ -18,9 +18,9 @@ Call make_calls(std::vector<std::string> words) {
   return call;
 }
 
-void add(Call& call, const std::string& name, Expect expect, std::function<Status()> run) {
+void add(Call& call, const std::string& name, Expect expect, std::function<Status()> run, bool without_memory = false) {
   auto* const target = static_cast<std::function<Status()>*>(call.memory.get());
-  call.probes.push_back({name, expect, [target, run] { *target = run; }});
+  call.probes.push_back({name, expect, [target, run] { *target = run; }, without_memory});
 }
 
 struct HostileName {
@@ -52,7 +52,7 @@ std::vector<HostileName> hostile_names() {
 }
 
 Call make_lookups() {
-  Call call = make_calls({"kv_cache_dtype", "mode id", "KVQuantMode"});
+  Call call = make_calls({"kv_cache_dtype", "mode id", "KVQuantMode", "head_size"});
   std::vector<HostileName> names = hostile_names();
   names.insert(
       names.end(),
@@ -65,6 +65,16 @@ Call make_lookups() {
         [name] { return get_backend(*name).status(); });
     add(call, std::string("has_backend ") + entry.label, Expect::kAccepted,
         [name] { return has_backend(*name) ? internal_error("has_backend is true") : Status(); });
+    add(call, std::string("kv_quant_mode_from_name ") + entry.label, Expect::kRefused,
+        [name] { return kv_quant_mode_from_name(*name).status(); });
+    // As in vLLM: every string that begins with fp8 is FP8_PER_TENSOR, any other unknown one NONE.
+    add(call, std::string("get_kv_quant_mode ") + entry.label, Expect::kAccepted, [name] {
+      const KVQuantMode mode = name->starts_with("fp8") ? KVQuantMode::kFp8PerTensor : KVQuantMode::kNone;
+      const bool right = get_kv_quant_mode(*name) == mode &&
+                         is_quantized_kv_cache(*name) == (mode != KVQuantMode::kNone) &&
+                         !kv_cache_uses_per_token_head_scales(*name);
+      return right ? Status() : internal_error("a mode was found");
+    });
   }
   for (int id : {INT_MIN, -1, 16, 1000, INT_MAX}) {
     const std::string number = to_text(std::int64_t{id});
@@ -76,13 +86,26 @@ Call make_lookups() {
   }
   for (int value : {INT_MIN, -1, 0, 1, 6, 77, INT_MAX}) {
     const std::string number = to_text(std::int64_t{value});
+    const auto mode = static_cast<KVQuantMode>(value);
+    const bool known = value == 0 || value == 1;
     add(call, "mode_from_kv_quant_mode " + number, Expect::kRefused,
-        [value] { return mode_from_kv_quant_mode(static_cast<KVQuantMode>(value)).status(); });
-    add(call, "get_backend of KVQuantMode " + number, Expect::kRefused,
-        [value] { return get_backend(static_cast<KVQuantMode>(value)).status(); });
-    add(call, "has_backend of KVQuantMode " + number, Expect::kAccepted, [value] {
-      return has_backend(static_cast<KVQuantMode>(value)) ? internal_error("has_backend is true") : Status();
+        [mode] { return mode_from_kv_quant_mode(mode).status(); });
+    add(call, "get_backend of KVQuantMode " + number, Expect::kRefused, [mode] { return get_backend(mode).status(); });
+    add(call, "has_backend of KVQuantMode " + number, Expect::kAccepted,
+        [mode] { return has_backend(mode) ? internal_error("has_backend is true") : Status(); });
+    add(call, "kv_quant_mode_name " + number, Expect::kAccepted, [=] {
+      return (kv_quant_mode_name(mode) != "unknown") == known ? Status() : internal_error("the name is wrong");
     });
+    add(call, "is_per_token_head " + number, Expect::kAccepted,
+        [mode] { return is_per_token_head(mode) ? internal_error("it is true") : Status(); });
+    add(call, "packing_factor " + number, known ? Expect::kAccepted : Expect::kRefused,
+        [mode] { return packing_factor(mode).status(); });
+    add(call, "packed_head_size " + number, known ? Expect::kAccepted : Expect::kRefused,
+        [mode] { return packed_head_size(mode, 64).status(); });
+  }
+  for (int head_size : {INT_MIN, -64, -1, 0, 63, 65, INT_MAX}) {
+    add(call, "packed_head_size of " + to_text(std::int64_t{head_size}), Expect::kRefused,
+        [head_size] { return packed_head_size(KVQuantMode::kInt4PerTokenHead, head_size).status(); });
   }
   return call;
 }
@@ -125,10 +148,47 @@ Call make_registrations() {
   return call;
 }
 
+struct NoRows : QuantKVBackend {
+  ModeId mode() const override { return ModeId{}; }
+};
+
+// Calls that allocate, first without enough memory: what failed has left nothing behind.
+Call make_without_memory() {
+  Call call = make_calls({"memory"});
+  const auto without = [&](const std::string& name, std::function<Status()> run) {
+    add(call, name, Expect::kAccepted, std::move(run), true);
+  };
+  const auto spec =
+      std::make_shared<ModeSpec>(ModeSpec{.name = "a_mode_of_a_long_name", .aliases = {"an_alias_of_a_long_name"}});
+  const auto pair = std::make_shared<std::string>("k=int4_per_token_head,v=turboquant_v3");
+  without("parse_kv_cache_dtype", [pair] { return parse_kv_cache_dtype(*pair).status(); });
+  without("mode_info", [id = mode_of("int4_per_token_head")] { return mode_info(id).status(); });
+  without("mode_from_kv_quant_mode", [] { return mode_from_kv_quant_mode(KVQuantMode::kInt4PerTokenHead).status(); });
+  without("register_mode", [spec, id = std::make_shared<Result<ModeId>>(Status())] {
+    if (!id->ok()) *id = register_mode(*spec);
+    return id->status();
+  });
+  without("get_backend", [] { return get_backend("int4_per_token_head").status(); });
+  without("allocate_scale_caches", []() -> Status {
+    const Result<const QuantKVBackend*> backend = get_backend("int4_per_token_head");
+    return backend.ok() ? (*backend)->allocate_scale_caches(2, 16, 8).status() : backend.status();
+  });
+  without("packed_head_size", []() -> Status {
+    const Result<const QuantKVBackend*> backend = get_backend("int4_per_token_head");
+    return backend.ok() ? (*backend)->packed_head_size(64).status() : backend.status();
+  });
+  const ModeId id =
+      *register_mode({.name = "mode_without_memory_" + std::to_string(list_modes().size()), .aliases = {}});
+  without("register_backend", [id] { return register_backend<NoRows>(id); });
+  return call;
+}
+
 }  // namespace
 
 std::vector<Group> mode_groups() {
-  return {{"modes/lookup", {}, make_lookups, 60, 30}, {"modes/register", {}, make_registrations, 30, 3}};
+  return {{"modes/lookup", {}, make_lookups, 60, 30},
+          {"modes/register", {}, make_registrations, 30, 3},
+          {"modes/memory", {"int4_per_token_head"}, make_without_memory, 0, 8}};
 }
 
 }  // namespace quire::testing
