@@ -305,24 +305,24 @@ Call make_plan(const AttentionCase::Options& options) {
 std::vector<Group> attention_groups() {
   const auto group = [](const std::string& name, const AttentionCase::Options& options, const AttentionProbes& wanted,
                         int refused) {
-    return Group{"attention/" + name, {options.mode}, [=] { return make_attention(options, wanted); }, refused, 50};
+    return Group{"attention/" + name, {options.mode}, [=] { return make_attention(options, wanted); }, refused, 90};
   };
   AttentionCase::Options gaps = small("int8_per_token_head");
   gaps.layout = Layout::kPadded;
-  return {group("auto", small("auto"), {.tensors = "cache", .swaps = true}, 300),
-          group("fp8", small("fp8"), {.tensors = "cache"}, 300),
-          group("int8", gaps, {.tensors = "cache"}, 300),
-          group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 300),
-          group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 300),
-          group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 300),
-          group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 600),
-          group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 300),
-          group("ones", ones("int4_per_token_head"), {}, 300)};
+  return {group("auto", small("auto"), {.tensors = "cache", .swaps = true}, 220),
+          group("fp8", small("fp8"), {.tensors = "cache"}, 220),
+          group("int8", gaps, {.tensors = "cache"}, 220),
+          group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 220),
+          group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 220),
+          group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 220),
+          group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 1100),
+          group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 220),
+          group("ones", ones("int4_per_token_head"), {}, 500)};
 }
 
 std::vector<Group> plan_groups() {
   const auto group = [](const std::string& name, const AttentionCase::Options& options) {
-    return Group{"plan/" + name, {options.mode}, [=] { return make_plan(options); }, 120, 20};
+    return Group{"plan/" + name, {options.mode}, [=] { return make_plan(options); }, 180, 60};
   };
   AttentionCase::Options splits = small("int8_per_token_head");
   splits.sequences = {{3, 200}, {1, 150}};

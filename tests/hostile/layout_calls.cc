@@ -139,8 +139,8 @@ std::vector<Group> layout_groups() {
                    spec.mode = mode_of(mode);
                    return make_layout_call(spec);
                  },
-                 50,
-                 30};
+                 60,
+                 60};
   };
   return {group("auto", "auto", {.packing = KVPacking::kKVInBlock}),
           group("int4", "int4_per_token_head",

@@ -97,9 +97,9 @@ Call make_merge(DType dtype, bool ones) {
 }  // namespace
 
 std::vector<Group> merge_groups() {
-  return {{"merge/float32", {}, [] { return make_merge(DType::kFloat32, false); }, 200, 50},
-          {"merge/bfloat16", {}, [] { return make_merge(DType::kBFloat16, false); }, 200, 50},
-          {"merge/ones", {}, [] { return make_merge(DType::kFloat32, true); }, 150, 50}};
+  return {{"merge/float32", {}, [] { return make_merge(DType::kFloat32, false); }, 280, 120},
+          {"merge/bfloat16", {}, [] { return make_merge(DType::kBFloat16, false); }, 170, 70},
+          {"merge/ones", {}, [] { return make_merge(DType::kFloat32, true); }, 240, 130}};
 }
 
 }  // namespace quire::testing

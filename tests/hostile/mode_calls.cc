@@ -186,8 +186,8 @@ Call make_without_memory() {
 }  // namespace
 
 std::vector<Group> mode_groups() {
-  return {{"modes/lookup", {}, make_lookups, 60, 30},
-          {"modes/register", {}, make_registrations, 30, 3},
+  return {{"modes/lookup", {}, make_lookups, 95, 65},
+          {"modes/register", {}, make_registrations, 45, 3},
           {"modes/memory", {"int4_per_token_head"}, make_without_memory, 0, 8}};
 }
 

@@ -150,7 +150,7 @@ Call make_store(const StoreOptions& options) {
 
 std::vector<Group> store_groups() {
   const auto group = [](const std::string& name, const StoreOptions& options) {
-    return Group{"store/" + name, {options.mode}, [options] { return make_store(options); }, 150, 50};
+    return Group{"store/" + name, {options.mode}, [options] { return make_store(options); }, 170, 70};
   };
   return {group("auto", {.mode = "auto", .swaps = true}),
           group("fp8", {.mode = "fp8", .scales = true, .swaps = true}),

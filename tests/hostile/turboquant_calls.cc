@@ -312,11 +312,11 @@ Call make_layers() {
 std::vector<Group> turboquant_groups() {
   const TurboQuantConfig k8v4{.key_bits = 8, .value_bits = 4};
   const TurboQuantConfig k3v3{.key_bits = 3, .value_bits = 3};
-  return {{"turboquant/store_k8v4", {"turboquant_k8v4"}, [=] { return make_store(k8v4); }, 100, 20},
-          {"turboquant/store_3bit", {"turboquant_3bit_nc"}, [=] { return make_store(k3v3); }, 100, 20},
-          {"turboquant/decode_k8v4", {"turboquant_k8v4"}, [=] { return make_decode(k8v4); }, 100, 20},
-          {"turboquant/decode_3bit", {"turboquant_3bit_nc"}, [=] { return make_decode(k3v3); }, 100, 20},
-          {"turboquant/views", {"turboquant_3bit_nc"}, [=] { return make_views_call(k3v3); }, 30, 2},
+  return {{"turboquant/store_k8v4", {"turboquant_k8v4"}, [=] { return make_store(k8v4); }, 95, 38},
+          {"turboquant/store_3bit", {"turboquant_3bit_nc"}, [=] { return make_store(k3v3); }, 280, 60},
+          {"turboquant/decode_k8v4", {"turboquant_k8v4"}, [=] { return make_decode(k8v4); }, 100, 45},
+          {"turboquant/decode_3bit", {"turboquant_3bit_nc"}, [=] { return make_decode(k3v3); }, 370, 60},
+          {"turboquant/views", {"turboquant_3bit_nc"}, [=] { return make_views_call(k3v3); }, 45, 5},
           {"turboquant/layers", {}, make_layers, 0, 50}};
 }
 
