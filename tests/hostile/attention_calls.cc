@@ -201,9 +201,9 @@ Status plan_and_run(const Planned& planned) {
   const std::size_t bytes = plan->workspace_bytes - static_cast<std::size_t>(planned.workspace_missing);
   const bool given = bytes <= kMostBytes && !planned.workspace_null;
   void* const workspace = given && bytes > 0 ? std::malloc(bytes) : nullptr;
-  const Status status = run_unified_attention(*plan, planned.problem_case.args,
-                                              static_cast<std::uint8_t*>(workspace) + planned.workspace_offset,
-                                              workspace == nullptr ? 0 : bytes);
+  Status status = run_unified_attention(*plan, planned.problem_case.args,
+                                        static_cast<std::uint8_t*>(workspace) + planned.workspace_offset,
+                                        workspace == nullptr ? 0 : bytes);
   std::free(workspace);
   return status;
 }
@@ -269,7 +269,7 @@ Call make_plan(const AttentionCase::Options& options) {
                                      {.refused = {1, 2, 3, 4, 5, 6, 7, 8, 9, 77, 255}});
 
   // A plan is the library's own; a caller who keeps one may still hand over another call's, or spoil it.
-  const auto spoil = [&](const std::string& name, Expect expect, std::function<void(AttentionPlan&)> change) {
+  const auto spoil = [&](const std::string& name, Expect expect, const std::function<void(AttentionPlan&)>& change) {
     call.probes.push_back({"plan." + name, expect, [&p, change] { p.change_plan = change; }});
   };
   for (std::int64_t value :

@@ -75,7 +75,7 @@ std::shared_ptr<Rows> make_rows() {
   options.num_kv_heads = 3;
   options.block_size = 4;
   options.sequences = {{3, 14}, {1, 9}};
-  const auto rows = std::make_shared<Rows>(options);
+  auto rows = std::make_shared<Rows>(options);
   rows->mode = rows->attention.args.mode = new_mode();
   return rows;
 }
@@ -210,7 +210,7 @@ Call make_faults() {
       {"no backend", Expect::kRefused, kEither, nullptr},
   };
   const auto run = std::make_shared<std::function<Status()>>();
-  const auto way = [&](const Fault& fault, const std::string& name, Expect expect, std::function<Status()> op) {
+  const auto way = [&](const Fault& fault, const std::string& name, Expect expect, const std::function<Status()>& op) {
     call.probes.push_back({std::string(fault.name) + ", " + name, expect, [&r, run, set = fault.set, op] {
                              *run = op;
                              if (!set) return;

@@ -48,22 +48,18 @@ Status check_layout(const LayoutCall& call) {
     if (size < 1) return internal_error("the layout has a size of " + std::to_string(size) + " bytes");
   }
   if (call.num_blocks < 1 || call.num_blocks > 1000) return {};
-  // Addresses only; nothing is there.
-  const std::array<std::uint8_t*, 4> bases = {reinterpret_cast<std::uint8_t*>(std::uintptr_t{1} << 44),
-                                              reinterpret_cast<std::uint8_t*>(std::uintptr_t{2} << 44),
-                                              reinterpret_cast<std::uint8_t*>(std::uintptr_t{3} << 44),
-                                              reinterpret_cast<std::uint8_t*>(std::uintptr_t{4} << 44)};
-  const KVCacheViews views = make_views(layout, call.num_blocks, bases[0], bases[1], bases[2], bases[3]);
+  std::array<std::uint8_t, 4> bases{};  // addresses are compared; nothing is read or written
+  const KVCacheViews views = make_views(layout, call.num_blocks, &bases[0], &bases[1], &bases[2], &bases[3]);
   const bool apart = layout.spec.packing == KVPacking::kSeparate;
   const struct {
     const Tensor& view;
     const void* base;
     std::int64_t bytes;
-  } planes[] = {{views.key_cache, bases[0], bytes.base},
-                {views.value_cache, bases[apart ? 1 : 0], apart ? bytes.v_base : bytes.base},
-                {views.k_scale_cache, bases[layout.k_scale_offset < 0 ? 2 : 0],
+  } planes[] = {{views.key_cache, &bases[0], bytes.base},
+                {views.value_cache, &bases[apart ? 1 : 0], apart ? bytes.v_base : bytes.base},
+                {views.k_scale_cache, &bases[layout.k_scale_offset < 0 ? 2 : 0],
                  layout.k_scale_offset < 0 ? bytes.k_scales : bytes.base},
-                {views.v_scale_cache, bases[layout.v_scale_offset < 0 ? 3 : (apart ? 1 : 0)],
+                {views.v_scale_cache, &bases[layout.v_scale_offset < 0 ? 3 : (apart ? 1 : 0)],
                  layout.v_scale_offset < 0 ? bytes.v_scales : (apart ? bytes.v_base : bytes.base)}};
   for (const auto& plane : planes) {
     std::int64_t last = 0;

@@ -75,7 +75,11 @@ void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { s
 void operator delete(void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
 void operator delete[](void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
 
-// A null pointer from malloc and calloc above the limit, where AddressSanitizer would end the process.
-extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1:max_allocation_size_mb=256"; }
+// A null pointer from malloc and calloc above the limit, where AddressSanitizer would end the process. Short stacks of
+// allocations, since every page of them that a child touches is copied.
+// NOLINTNEXTLINE(bugprone-reserved-identifier): AddressSanitizer's name for it
+extern "C" const char* __asan_default_options() {
+  return "allocator_may_return_null=1:max_allocation_size_mb=256:malloc_context_size=2";
+}
 
 extern "C" void* aligned_alloc(std::size_t alignment, std::size_t bytes) noexcept { return get(bytes, alignment); }

@@ -18,7 +18,8 @@ Call make_calls(std::vector<std::string> words) {
   return call;
 }
 
-void add(Call& call, const std::string& name, Expect expect, std::function<Status()> run, bool without_memory = false) {
+void add(Call& call, const std::string& name, Expect expect, const std::function<Status()>& run,
+         bool without_memory = false) {
   auto* const target = static_cast<std::function<Status()>*>(call.memory.get());
   call.probes.push_back({name, expect, [target, run] { *target = run; }, without_memory});
 }
@@ -112,7 +113,7 @@ Call make_lookups() {
 
 Call make_registrations() {
   Call call = make_calls({"name", "alias", "mode", "factory"});
-  const auto registered = [](ModeSpec spec) { return [spec] { return register_mode(spec).status(); }; };
+  const auto registered = [](const ModeSpec& spec) { return [spec] { return register_mode(spec).status(); }; };
   for (const HostileName& entry : hostile_names()) {
     const Expect expect = entry.matter_of_taste ? Expect::kConfined : Expect::kRefused;
     const std::string label = entry.label;
@@ -155,8 +156,8 @@ struct NoRows : QuantKVBackend {
 // Calls that allocate, first without enough memory: what failed has left nothing behind.
 Call make_without_memory() {
   Call call = make_calls({"memory"});
-  const auto without = [&](const std::string& name, std::function<Status()> run) {
-    add(call, name, Expect::kAccepted, std::move(run), true);
+  const auto without = [&](const std::string& name, const std::function<Status()>& run) {
+    add(call, name, Expect::kAccepted, run, true);
   };
   const auto spec =
       std::make_shared<ModeSpec>(ModeSpec{.name = "a_mode_of_a_long_name", .aliases = {"an_alias_of_a_long_name"}});

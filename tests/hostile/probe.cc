@@ -425,9 +425,9 @@ void all_tensor_probes(Call& call, std::string_view containing) {
   }
   for (const auto& [word, places] : shared) {
     const std::int64_t extent = places[0].first->shape[places[0].second];
-    const auto set_all = [&places](std::int64_t value, bool null) {
-      return [places, value, null] {
-        for (const auto& [tensor, dim] : places) {
+    const auto set_all = [&all = places](std::int64_t value, bool null) {
+      return [all, value, null] {
+        for (const auto& [tensor, dim] : all) {
           tensor->shape[dim] = value;
           if (null) tensor->data = nullptr;
         }

@@ -27,7 +27,7 @@ struct Slots {
 };
 
 std::shared_ptr<Slots> make_slots(const TurboQuantConfig& config) {
-  const auto slots = std::make_shared<Slots>();
+  auto slots = std::make_shared<Slots>();
   Slots& s = *slots;
   const ModeId mode = *turboquant_mode(config);
   const KVCacheLayout layout = *make_layout({.mode = mode, .head_size = kHeadSize, .num_kv_heads = kHeads});
@@ -60,6 +60,7 @@ std::shared_ptr<Slots> make_slots(const TurboQuantConfig& config) {
     }
     s.rotation.fill(matrix);
     std::vector<float> centroids;
+    centroids.reserve(16);
     for (int i = 0; i < 1 << config.key_bits; ++i) {
       centroids.push_back((config.key_bits == 3 ? format::centroid<3>(i) : format::centroid<4>(i)) / 8.0F);
     }
