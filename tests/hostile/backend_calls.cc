@@ -144,7 +144,23 @@ Call make_arguments() {
   return call;
 }
 
-// The backend is wrong. Four ways of reaching it for each fault.
+// A backend of the table, whose ops are called without the registry.
+Call make_direct() {
+  const auto rows = make_rows();
+  rows->attention.args.mode = mode_of("int8_per_token_head");
+  Call call = call_of(rows);
+  UnifiedAttentionArgs& args = rows->attention.args;
+  call.run = [&args]() -> Status {
+    const Result<const QuantKVBackend*> backend = get_backend("int8_per_token_head");
+    return backend.ok() ? (*backend)->unified_attention(args, nullptr) : backend.status();
+  };
+  plain_probes(call);
+  all_tensor_probes(call, "cache");
+  index_probes(call, "block_table");
+  return call;
+}
+
+// The backend is wrong. Five ways of reaching it for each fault.
 Call make_faults() {
   const auto rows = make_rows();
   Rows& r = *rows;
@@ -250,7 +266,10 @@ Call make_faults() {
       const Result<const QuantKVBackend*> backend = get_backend(r.mode);
       if (!backend.ok()) return backend.status();
       try {
-        return (*backend)->packed_head_size(64).status();
+        const Result<int> packed = (*backend)->packed_head_size(64);
+        // Of rows of bytes, what row_bytes says: not the low half of it.
+        if (packed.ok() && *packed != 64 + r.faults.extra_row_bytes) throw std::out_of_range("another head size");
+        return packed.status();
       } catch (const std::runtime_error&) {  // a method that is called directly throws what its class throws
         return {};
       }
@@ -332,6 +351,7 @@ Call make_methods(const std::string& mode) {
 std::vector<Group> backend_groups() {
   const std::string rows = "int8_per_token_head";
   return {{"backend/arguments", {rows}, make_arguments, 450, 80},
+          {"backend/direct", {rows}, make_direct, 200, 40},
           {"backend/faults", {rows, "int4_per_token_head"}, make_faults, 70, 50},
           {"backend/int4", {"int4_per_token_head"}, [] { return make_methods("int4_per_token_head"); }, 85, 15},
           {"backend/turboquant", {"turboquant_3bit_nc"}, [] { return make_methods("turboquant_3bit_nc"); }, 25, 75}};

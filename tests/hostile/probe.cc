@@ -70,18 +70,25 @@ bool has_elements(const Tensor& t) {
   return std::all_of(t.shape, t.shape + t.ndim, [](std::int64_t extent) { return extent > 0; });
 }
 
+// The first and the last byte of a view that has elements, relative to its data; nothing where that takes more than 63
+// bits.
+std::optional<std::pair<__int128, __int128>> reach(const Tensor& t) {
+  const auto size = static_cast<__int128>(dtype_bytes(t.dtype));
+  __int128 first = 0;
+  __int128 last = size - 1;
+  for (int dim = 0; dim < t.ndim; ++dim) {
+    const __int128 distance = static_cast<__int128>(t.shape[dim] - 1) * t.strides[dim];
+    if (distance > kInt64Max || distance < kInt64Min) return std::nullopt;
+    (distance < 0 ? first : last) += distance * size;
+  }
+  if (first < kInt64Min || last > kInt64Max) return std::nullopt;
+  return std::pair{first, last};
+}
+
 // Where a view lies, if all its elements lie in one buffer.
 std::optional<Place> inside(const Call& call, const Tensor& t) {
-  __int128 first = 0;
-  __int128 last = 0;
-  for (int dim = 0; dim < t.ndim; ++dim) {
-    // Neither factor exceeds 63 bits, and a sum of 6 such products fits unless it is far outside anyway.
-    const __int128 reach = static_cast<__int128>(t.shape[dim] - 1) * t.strides[dim];
-    if (reach > kInt64Max || reach < kInt64Min) return std::nullopt;
-    (reach < 0 ? first : last) += reach;
-  }
-  const auto size = static_cast<__int128>(dtype_bytes(t.dtype));
-  return place_of(call, t.data, first * size, last * size + size - 1);
+  const auto bytes = reach(t);
+  return bytes ? place_of(call, t.data, bytes->first, bytes->second) : std::nullopt;
 }
 
 // visit(index of the buffer, offset of the element) for each element of a view that has some.
@@ -396,8 +403,13 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
                        (extent - 1) * valid.strides[dim] * static_cast<std::int64_t>(dtype_bytes(valid.dtype));
         text += " backwards";
       }
+      if (!has_elements(changed)) continue;
+      if (!reach(changed)) {
+        add(".strides" + at + "=" + text, Expect::kRefused, changed);
+        continue;
+      }
       // A stride decides nothing but addresses: where they leave the buffer, only the caller can know.
-      if (!has_elements(changed) || !inside(call, changed)) continue;
+      if (!inside(call, changed)) continue;
       // Rows of an output over each other, or over those of a neighbour in the same buffer.
       Expect expect = Expect::kRight;
       if (argument.role != Role::kInput && extent > 1 && changed.data == valid.data) {
