@@ -136,8 +136,7 @@ QUIRE_HD void store_as(std::uint8_t* bytes, T value) {
   memcpy(bytes, &value, sizeof(T));
 }
 
-// ---- the parts that several formats share
-// ----------------------------------------------------------------------------
+// ---- the parts that several formats share ---------------------------------------------------------------------------
 
 // max |x|. Not finite where an element is not.
 struct AbsMax {

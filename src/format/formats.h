@@ -101,8 +101,7 @@ inline FormatId find_format(std::string_view name) {
   return FormatId::kNone;
 }
 
-// ---- which modes this build holds (CMake's QUIRE_MODES)
-// --------------------------------------------------------------
+// ---- which modes this build holds (CMake's QUIRE_MODES) -------------------------------------------------------------
 
 constexpr bool mode_enabled(std::string_view name) {
   constexpr std::string_view enabled[] = {QUIRE_ENABLED_MODES};

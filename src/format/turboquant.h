@@ -103,8 +103,7 @@ QUIRE_HD std::uint16_t saturated_half(float x) {
 
 }  // namespace turboquant
 
-// ---- keys
-// ------------------------------------------------------------------------------------------------------------
+// ---- keys -----------------------------------------------------------------------------------------------------------
 
 template <int kBits>
 struct TurboQuantKey : FormatDefaults {
@@ -211,8 +210,7 @@ struct TurboQuantK8E4B15 : TurboQuantKeyFp8<E4B15> {
   static constexpr double kMaxNmse = 3e-2;
 };
 
-// ---- values
-// ----------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
 template <int kBits>
 struct TurboQuantValue : FormatDefaults {

@@ -79,8 +79,7 @@ void Batch::add(const Sequence& sequence, std::int64_t count, std::int64_t num_l
   blocks.emplace_back(sequence.blocks.begin(), sequence.blocks.begin() + used);
 }
 
-// ---- loading
-// ---------------------------------------------------------------------------------------------------------
+// ---- loading --------------------------------------------------------------------------------------------------------
 
 // Finds tensors in one file or many and hands them out as checked fp32 arrays. Keeps the first refusal; after one it
 // hands out nothing, so a list of loads needs a single check at its end.
@@ -235,8 +234,7 @@ Result<Model> Model::load(const std::string& model_dir) try {
   return internal_error(model_dir + ": there is not enough memory for the weights");
 }
 
-// ---- running
-// ---------------------------------------------------------------------------------------------------------
+// ---- running --------------------------------------------------------------------------------------------------------
 
 namespace {
 

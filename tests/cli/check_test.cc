@@ -22,8 +22,7 @@ using nlohmann::json;
 
 std::string golden_path(const std::string& name) { return source_path("tests/golden/" + name + ".safetensors.gz"); }
 
-// ---- every case passes
-// -----------------------------------------------------------------------------------------------
+// ---- every case passes ----------------------------------------------------------------------------------------------
 
 struct GoldenFile {
   const char* name;
@@ -129,8 +128,7 @@ TEST(CheckMeasures, EveryGateIsApplied) {
   EXPECT_EQ(measures_of(turboquant, "turboquant/turboquant_3bit_nc/d64"), slot);
 }
 
-// ---- files with one change
-// -------------------------------------------------------------------------------------------
+// ---- files with one change ------------------------------------------------------------------------------------------
 
 // One golden case as a file of its own, opened for changes.
 class OneCase {

@@ -22,8 +22,7 @@ void expect_sentence(const Status& status) {
   EXPECT_NE(message.back(), '.') << message;
 }
 
-// ---- reshape_and_cache
-// -----------------------------------------------------------------------------------------------
+// ---- reshape_and_cache ----------------------------------------------------------------------------------------------
 
 struct StoreCall {
   StoreCall(const std::string& mode, DType dtype)
@@ -221,8 +220,7 @@ TEST(Refusals, TheUnspoiledStoreIsAccepted) {
   }
 }
 
-// ---- unified_attention
-// -----------------------------------------------------------------------------------------------
+// ---- unified_attention ----------------------------------------------------------------------------------------------
 
 struct BadRead {
   const char* mode;
@@ -464,8 +462,7 @@ TEST(Refusals, BadReads) {
   }
 }
 
-// ---- plans
-// -----------------------------------------------------------------------------------------------------------
+// ---- plans ----------------------------------------------------------------------------------------------------------
 
 TEST(Refusals, BadProblems) {
   const struct {
@@ -720,8 +717,7 @@ TEST(Plan, BoundsOnlyGrow) {
   EXPECT_TRUE(call.matches());
 }
 
-// ---- merge_attn_states
-// -----------------------------------------------------------------------------------------------
+// ---- merge_attn_states ----------------------------------------------------------------------------------------------
 
 TEST(Refusals, BadMerges) {
   const struct {
@@ -781,8 +777,7 @@ TEST(Refusals, BadMerges) {
   }
 }
 
-// ---- every tensor of every op
-// -----------------------------------------------------------------------------------------------
+// ---- every tensor of every op ---------------------------------------------------------------------------------------
 
 // Shapes that lie, in each tensor of a call: refused by its name, and nothing is computed from them.
 template <class Args>
@@ -905,8 +900,7 @@ TEST(Refusals, ASinkOfMinusInfinityIsNoSink) {
   EXPECT_EQ(call.out.bytes, out);
 }
 
-// ---- Tensor
-// -----------------------------------------------------------------------------------------------
+// ---- Tensor ---------------------------------------------------------------------------------------------------------
 
 TEST(Tensors, WhatDoesNotFitIsKeptOutAndRefused) {
   float data[8] = {};

@@ -37,8 +37,7 @@ namespace {
   return ::testing::AssertionSuccess();
 }
 
-// ---- the table's backends
-// --------------------------------------------------------------------------------------------
+// ---- the table's backends -------------------------------------------------------------------------------------------
 
 TEST(Backend, PropertiesOfTheTablesModes) {
   struct Expected {
@@ -153,8 +152,7 @@ TEST(Backend, SentencesNameTheMode) {
             "KVQuantMode FP8_PER_TENSOR has no backend; call the ops directly with k_scale and v_scale");
 }
 
-// ---- scale caches
-// ----------------------------------------------------------------------------------------------------
+// ---- scale caches ---------------------------------------------------------------------------------------------------
 
 TEST(ScaleCaches, LiveAsLongAsACopyOfThem) {
   QUIRE_NEEDS_MODES("int8_per_token_head");
@@ -213,8 +211,7 @@ TEST(Result, OfATemporaryIsMovedOut) {
   EXPECT_EQ(sum, 7000);
 }
 
-// ---- modes without a backend
-// -----------------------------------------------------------------------------------------
+// ---- modes without a backend ----------------------------------------------------------------------------------------
 
 TEST(Backend, NoneAndFp8PerTensorHaveNone) {
   for (const char* mode : {"auto", "bfloat16", "float16", "float32"}) {
@@ -264,8 +261,7 @@ TEST(Backend, OpsOfTheBackendAreTheOps) {
   }
 }
 
-// ---- registration
-// ----------------------------------------------------------------------------------------------------
+// ---- registration ---------------------------------------------------------------------------------------------------
 
 class Plain : public QuantKVBackend {
  public:
@@ -435,8 +431,7 @@ TEST(Registry, IsThreadSafe) {
   for (const QuantKVBackend* backend : seen) EXPECT_EQ(backend, seen[0]);
 }
 
-// ---- modes from outside: both ops
-// ------------------------------------------------------------------------------------
+// ---- modes from outside: both ops -----------------------------------------------------------------------------------
 
 // Writes int8_per_token_head's bytes in its own way: every row with twice the scale it needs.
 class CoarseInt8 : public QuantKVBackend {

@@ -111,8 +111,7 @@ std::string name_of(const TurboQuantConfig& config) {
          std::to_string(config.value_bits);
 }
 
-// ---- modes and layers
-// ------------------------------------------------------------------------------------------------
+// ---- modes and layers -----------------------------------------------------------------------------------------------
 
 TEST(TurboQuant, ConfigurationsNameModes) {
   const std::pair<TurboQuantConfig, const char*> modes[] = {
@@ -210,8 +209,7 @@ TEST(BoundarySkipLayers, AbsurdCountsAreHarmless) {
   EXPECT_EQ(most.back(), INT_MAX - 1);
 }
 
-// ---- the entry points
-// ------------------------------------------------------------------------------------------------
+// ---- the entry points -----------------------------------------------------------------------------------------------
 
 TEST(TurboQuant, EntryPointsAreTheOps) {
   for (const TurboQuantConfig& config : kConfigs) {
@@ -574,8 +572,7 @@ TEST(TurboQuant, RefusesHeadSizesThatItsPackingDoesNotDivide) {
   }
 }
 
-// ---- mixed modes
-// -----------------------------------------------------------------------------------------------------
+// ---- mixed modes ----------------------------------------------------------------------------------------------------
 
 TEST(MixedModes, APairOfTheTableIsThatMode) {
   for (const ModeInfo& mode : list_modes()) {

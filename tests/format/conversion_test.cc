@@ -165,8 +165,7 @@ TEST_P(Conversion, SpecialValues) {
 INSTANTIATE_TEST_SUITE_P(Floats, Conversion, ::testing::ValuesIn(kKinds),
                          [](const auto& param) { return std::string(param.param.name); });
 
-// ---- e4b15, as Triton converts
-// ----------------------------------------------------------------------------------------
+// ---- e4b15, as Triton converts --------------------------------------------------------------------------------------
 
 // fp16 bits of x rounded toward zero: a finite x beyond 65504 gives 65504, an infinity stays one, a NaN stays one and
 // keeps its sign.

@@ -1,6 +1,7 @@
 // What a probe's process gets from operator new and aligned_alloc: never more than 256 MiB at once, and on request
-// nothing at all from the n-th allocation on. (malloc: RLIMIT_AS or AddressSanitizer's limit.) Every build then sees what a machine without memory would show,
-// std::bad_alloc or a null pointer, where AddressSanitizer's own allocator would end the process.
+// nothing at all from the n-th allocation on. (malloc: RLIMIT_AS or AddressSanitizer's limit.) Every build then sees
+// what a machine without memory would show, std::bad_alloc or a null pointer, where AddressSanitizer's own allocator
+// would end the process.
 #pragma once
 
 namespace quire::testing::allocations {

@@ -28,8 +28,7 @@ std::vector<std::int32_t> iota_tokens(std::int64_t n, std::int32_t first = 0) {
   return tokens;
 }
 
-// ---- BlockAllocator
-// --------------------------------------------------------------------------------------------------
+// ---- BlockAllocator -------------------------------------------------------------------------------------------------
 
 TEST(BlockAllocator, ReservesAndTakesBack) {
   BlockAllocator allocator(4, 16, true);
@@ -160,8 +159,7 @@ TEST(BlockAllocator, RandomTrafficNeverMixesSequences) {
   EXPECT_EQ(allocator.num_free(), kBlocks);
 }
 
-// ---- Engine
-// ----------------------------------------------------------------------------------------------------------
+// ---- Engine ---------------------------------------------------------------------------------------------------------
 
 class TinyLm : public ::testing::Test {
  protected:
@@ -380,8 +378,7 @@ TEST_F(TinyLm, EveryLayerMayHaveItsOwnMode) {
   EXPECT_EQ(run(*engine)[0].tokens.size(), 4U);
 }
 
-// ---- Sampler
-// ---------------------------------------------------------------------------------------------------------
+// ---- Sampler --------------------------------------------------------------------------------------------------------
 
 TEST(Sampler, DrawsFromTheSoftmaxCutAtTopP) {
   // Probabilities 0.1, 0.4, 0.3, 0.2 at temperature 2.

@@ -248,8 +248,7 @@ TEST_P(Store, DuplicateSlotsAreOneTokensRow) {
 INSTANTIATE_TEST_SUITE_P(Modes, Store, ::testing::ValuesIn(table_modes()),
                          [](const auto& param) { return test_name(param.param); });
 
-// ---- what only some modes have
-// ---------------------------------------------------------------------------------------
+// ---- what only some modes have --------------------------------------------------------------------------------------
 
 TEST(StoreFp8PerTensor, ScalesByHeadAndCopiesFp8) {
   for (const char* mode : {"fp8", "fp8_e5m2"}) {

@@ -169,8 +169,7 @@ std::string_view layout_name(Layout layout) {
   return names[static_cast<int>(layout)];
 }
 
-// ---- PagedCache
-// ------------------------------------------------------------------------------------------------------
+// ---- PagedCache -----------------------------------------------------------------------------------------------------
 
 PagedCache::PagedCache(const Options& options) : options_(options) {
   if (options_.head_size_v == 0) options_.head_size_v = options_.head_size;
@@ -213,8 +212,7 @@ PagedCache::PagedCache(const Options& options) : options_(options) {
   if (vs > 0) v_scale_cache = scales(planes.v_scale);
 }
 
-// ---- OwnedTensor
-// -----------------------------------------------------------------------------------------------------
+// ---- OwnedTensor ----------------------------------------------------------------------------------------------------
 
 OwnedTensor::OwnedTensor(DType dtype, std::vector<std::int64_t> shape, std::int64_t gap) {
   view.dtype = dtype;
@@ -284,8 +282,7 @@ float OwnedTensor::get(std::int64_t i, std::int64_t j, std::int64_t k) const {
   return static_cast<float>(reference::element(view, i, j, k));
 }
 
-// ---- AttentionCase
-// ---------------------------------------------------------------------------------------------------
+// ---- AttentionCase --------------------------------------------------------------------------------------------------
 
 std::string AttentionCase::Options::describe() const {
   std::ostringstream text;
