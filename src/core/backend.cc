@@ -35,9 +35,11 @@ class TableBackend final : public QuantKVBackend {
     return static_cast<int>(*bytes / static_cast<std::int64_t>(dtype_bytes(key_.cache_dtype)));
   }
   Result<std::int64_t> row_bytes(int head_size, bool is_value) const override {
-    const format::FormatInfo& info = is_value ? value_ : key_;
-    if (Status status = core::check_packing(name(), info.unit, head_size); !status) return status;
-    return info.row_bytes(head_size);
+    return core::guarded([&]() -> Result<std::int64_t> {
+      const format::FormatInfo& info = is_value ? value_ : key_;
+      if (Status status = core::check_packing(name(), info.unit, head_size); !status) return status;
+      return info.row_bytes(head_size);
+    });
   }
   Result<ScaleCaches> allocate_scale_caches(std::int64_t num_blocks, int block_size, int num_kv_heads) const override {
     Result<ScaleCaches> caches = QuantKVBackend::allocate_scale_caches(num_blocks, block_size, num_kv_heads);
@@ -121,20 +123,30 @@ Result<std::unique_ptr<QuantKVBackend>> make_backend(const ModeInfo& mode, const
 }  // namespace
 
 Result<int> QuantKVBackend::packed_head_size(int head_size) const {
-  const Result<std::int64_t> bytes = row_bytes(head_size, false);
-  if (!bytes) return bytes.status();
-  return static_cast<int>(*bytes);
+  return core::guarded([&]() -> Result<int> {
+    const Result<std::int64_t> bytes = row_bytes(head_size, false);
+    if (!bytes) return bytes.status();
+    if (*bytes < 1 || *bytes > std::numeric_limits<int>::max()) {
+      return invalid_argument("row_bytes of mode " + core::mode_name(mode()) + " is " + std::to_string(*bytes) +
+                              " at head_size " + std::to_string(head_size) + "; supported: 1 to " +
+                              std::to_string(std::numeric_limits<int>::max()));
+    }
+    return static_cast<int>(*bytes);
+  });
 }
 
 Result<std::int64_t> QuantKVBackend::row_bytes(int head_size, bool) const {
-  const Result<int> factor = packing_factor();
-  if (!factor) return factor.status();
-  const std::string who = "mode " + core::mode_name(mode());
-  if (*factor < 1) {
-    return invalid_argument("packing_factor of " + who + " is " + std::to_string(*factor) + "; supported: 1 and more");
-  }
-  if (Status status = core::check_packing(who, *factor, head_size); !status) return status;
-  return std::int64_t{head_size / *factor};
+  return core::guarded([&]() -> Result<std::int64_t> {
+    const Result<int> factor = packing_factor();
+    if (!factor) return factor.status();
+    const std::string who = "mode " + core::mode_name(mode());
+    if (*factor < 1) {
+      return invalid_argument("packing_factor of " + who + " is " + std::to_string(*factor) +
+                              "; supported: 1 and more");
+    }
+    if (Status status = core::check_packing(who, *factor, head_size); !status) return status;
+    return std::int64_t{head_size / *factor};
+  });
 }
 
 Result<ScaleCaches> QuantKVBackend::allocate_scale_caches(std::int64_t num_blocks, int block_size,

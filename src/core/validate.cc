@@ -262,7 +262,7 @@ Status check_contents(const UnifiedAttentionArgs& args, const AttentionShape& sh
 Status check_own_rows(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
                       const QuantKVBackend& backend, bool is_value, int head_size, const AttentionShape& shape) {
   QUIRE_RETURN_IF_ERROR(check(cache, {.name = name,
-                                      .dtypes = {cache.dtype},
+                                      .dtypes = kAllDTypes,
                                       .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads, kAny},
                                       .shape_text = "[num_blocks, block_size, num_kv_heads, row elements]",
                                       .dense_rows = true}));

@@ -587,7 +587,9 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
     }
   }
   const Partials partials{static_cast<float*>(workspace), partial_floats(shape.head_size_v)};
-  const int max_rows = plan.query_tile * shape.group_size();
+  int most_tokens = 0;
+  for (const QueryTile& tile : tiles) most_tokens = std::max(most_tokens, tile.num_tokens);
+  const int max_rows = most_tokens * shape.group_size();
   // All threads have their memory before one of them writes to an output.
   std::atomic<bool> no_memory{false};
 #pragma omp parallel
