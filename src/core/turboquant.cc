@@ -12,6 +12,7 @@
 #include "core/checks.h"
 #include "core/dispatch.h"
 #include "core/guard.h"
+#include "core/validate.h"
 #include "cuda/cuda.h"
 #include "format/build_config.h"
 #include "format/turboquant.h"
@@ -219,15 +220,6 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
     if (!head_size) return head_size.status();
     const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
     if (!views) return views.status();
-    // Before cu_seqlens_q is allocated.
-    const std::int64_t batch = args.query.shape[0];
-    QUIRE_RETURN_IF_ERROR(core::check_count("query", args.query, "batch", batch, 0));
-    QUIRE_RETURN_IF_ERROR(core::check_extents("seq_lens", args.seq_lens));
-    QUIRE_RETURN_IF_ERROR(core::check(
-        args.seq_lens, {.name = "seq_lens", .dtypes = {DType::kInt32}, .shape = {batch}, .shape_text = "[batch]"}));
-    const TableCall tables{args.config, *head_size, args.query.device, stream};
-    QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
-    QUIRE_RETURN_IF_ERROR(check_codebook(tables, "centroids", args.centroids, false));
     UnifiedAttentionArgs read;
     read.mode = *mode;
     read.query = args.query;
@@ -239,6 +231,15 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
     read.softmax_scale = args.softmax_scale;
     read.lse = args.lse;
     read.max_query_len = 1;
+    // Before cu_seqlens_q is allocated, where query is.
+    const std::int64_t batch = args.query.shape[0];
+    QUIRE_RETURN_IF_ERROR(core::check_tensors(read));
+    QUIRE_RETURN_IF_ERROR(core::check_count("query", args.query, "batch", batch, 0));
+    QUIRE_RETURN_IF_ERROR(core::check(
+        args.seq_lens, {.name = "seq_lens", .dtypes = {DType::kInt32}, .shape = {batch}, .shape_text = "[batch]"}));
+    const TableCall tables{args.config, *head_size, args.query.device, stream};
+    QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
+    QUIRE_RETURN_IF_ERROR(check_codebook(tables, "centroids", args.centroids, false));
     const auto attend = [&read, stream](const Tensor& cu_seqlens_q) {
       read.cu_seqlens_q = cu_seqlens_q;
       return unified_attention(read, stream);

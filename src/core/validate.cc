@@ -102,6 +102,8 @@ MergeAttnStatesArgs drop_idle_strides(const MergeAttnStatesArgs& args) {
   return drop_idle_strides(args, kMergeTensors);
 }
 
+Status check_tensors(const UnifiedAttentionArgs& args) { return check_tensors(args, kAttentionTensors); }
+
 Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args) {
   const Device device = args.key.device;
   const bool head_major = args.key_cache.ndim == 5;
@@ -291,7 +293,7 @@ Status check_own_rows(const char* name, const Tensor& cache, const char* scale_n
 Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows) {
   const Device device = args.query.device;
   AttentionShape shape;
-  QUIRE_RETURN_IF_ERROR(check_tensors(args, kAttentionTensors));
+  QUIRE_RETURN_IF_ERROR(check_tensors(args));
   QUIRE_RETURN_IF_ERROR(check(args.query, {.name = "query",
                                            .dtypes = kFloatsAndFloat8,
                                            .shape = {kAny, kAny, kAny},

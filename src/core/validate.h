@@ -16,6 +16,9 @@ ReshapeAndCacheArgs drop_idle_strides(const ReshapeAndCacheArgs& args);
 UnifiedAttentionArgs drop_idle_strides(const UnifiedAttentionArgs& args);
 MergeAttnStatesArgs drop_idle_strides(const MergeAttnStatesArgs& args);
 
+// The first test of validate_attention: what every tensor must be (check_extents), and that all are on one device.
+Status check_tensors(const UnifiedAttentionArgs& args);
+
 Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args);
 
 // `own_rows`: the registered backend that reads its own rows, so that the caches' last dimension and dtype are its
