@@ -99,6 +99,16 @@ TEST(Cli, OutputThatCannotBeWrittenIsAnError) {
     EXPECT_TRUE(result.one_sentence()) << result.err;
     EXPECT_EQ(result.err.rfind("quire: cannot write to standard output", 0), 0U) << call.back() << result.err;
   }
+  // Neither can the sentence be written: the exit status says it.
+  const int old_stderr = dup(STDERR_FILENO);
+  const int full = open("/dev/full", O_WRONLY);
+  dup2(full, STDERR_FILENO);
+  close(full);
+  const char* const argv[] = {"quire", "fly"};
+  const int exit_status = cli_main(2, argv);
+  dup2(old_stderr, STDERR_FILENO);
+  close(old_stderr);
+  EXPECT_EQ(exit_status, 2);
   // The next call starts afresh.
   EXPECT_EQ(run_cli({"--version"}).exit_status, 0);
   // One sentence, not two, where the call is refused anyway.

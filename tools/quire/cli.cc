@@ -1,7 +1,5 @@
 #include "quire/cli.h"
 
-#include <fmt/core.h>
-
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -28,7 +26,7 @@ int report_sentence(std::string sentence) {
     if (c == '\n') c = ' ';
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
   }
-  fmt::print(stderr, "quire: {}\n", sentence);
+  std::fputs(("quire: " + sentence + "\n").c_str(), stderr);  // {fmt} would throw where that cannot be written either
   return kBadInput;
 }
 

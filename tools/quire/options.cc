@@ -39,8 +39,8 @@ CLI::Option* add_float(CLI::App& verb, const std::string& names, T& field, const
 }  // namespace
 
 CLI::Option* add_text(CLI::App& verb, const std::string& names, const std::string& description,
-                      const std::string& type_name, std::function<void(const std::string& text)> take,
-                      std::function<std::string()> shown) {
+                      const std::string& type_name, const std::function<void(const std::string& text)>& take,
+                      const std::function<std::string()>& shown) {
   CLI::Option* option = verb.add_option_function<std::string>(names, take, description)->type_name(type_name);
   return shown ? option->default_function(shown) : option;
 }
@@ -76,7 +76,7 @@ std::size_t parse_choice(const std::string& names, const std::string& text, cons
 }
 
 CLI::Option* add_choice(CLI::App& verb, const std::string& names, const std::string& description,
-                        const std::vector<std::string>& choices, std::function<void(std::size_t place)> take) {
+                        const std::vector<std::string>& choices, const std::function<void(std::size_t place)>& take) {
   return add_text(verb, names, description, fmt::format("{}", fmt::join(choices, "|")),
                   [=](const std::string& text) { take(parse_choice(names, text, choices)); });
 }

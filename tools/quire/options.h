@@ -18,8 +18,8 @@ namespace quire::cli {
 // What the functions below are made of. `names` is "-n,--max-new-tokens"; `shown` gives the default for the help text,
 // where the caller asks for it by capture_default_str().
 CLI::Option* add_text(CLI::App& verb, const std::string& names, const std::string& description,
-                      const std::string& type_name, std::function<void(const std::string& text)> take,
-                      std::function<std::string()> shown = {});
+                      const std::string& type_name, const std::function<void(const std::string& text)>& take,
+                      const std::function<std::string()>& shown = {});
 
 // Throws what cli_main reports as bad usage: "--order is 'zzz', " and what was wanted.
 [[noreturn]] void refuse_value(const std::string& names, const std::string& text, const std::string& wanted);
@@ -80,7 +80,7 @@ std::vector<std::string> names_of(const Choices<T>& choices) {
 std::size_t parse_choice(const std::string& names, const std::string& text, const std::vector<std::string>& choices);
 
 CLI::Option* add_choice(CLI::App& verb, const std::string& names, const std::string& description,
-                        const std::vector<std::string>& choices, std::function<void(std::size_t place)> take);
+                        const std::vector<std::string>& choices, const std::function<void(std::size_t place)>& take);
 
 template <class T>
 CLI::Option* add_choice(CLI::App& verb, const std::string& names, T& field, const std::string& description,
