@@ -65,6 +65,7 @@ class Fork : public ::testing::Test {
 };
 
 TEST_F(Fork, TheChildsFirstOpsGiveTheParentsBits) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   const std::vector<std::vector<std::uint8_t>> expected = store_read_and_merge();
   ASSERT_FALSE(expected.empty());
   EXPECT_EQ(status_of_child(same_bytes, expected), 0);

@@ -659,6 +659,7 @@ TEST(Refusals, PlansThatNobodyMade) {
 }
 
 TEST(Refusals, BadWorkspaces) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase::Options options;
   options.sequences = {{1, 2000}};
   AttentionCase call(options);

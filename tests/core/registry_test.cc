@@ -170,7 +170,7 @@ TEST(ScaleCaches, LiveAsLongAsACopyOfThem) {
 }
 
 TEST(ScaleCaches, OfAPairBelongToTheSideThatNeedsThem) {
-  QUIRE_NEEDS_MODES("int8_per_token_head", "bfloat16");
+  QUIRE_NEEDS_MODES("int8_per_token_head", "int4_per_token_head", "bfloat16", "float16");
   for (const auto& [mode, k, v] : {std::tuple{"k=int8_per_token_head,v=bfloat16", true, false},
                                    {"k=bfloat16,v=int8_per_token_head", false, true},
                                    {"k=int8_per_token_head,v=int4_per_token_head", true, true},
@@ -401,6 +401,7 @@ TEST(Registry, ABackendCompiledWithoutRtti) {
 }
 
 TEST(Registry, IsThreadSafe) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
   const ModeId mode = new_mode("registry_threads");
   std::atomic<int> constructed = 0;
   std::atomic<int> failures = 0;

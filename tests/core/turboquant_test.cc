@@ -526,6 +526,7 @@ TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
 
 // Tensors on cuda in a build without it: the sentence of the ops.
 TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
+  QUIRE_NEEDS_MODES("turboquant_4bit_nc");
   if (quire_with_cuda) GTEST_SKIP() << "this build has CUDA; tests/cuda runs the entry points there";
   for (const bool with_tables : {false, true}) {
     SlotCalls calls({}, 64);
