@@ -69,6 +69,13 @@ __device__ __forceinline__ bool has_bias(const AttentionParams& p, float logit_f
   return p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 }
 
+// Whether a product of a query and a key can be infinite: 16-bit floats and e5m2 hold infinities, and fp32 scales can
+// be near the largest number. Elsewhere levels (e4m3, e4b15, codebooks) and scales (none, fp16) are too small for it.
+template <class KeyF>
+inline constexpr bool kLogitsMayBeInfinite =
+    KeyF::kMetaPlace == format::MetaPlace::kScaleCache || KeyF::kCacheDType == DType::kFloat16 ||
+    KeyF::kCacheDType == DType::kBFloat16 || KeyF::kCacheDType == DType::kFloat8E5M2;
+
 // key_scale, key_offset: of the tile's keys. An infinite logit becomes NaN here, since from here on -inf means a key
 // that is not seen.
 template <class KeyF, int kTiles, int kFragments>
@@ -91,10 +98,12 @@ __device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], 
       }
     }
   }
+  if constexpr (kLogitsMayBeInfinite<KeyF>) {
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
+    for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int i = 0; i < 4 * kFragments; ++i) s[m][i / 4][i % 4] = exact::nan_unless_finite(s[m][i / 4][i % 4]);
+      for (int i = 0; i < 4 * kFragments; ++i) s[m][i / 4][i % 4] = exact::nan_unless_finite(s[m][i / 4][i % 4]);
+    }
   }
 }
 
