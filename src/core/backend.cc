@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/checks.h"
 #include "core/dispatch.h"
 #include "core/guard.h"
 #include "core/mode_table.h"
@@ -37,7 +38,7 @@ class TableBackend final : public QuantKVBackend {
   Result<std::int64_t> row_bytes(int head_size, bool is_value) const override {
     return core::guarded([&]() -> Result<std::int64_t> {
       const format::FormatInfo& info = is_value ? value_ : key_;
-      if (Status status = core::check_packing(name(), info.unit, head_size); !status) return status;
+      if (Status status = core::check_multiple(name(), info.unit, head_size); !status) return status;
       return info.row_bytes(head_size);
     });
   }
@@ -104,9 +105,7 @@ Status check_quantizing(const ModeInfo& mode) {
 // What it takes for a mode to have a backend, once one is registered.
 Status check_servable(const ModeInfo& mode) {
   if (Status status = check_quantizing(mode); !status) return status;
-  if (mode.compiled) return {};
-  return unsupported("mode " + mode.name +
-                     " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
+  return mode.compiled ? Status() : core::mode_not_built(mode);
 }
 
 Result<std::unique_ptr<QuantKVBackend>> make_backend(const ModeInfo& mode, const BackendFactory& factory) {
@@ -144,7 +143,7 @@ Result<std::int64_t> QuantKVBackend::row_bytes(int head_size, bool) const {
       return invalid_argument("packing_factor of " + who + " is " + std::to_string(*factor) +
                               "; supported: 1 and more");
     }
-    if (Status status = core::check_packing(who, *factor, head_size); !status) return status;
+    if (Status status = core::check_multiple(who, *factor, head_size); !status) return status;
     return std::int64_t{head_size / *factor};
   });
 }

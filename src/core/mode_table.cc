@@ -171,7 +171,7 @@ std::string mode_names() {
   return names;
 }
 
-Status check_packing(std::string_view who, int unit, int head_size) {
+Status check_multiple(std::string_view who, int unit, int head_size) {
   if (head_size >= 1 && head_size % unit == 0) return {};
   return invalid_argument("head_size is " + std::to_string(head_size) + "; " + std::string(who) +
                           (unit > 1 ? " packs multiples of " + std::to_string(unit) : " takes 1 and more"));
@@ -319,7 +319,8 @@ Result<int> packing_factor(KVQuantMode value) {
 Result<int> packed_head_size(KVQuantMode value, int head_size) {
   const format::FormatInfo* format = key_format_of(value);
   if (format == nullptr) return outside_the_enum();
-  Status status = core::check_packing("KVQuantMode " + std::string(kv_quant_mode_name(value)), format->unit, head_size);
+  Status status =
+      core::check_multiple("KVQuantMode " + std::string(kv_quant_mode_name(value)), format->unit, head_size);
   if (!status) return status;
   return head_size / format->packing_factor();
 }

@@ -26,7 +26,7 @@ inline FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType 
 
 // Refuses a head size below 1 and one that is no multiple of `unit`, the elements that `who` ("mode ..") packs
 // together.
-Status check_packing(std::string_view who, int unit, int head_size);
+Status check_multiple(std::string_view who, int unit, int head_size);
 
 // For messages. "auto, bfloat16, ..":
 std::string mode_names();

@@ -69,11 +69,6 @@ AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionSh
   return problem;
 }
 
-std::string mode_name(ModeId id) {
-  const Result<ModeInfo> mode = mode_info(id);
-  return mode ? mode->name : "unknown";
-}
-
 // The call must lie inside the bounds its plan was made for.
 Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
   const AttentionProblem& p = plan.problem;
@@ -89,7 +84,7 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
   if (p.device != actual.device) {
     return other("device", std::string(device_name(actual.device)), std::string(device_name(p.device)));
   }
-  if (p.mode != actual.mode) return other("mode", mode_name(actual.mode), mode_name(p.mode));
+  if (p.mode != actual.mode) return other("mode", core::mode_name(actual.mode), core::mode_name(p.mode));
   if (p.query_dtype != actual.query_dtype) {
     return other("query_dtype", std::string(dtype_name(actual.query_dtype)), std::string(dtype_name(p.query_dtype)));
   }
