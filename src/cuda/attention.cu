@@ -5,7 +5,6 @@
 //   prefill_split (prefill.cuh)             tensor cores; sequences of many query rows
 //   prefill_split_sm90 (prefill_sm90.cuh)   the same on Hopper, for head sizes up to 128
 //   attend_split (attention.cuh)            fp32 arithmetic: every dtype, alignment and head size
-#include "cuda/attention.cuh"
 
 #include <algorithm>
 #include <bit>
@@ -16,9 +15,10 @@
 #include <utility>
 
 #include "cuda/cuda.h"
-#include "cuda/decode.cuh"
+#include "cuda/kernel/attend_split/kernel.cuh"
+#include "cuda/kernel/decode_split/kernel.cuh"
+#include "cuda/kernel/prefill_split/kernel.cuh"
 #include "cuda/launch.h"
-#include "cuda/prefill.cuh"
 
 namespace quire::cuda {
 

@@ -1,10 +1,10 @@
 // The host side of store.cuh: strides in bytes, access widths, and the pair's launcher.
-#include "cuda/store.cuh"
 
 #include <algorithm>
 #include <limits>
 
 #include "cuda/cuda.h"
+#include "cuda/kernel/store_rows/kernel.cuh"
 #include "cuda/launch.h"
 
 namespace quire::cuda {

@@ -138,16 +138,6 @@ QUIRE_HD std::uint32_t join(std::uint32_t low, std::uint32_t high) {
 #endif
 }
 
-#ifdef __CUDACC__
-// a * b + c, one rounding: up, or to nearest and limited to [0, 1] (NaN gives 0).
-__device__ __forceinline__ float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }
-__device__ __forceinline__ float fma_saturate(float a, float b, float c) {
-  float result;
-  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
-  return result;
-}
-#endif
-
 // Correctly rounded on every target (CUDA: sqrt.rn).
 QUIRE_HD float sqrt(float x) {
 #ifdef __CUDA_ARCH__

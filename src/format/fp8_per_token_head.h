@@ -7,7 +7,6 @@
 
 #include "format/float_types.h"
 #include "format/format.h"
-#include "format/lane.h"
 
 namespace quire::format {
 
@@ -30,18 +29,6 @@ struct Fp8PerTokenHead : ScaleCacheDefaults {
     const float code = y[0] * encoder.inverse;
     *bytes = E4M3::encode(code == code ? code : 0.0F);  // encode saturates at 448
   }
-#ifdef __CUDACC__
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(const Encoder& encoder, float (&y)[kN], std::uint8_t* bytes) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) y[j] *= encoder.inverse;
-    if (encoder.is_poisoned()) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) y[j] = 0.0F;
-    }
-    lane::encode_fp8<E4M3>(y, bytes);
-  }
-#endif
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) { *level = E4M3::decode(*bytes); }
 };
 

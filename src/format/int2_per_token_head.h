@@ -12,7 +12,6 @@
 #pragma once
 
 #include "format/format.h"
-#include "format/lane.h"
 
 namespace quire::format {
 
@@ -46,35 +45,6 @@ struct Int2PerTokenHead : ScaleCacheDefaults {
     const std::uint32_t high = exact::join<2>(code(encoder, y[2]), code(encoder, y[3]));
     *bytes = static_cast<std::uint8_t>(exact::join<4>(low, high));
   }
-#ifdef __CUDACC__
-  // A code is the sign of z and whether |z| reaches the threshold, strictly where z is negative. Times 1 - 2^-24,
-  // rounded up, a negative z comes one float nearer to zero, a positive one stays (but for powers of two), and + 0
-  // takes the sign from a zero. Then the difference of the bits of 2 and of the threshold is added: bit 30 says whether
-  // |z| reaches the threshold. The two top bits of 16 elements are shifted into a word and become codes together.
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
-    if (encoder.is_poisoned()) {  // beyond the lowest threshold: code 0
-#pragma unroll
-      for (int j = 0; j < kN; ++j) y[j] = -2.0F;
-      encoder.inverse = 1.0F;
-    }
-    constexpr std::uint32_t kRaise = 0x40000000U - std::bit_cast<std::uint32_t>(kThreshold);
-    constexpr int kWord = kN < 16 ? kN : 16;
-#pragma unroll
-    for (int first = 0; first < kN; first += kWord) {
-      std::uint32_t tops = 0;
-#pragma unroll
-      for (int j = kWord - 1; j >= 0; --j) {
-        const float z = y[first + j] * encoder.inverse;
-        const float nearer = exact::fma_up(z, 1.0F - 0x1p-24F, 0.0F);
-        tops = __funnelshift_l(exact::bits_of(nearer) + kRaise, tops, 2);
-      }
-      constexpr std::uint32_t kSigns = 0xaaaaaaaaU;
-      const std::uint32_t codes = lane::select_bits(kSigns, ~tops, tops ^ (tops >> 1));
-      memcpy(bytes + first / kUnit, &codes, kWord / kUnit);
-    }
-  }
-#endif
   static QUIRE_HD float level(std::uint32_t code) {
     const float magnitude = code == 0 || code == 3 ? kOuter : kInner;
     return code >= 2 ? magnitude : -magnitude;

@@ -21,7 +21,6 @@
 #include "format/codebook.h"
 #include "format/float_types.h"
 #include "format/format.h"
-#include "format/lane.h"
 
 namespace quire::format {
 
@@ -38,18 +37,6 @@ struct Packing<4> {
   static QUIRE_HD void pack(const std::uint32_t* codes, std::uint8_t* bytes) {
     bytes[0] = static_cast<std::uint8_t>(exact::join<4>(codes[0], codes[1]));
   }
-#ifdef __CUDACC__
-  // What a sum of 8 words with 2^23 as their float's exponent, 4 bits apart, is taken away by in the third of them.
-  static constexpr std::uint32_t kThirdBias = 0x50000U;
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
-#pragma unroll
-    for (int i = 0; i < kN; i += 8) {
-      store_as(bytes + i / 2, lane::join_all<4>(codes[i], codes[i + 1], codes[i + 2], codes[i + 3], codes[i + 4],
-                                                codes[i + 5], codes[i + 6], codes[i + 7]));
-    }
-  }
-#endif
   static QUIRE_HD void unpack(const std::uint8_t* bytes, std::uint32_t* codes) {
     codes[0] = bytes[0] & 15U;
     codes[1] = static_cast<std::uint32_t>(bytes[0]) >> 4;
@@ -65,30 +52,6 @@ struct Packing<3> {
     for (int i = 7; i >= 0; --i) word = exact::join<3>(codes[i], word);
     for (int i = 0; i < 3; ++i) bytes[i] = static_cast<std::uint8_t>(word >> (8 * i));
   }
-#ifdef __CUDACC__
-  static constexpr std::uint32_t kThirdBias = 0;
-  // Bits 24 and above of the codes' sum are dropped.
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
-    std::uint32_t words[kN / 8];
-#pragma unroll
-    for (int w = 0; w < kN / 8; ++w) {
-      const std::uint32_t* c = codes + 8 * w;
-      words[w] = lane::join_all<3>(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]);
-    }
-    if constexpr (kN % 32 == 0) {  // four times 3 bytes are three words
-#pragma unroll
-      for (int w = 0; w < kN / 8; w += 4) {
-        store_as(bytes + 3 * w, __byte_perm(words[w], words[w + 1], 0x4210));
-        store_as(bytes + 3 * w + 4, __byte_perm(words[w + 1], words[w + 2], 0x5421));
-        store_as(bytes + 3 * w + 8, __byte_perm(words[w + 2], words[w + 3], 0x6542));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 3 * (kN / 8); ++i) bytes[i] = static_cast<std::uint8_t>(words[i / 3] >> (8 * (i % 3)));
-    }
-  }
-#endif
   static QUIRE_HD void unpack(const std::uint8_t* bytes, std::uint32_t* codes) {
     const std::uint32_t word =
         bytes[0] | (static_cast<std::uint32_t>(bytes[1]) << 8) | (static_cast<std::uint32_t>(bytes[2]) << 16);
@@ -138,21 +101,6 @@ struct TurboQuantKey : FormatDefaults {
     for (int i = 0; i < kUnit; ++i) codes[i] = nearest_centroid<kBits>(y[i] * encoder.unit);
     Pack::pack(codes, bytes);
   }
-#ifdef __CUDACC__
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(const Encoder& encoder, float (&y)[kN], std::uint8_t* bytes) {
-    const bool poisoned = encoder.inverse != encoder.inverse;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) y[j] *= encoder.unit;
-    if (poisoned) {  // below every midpoint: code 0
-#pragma unroll
-      for (int j = 0; j < kN; ++j) y[j] = -1e6F;
-    }
-    std::uint32_t codes[kN];
-    nearest_centroids<kBits>(y, codes);
-    Pack::pack_lane(codes, bytes);
-  }
-#endif
   static QUIRE_HD void write_meta(const Encoder& encoder, std::uint8_t* meta) {
     store_as(meta, turboquant::saturated_half(encoder.norm));
   }
@@ -184,19 +132,6 @@ struct TurboQuantKeyFp8 : FormatDefaults {
   static constexpr double kMaxNmse = 1.5e-3;
   static QUIRE_HD Encoder finish(NoStats, RowShape, float) { return {}; }
   static QUIRE_HD void pack(Encoder, const float* y, std::uint8_t* bytes) { *bytes = Fp8::encode(*y); }
-#ifdef __CUDACC__
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(Encoder encoder, float (&y)[kN],
-                                                   std::uint8_t* bytes) requires requires {
-    Fp8::encode_pair(y[0], y[1]);
-  }
-  {
-    if (lane::encode_fp8<Fp8>(y, bytes)) {  // a NaN keeps its sign
-#pragma unroll
-      for (int j = 0; j < kN; ++j) pack(encoder, y + j, bytes + j);
-    }
-  }
-#endif
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) { *level = Fp8::decode(*bytes); }
 };
 
@@ -247,26 +182,6 @@ struct TurboQuantValue : FormatDefaults {
     }
     Pack::pack(codes, bytes);
   }
-#ifdef __CUDACC__
-  // Of a finite row steps + 0.5 lies in [0.5, kMaxCode + 0.5 + rounding], so no clamp: 2^23 added toward zero leaves
-  // its integer part in the low bits.
-  template <int kN>
-  static __device__ __forceinline__ void pack_lane(Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
-    if (encoder.inverse != encoder.inverse) {
-      encoder = {0.0F, 0.0F, 0.0F};
-#pragma unroll
-      for (int j = 0; j < kN; ++j) y[j] = 0.0F;
-    }
-    std::uint32_t codes[kN];
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      const float steps = (y[i] - encoder.low) * encoder.inverse;
-      const std::uint32_t bias = i % 8 == 2 ? Pack::kThirdBias : 0U;
-      codes[i] = exact::bits_of(__fadd_rz(steps + 0.5F, exact::from_bits(0x4b000000U + bias)));
-    }
-    Pack::pack_lane(codes, bytes);
-  }
-#endif
   static QUIRE_HD void write_meta(const Encoder& encoder, std::uint8_t* meta) {
     store_as(meta, turboquant::saturated_half(encoder.scale));
     store_as(meta + 2, turboquant::saturated_half(encoder.low));

@@ -1,6 +1,6 @@
 // reshape_and_cache as kernels: K rows and V rows of one call in one launch.
 //
-//   store_rows      any format: a token head's K row and V row over the lanes of a warp (row.cuh), written where its
+//   store_rows      any format: a token head's K row and V row over the lanes of a warp (format/encode.cuh), written where its
 //                   slot says
 //   store_elements  formats without statistics or rotation, one thread per element: the head-major layout, where a row
 //                   is not contiguous, and float8 inputs, whose codes are copied
@@ -14,8 +14,11 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cuda/format/encode.cuh"
+#include "cuda/format/formats.cuh"
+#include "cuda/lane/bytes.cuh"
+#include "cuda/lane/input.cuh"
 #include "cuda/launch.h"
-#include "cuda/row.cuh"
 #include "format/formats.h"
 
 namespace quire::cuda {
@@ -113,15 +116,15 @@ __device__ __forceinline__ SlotAddress find_slot(const StoreParams& p, std::int6
 inline constexpr int kStoreThreads = 128;  // of store_elements
 
 // Whether a lane's part of a row takes so many registers that it holds one row at a time.
-template <class Tile>
-inline constexpr bool kRowByRow = Tile::kElements >= 32;
+template <class Map>
+inline constexpr bool kRowByRow = Map::kElements >= 32;
 
 // Threads of a block of store_rows, and how many blocks are to share a multiprocessor (0: the compiler's choice). Long-
 // lived warps come in small blocks: the launch ends sooner after the last one starts.
-template <class Tile>
-inline constexpr int kTileThreads = Tile::kElements >= 64 ? 64 : 128;
-template <class Tile>
-inline constexpr int kMinBlocks = kRowByRow<Tile> ? 8 : 0;
+template <class Map>
+inline constexpr int kMapThreads = Map::kElements >= 64 ? 64 : 128;
+template <class Map>
+inline constexpr int kMinBlocks = kRowByRow<Map> ? 8 : 0;
 
 // Rows with metadata inside lie at odd addresses. Such pairs of formats are assembled in shared memory, K row and V row
 // of a token head one behind the other, and copied from there: whole runs of slots where they adjoin, 16 bytes at a
@@ -138,10 +141,10 @@ constexpr int stage_access(int head_size, int head_size_v) {
   return static_cast<int>(bits & -bits);
 }
 
-template <format::Format KeyF, format::Format ValueF, class Tile>
+template <format::Format KeyF, format::Format ValueF, class Map>
 struct StoreStage {
-  static constexpr int kWarpRows = 32 / Tile::kLanes;
-  static constexpr int kHeadSize = Tile::kElements * Tile::kLanes;
+  static constexpr int kWarpRows = 32 / Map::kLanes;
+  static constexpr int kHeadSize = Map::kElements * Map::kLanes;
   static constexpr int kBytes =
       kStaged<KeyF, ValueF>
           ? static_cast<int>(kWarpRows * (format::row_bytes<KeyF>(kHeadSize) + format::row_bytes<ValueF>(kHeadSize)))
@@ -149,13 +152,13 @@ struct StoreStage {
   struct alignas(16) Warp {
     std::uint8_t bytes[kBytes];
   };
-  Warp warps[kTileThreads<Tile> / 32];
+  Warp warps[kMapThreads<Map> / 32];
 };
 
 // pointer + index * stride. Where every lane is full the launcher has seen that both fit 32 bits.
-template <class Tile, class Byte>
+template <class Map, class Byte>
 __device__ __forceinline__ Byte* advance(Byte* pointer, std::int64_t index, std::int64_t stride) {
-  if constexpr (Tile::kExact) {
+  if constexpr (Map::kExact) {
     std::int64_t distance;
     asm("mul.wide.s32 %0, %1, %2;"
         : "=l"(distance)
@@ -166,20 +169,20 @@ __device__ __forceinline__ Byte* advance(Byte* pointer, std::int64_t index, std:
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ LaneInput<Tile> load_input(const StoreSide& side, std::uint32_t token, std::uint32_t head,
-                                                      int lane) {
-  LaneInput<Tile> input;
+template <class Map>
+__device__ __forceinline__ LaneInput<Map> load_input(const StoreSide& side, std::uint32_t token, std::uint32_t head,
+                                                     int lane) {
+  LaneInput<Map> input;
   const std::uint8_t* row =
-      advance<Tile>(advance<Tile>(side.input, token, side.input_token_stride), head, side.input_head_stride);
-  if constexpr (Tile::kExact) {
+      advance<Map>(advance<Map>(side.input, token, side.input_token_stride), head, side.input_head_stride);
+  if constexpr (Map::kExact) {
     input.load(row, lane);
   } else if (side.input_access > 0) {
-    load_lane<Tile>(row, side.input_dtype, side.input_access, lane, side.head_size, input.y);
+    load_lane<Map>(row, side.input_dtype, side.input_access, lane, side.head_size, input.y);
   } else {
 #pragma unroll
-    for (int j = 0; j < Tile::kElements; ++j) {
-      const int i = lane * Tile::kElements + j;
+    for (int j = 0; j < Map::kElements; ++j) {
+      const int i = lane * Map::kElements + j;
       if (i < side.head_size) input.y[j] = load_float(row + i * side.input_element_stride, side.input_dtype);
     }
   }
@@ -187,41 +190,40 @@ __device__ __forceinline__ LaneInput<Tile> load_input(const StoreSide& side, std
 }
 
 // Where a token head lies in a tensor of [num_blocks, block_size, num_heads, ..].
-template <class Tile>
+template <class Map>
 __device__ __forceinline__ std::uint8_t* paged(std::uint8_t* tensor, const SlotAddress& slot, std::uint32_t head,
                                                std::int64_t block_stride, std::int64_t slot_stride,
                                                std::int64_t head_stride) {
-  return advance<Tile>(advance<Tile>(advance<Tile>(tensor, slot.block, block_stride), slot.offset, slot_stride), head,
-                       head_stride);
+  return advance<Map>(advance<Map>(advance<Map>(tensor, slot.block, block_stride), slot.offset, slot_stride), head,
+                      head_stride);
 }
-template <class Tile>
+template <class Map>
 __device__ __forceinline__ std::uint8_t* row_address(const StoreSide& side, const SlotAddress& slot,
                                                      std::uint32_t head) {
-  return paged<Tile>(side.cache, slot, head, side.block_stride, side.slot_stride, side.head_stride);
+  return paged<Map>(side.cache, slot, head, side.block_stride, side.slot_stride, side.head_stride);
 }
 
 // Encodes one side's row, y, to `data`: its place in the cache, or in the stage.
-template <format::Format F, class Tile>
-__device__ __forceinline__ void store_row(const StoreSide& side, float (&y)[Tile::kElements], const SlotAddress& slot,
+template <format::Format F, class Map>
+__device__ __forceinline__ void store_row(const StoreSide& side, float (&y)[Map::kElements], const SlotAddress& slot,
                                           std::uint32_t head, int lane, std::uint8_t* data, int access) {
-  const int head_size = Tile::head_size(side.head_size);
+  const int head_size = Map::head_size(side.head_size);
   float tensor_scale = 1.0F;
   if (F::kTensorScale && side.tensor_scale != nullptr)
     tensor_scale = side.tensor_scale[head * side.tensor_scale_stride];
   std::uint8_t* meta = nullptr;
   if constexpr (F::kMetaPlace == format::MetaPlace::kScaleCache) {
-    meta =
-        paged<Tile>(side.scales, slot, head, side.scale_block_stride, side.scale_slot_stride, side.scale_head_stride);
+    meta = paged<Map>(side.scales, slot, head, side.scale_block_stride, side.scale_slot_stride, side.scale_head_stride);
   } else if constexpr (F::kMetaPlace == format::MetaPlace::kInRow) {
     meta = data + format::code_bytes<F>(head_size);
   }
-  encode_row<F, Tile>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, access, meta);
+  encode_row<F, Map>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, access, meta);
 }
 
 // A warp copies `bytes` bytes, `access` of them at a time, 16-byte aligned in shared memory or as `to` is.
 template <class Word>
 __device__ __forceinline__ void copy_words(const std::uint8_t* from, std::uint8_t* to, int bytes) {
-  for (int i = static_cast<int>(format::lane::index() * sizeof(Word)); i < bytes; i += 32 * sizeof(Word)) {
+  for (int i = static_cast<int>(lane_index() * sizeof(Word)); i < bytes; i += 32 * sizeof(Word)) {
     *reinterpret_cast<Word*>(to + i) = *reinterpret_cast<const Word*>(from + i);
   }
 }
@@ -239,18 +241,17 @@ __device__ __forceinline__ std::uint8_t* shuffle_pointer(std::uint8_t* base, std
 
 // Whether K and V run through one body: half the instructions to fetch, and half the library's. Not where both rows are
 // to be on their way at once.
-template <format::Format KeyF, format::Format ValueF, class Tile>
+template <format::Format KeyF, format::Format ValueF, class Map>
 inline constexpr bool kOneBody =
-    std::is_same_v<KeyF, ValueF> && !kStaged<KeyF, ValueF> && (kRowByRow<Tile> || !Tile::kExact);
+    std::is_same_v<KeyF, ValueF> && !kStaged<KeyF, ValueF> && (kRowByRow<Map> || !Map::kExact);
 
 // K and V of a token head by the same lanes, so that the slot is found once. Both rows are loaded before the first is
 // worked on; where a row takes most registers, V is loaded when K's words are free, or K is stored.
-template <format::Format KeyF, format::Format ValueF, class Tile>
-__global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
-    store_rows(const __grid_constant__ StoreParams p) {
-  constexpr int kRowsPerBlock = kTileThreads<Tile> / Tile::kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % Tile::kLanes;
-  const std::uint32_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / Tile::kLanes;
+template <format::Format KeyF, format::Format ValueF, class Map>
+__global__ void __launch_bounds__(kMapThreads<Map>, kMinBlocks<Map>) store_rows(const __grid_constant__ StoreParams p) {
+  constexpr int kRowsPerBlock = kMapThreads<Map> / Map::kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % Map::kLanes;
+  const std::uint32_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / Map::kLanes;
   const std::uint32_t token = p.num_heads.quotient(row);
   const std::uint32_t head = row - token * p.num_heads.divisor;
   // Lanes past the last row work on it too, and store nothing. The inputs do not wait for the slot: all loads are on
@@ -258,48 +259,48 @@ __global__ void __launch_bounds__(kTileThreads<Tile>, kMinBlocks<Tile>)
   const bool exists = token < p.num_tokens;
   const std::uint32_t read = exists ? token : static_cast<std::uint32_t>(p.num_tokens) - 1;
   std::int64_t slot_index = load_slot(p, read);
-  LaneInput<Tile> input = load_input<Tile>(p.key, read, head, lane);
-  LaneInput<Tile> value;
-  if constexpr (!kRowByRow<Tile> && !kOneBody<KeyF, ValueF, Tile>) value = load_input<Tile>(p.value, read, head, lane);
+  LaneInput<Map> input = load_input<Map>(p.key, read, head, lane);
+  LaneInput<Map> value;
+  if constexpr (!kRowByRow<Map> && !kOneBody<KeyF, ValueF, Map>) value = load_input<Map>(p.value, read, head, lane);
   if (!exists) slot_index = -1;
-  const SlotAddress slot = find_slot(p, slot_index, Tile::kExact || p.slots_fit_31_bits, head == 0 && lane == 0);
-  float y[Tile::kElements];
-  if constexpr (kOneBody<KeyF, ValueF, Tile>) {
+  const SlotAddress slot = find_slot(p, slot_index, Map::kExact || p.slots_fit_31_bits, head == 0 && lane == 0);
+  float y[Map::kElements];
+  if constexpr (kOneBody<KeyF, ValueF, Map>) {
 #pragma unroll 1
     for (int s = 0;; ++s) {
       const StoreSide& side = s == 0 ? p.key : p.value;
       int own_lane = lane;
       asm volatile("" : "+r"(own_lane));  // else the masks of the signs are kept in registers from K to V
       input.template widen<KeyF>(side.input_dtype, own_lane, side.head_size, y);
-      if (s == 0) input = load_input<Tile>(p.value, read, head, lane);
-      store_row<KeyF, Tile>(side, y, slot, head, lane, row_address<Tile>(side, slot, head), side.cache_access);
+      if (s == 0) input = load_input<Map>(p.value, read, head, lane);
+      store_row<KeyF, Map>(side, y, slot, head, lane, row_address<Map>(side, slot, head), side.cache_access);
       if (s == 1) return;
     }
   }
   input.template widen<KeyF>(p.key.input_dtype, lane, p.key.head_size, y);
-  std::uint8_t* const key_to = row_address<Tile>(p.key, slot, head);
-  std::uint8_t* const value_to = row_address<Tile>(p.value, slot, head);
+  std::uint8_t* const key_to = row_address<Map>(p.key, slot, head);
+  std::uint8_t* const value_to = row_address<Map>(p.value, slot, head);
   if constexpr (!kStaged<KeyF, ValueF>) {
-    store_row<KeyF, Tile>(p.key, y, slot, head, lane, key_to, p.key.cache_access);
-    if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
+    store_row<KeyF, Map>(p.key, y, slot, head, lane, key_to, p.key.cache_access);
+    if constexpr (kRowByRow<Map>) value = load_input<Map>(p.value, read, head, lane);
     value.template widen<ValueF>(p.value.input_dtype, lane, p.value.head_size, y);
-    store_row<ValueF, Tile>(p.value, y, slot, head, lane, value_to, p.value.cache_access);
+    store_row<ValueF, Map>(p.value, y, slot, head, lane, value_to, p.value.cache_access);
   } else {
-    using Stage = StoreStage<KeyF, ValueF, Tile>;
+    using Stage = StoreStage<KeyF, ValueF, Map>;
     __shared__ Stage stage;
-    const int key_bytes = static_cast<int>(format::row_bytes<KeyF>(Tile::head_size(p.key.head_size)));
-    const int value_bytes = static_cast<int>(format::row_bytes<ValueF>(Tile::head_size(p.value.head_size)));
+    const int key_bytes = static_cast<int>(format::row_bytes<KeyF>(Map::head_size(p.key.head_size)));
+    const int value_bytes = static_cast<int>(format::row_bytes<ValueF>(Map::head_size(p.value.head_size)));
     const int slot_bytes = key_bytes + value_bytes;
-    const int access = Tile::kExact ? stage_access<KeyF, ValueF>(Stage::kHeadSize, Stage::kHeadSize) : p.stage_access;
+    const int access = Map::kExact ? stage_access<KeyF, ValueF>(Stage::kHeadSize, Stage::kHeadSize) : p.stage_access;
     std::uint8_t* const staged = stage.warps[threadIdx.x / 32].bytes;
-    std::uint8_t* const own = staged + static_cast<int>(threadIdx.x) % 32 / Tile::kLanes * slot_bytes;
-    store_row<KeyF, Tile>(p.key, y, slot, head, lane, own, access);
-    if constexpr (kRowByRow<Tile>) value = load_input<Tile>(p.value, read, head, lane);
+    std::uint8_t* const own = staged + static_cast<int>(threadIdx.x) % 32 / Map::kLanes * slot_bytes;
+    store_row<KeyF, Map>(p.key, y, slot, head, lane, own, access);
+    if constexpr (kRowByRow<Map>) value = load_input<Map>(p.value, read, head, lane);
     value.template widen<ValueF>(p.value.input_dtype, lane, p.value.head_size, y);
-    store_row<ValueF, Tile>(p.value, y, slot, head, lane, own + key_bytes, access);
+    store_row<ValueF, Map>(p.value, y, slot, head, lane, own + key_bytes, access);
     __syncwarp();
     for (int r = 0; r < Stage::kWarpRows; r += p.run_rows) {
-      const int source = r * Tile::kLanes;
+      const int source = r * Map::kLanes;
       const bool stored = __shfl_sync(kFullWarp, slot.stored ? 1 : 0, source) != 0;
       std::uint8_t* const to = shuffle_pointer(p.key.cache, key_to, source);
       std::uint8_t* const other = p.slots_adjoin ? nullptr : shuffle_pointer(p.value.cache, value_to, source);
@@ -359,13 +360,13 @@ inline unsigned blocks_for(std::int64_t items, std::int64_t items_per_block) {
 // Fewer rows than this leave multiprocessors idle if few lanes share a row: then latency counts, not instructions.
 inline constexpr std::int64_t kManyRows = 8192;
 
-// Whether a tile serves a side; an exact tile also takes its input in 16-byte loads.
-template <class Tile>
-bool tile_serves(const StoreSide& side, std::int64_t num_rows) {
-  if (!Tile::kExact) return Tile::holds(side.head_size);
-  if (Tile::kChunked && num_rows < kManyRows) return false;
+// Whether a map serves a side; an exact map also takes its input in 16-byte loads.
+template <class Map>
+bool map_serves(const StoreSide& side, std::int64_t num_rows) {
+  if (!Map::kExact) return Map::holds(side.head_size);
+  if (Map::kChunked && num_rows < kManyRows) return false;
   const auto fits_32_bits = [](std::int64_t distance) { return distance == static_cast<std::int32_t>(distance); };
-  return Tile::holds(side.head_size) && side.input_access == 16 && side.input_dtype != DType::kFloat32 &&
+  return Map::holds(side.head_size) && side.input_access == 16 && side.input_dtype != DType::kFloat32 &&
          fits_32_bits(side.input_token_stride) && fits_32_bits(side.input_head_stride) &&
          fits_32_bits(side.block_stride) && fits_32_bits(side.slot_stride) && fits_32_bits(side.head_stride) &&
          fits_32_bits(side.scale_block_stride) && fits_32_bits(side.scale_slot_stride) &&
@@ -373,7 +374,7 @@ bool tile_serves(const StoreSide& side, std::int64_t num_rows) {
 }
 
 // How staged rows are copied.
-template <format::Format KeyF, format::Format ValueF, class Tile>
+template <format::Format KeyF, format::Format ValueF, class Map>
 void plan_stage(StoreParams& p) {
   const std::int64_t key_bytes = format::row_bytes<KeyF>(p.key.head_size);
   const std::int64_t value_bytes = format::row_bytes<ValueF>(p.value.head_size);
@@ -389,24 +390,24 @@ void plan_stage(StoreParams& p) {
     return;
   }
   if (k.head_stride == key_bytes + value_bytes) {
-    p.run_rows = std::gcd(static_cast<int>(p.num_heads.divisor), 32 / Tile::kLanes);
+    p.run_rows = std::gcd(static_cast<int>(p.num_heads.divisor), 32 / Map::kLanes);
   }
   p.run_access = access_bytes(
       k.cache, {k.block_stride, k.slot_stride, p.run_rows * k.head_stride, p.run_rows * (key_bytes + value_bytes)});
 }
 
-// The first tile that serves both sides.
-template <format::Format KeyF, format::Format ValueF, class Tile, class... Wider>
+// The first map that serves both sides.
+template <format::Format KeyF, format::Format ValueF, class Map, class... Wider>
 cudaError_t launch_store_rows(StoreParams params, cudaStream_t stream) {
   const std::int64_t num_rows = params.num_tokens * params.num_heads.divisor;
-  if (!tile_serves<Tile>(params.key, num_rows) || !tile_serves<Tile>(params.value, num_rows) ||
-      (Tile::kExact && !params.slots_fit_31_bits)) {
+  if (!map_serves<Map>(params.key, num_rows) || !map_serves<Map>(params.value, num_rows) ||
+      (Map::kExact && !params.slots_fit_31_bits)) {
     if constexpr (sizeof...(Wider) > 0) return launch_store_rows<KeyF, ValueF, Wider...>(params, stream);
     return cudaErrorInvalidValue;
   }
-  if constexpr (kStaged<KeyF, ValueF>) plan_stage<KeyF, ValueF, Tile>(params);
-  const unsigned blocks = blocks_for(num_rows, kTileThreads<Tile> / Tile::kLanes);
-  store_rows<KeyF, ValueF, Tile><<<blocks, kTileThreads<Tile>, 0, stream>>>(params);
+  if constexpr (kStaged<KeyF, ValueF>) plan_stage<KeyF, ValueF, Map>(params);
+  const unsigned blocks = blocks_for(num_rows, kMapThreads<Map> / Map::kLanes);
+  store_rows<KeyF, ValueF, Map><<<blocks, kMapThreads<Map>, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -428,10 +429,10 @@ cudaError_t launch_store(const StoreParams& params, bool by_element, cudaStream_
   // share their instructions, four where the instructions of both would not stay in the multiprocessor's cache.
   constexpr bool kRotates = KeyF::kRotation != format::Rotation::kNone || ValueF::kRotation != format::Rotation::kNone;
   using Rotating =
-      std::conditional_t<std::is_same_v<KeyF, ValueF>, RowTile<64, 2, false, true, 32>, RowTile<32, 4, false, true>>;
-  using Tile128 = std::conditional_t<kRotates, Rotating, RowTile<16, 8, false, true>>;
-  return launch_store_rows<KeyF, ValueF, Tile128, RowTile<8, 8, false>, RowTile<16, 8, false>, RowTile<16, 16, false>,
-                           RowTile<16, 32, true>>(params, stream);
+      std::conditional_t<std::is_same_v<KeyF, ValueF>, LaneMap<64, 2, false, true, 32>, LaneMap<32, 4, false, true>>;
+  using Map128 = std::conditional_t<kRotates, Rotating, LaneMap<16, 8, false, true>>;
+  return launch_store_rows<KeyF, ValueF, Map128, LaneMap<8, 8, false>, LaneMap<16, 8, false>, LaneMap<16, 16, false>,
+                           LaneMap<16, 32, true>>(params, stream);
 }
 
 }  // namespace quire::cuda

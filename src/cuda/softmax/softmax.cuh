@@ -11,9 +11,48 @@
 //                  s <= 1 fits 16 bits
 #pragma once
 
-#include "cuda/tile.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/attention_params.h"
+#include "cuda/format/fragment.cuh"
+#include "cuda/lane/map.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/softmax/bias.cuh"
+#include "cuda/work/rows.cuh"
+#include "format/format.h"
 
 namespace quire::cuda {
+
+// The power of two above x, for positive finite x; 0 otherwise.
+__device__ __forceinline__ float power_above(float x) {
+  const std::uint32_t bits = __float_as_uint(x);
+  return bits < 0x7e800000U && x > 0.0F ? __uint_as_float((bits & 0x7f800000U) + 0x00800000U)
+                                        : (x > 0.0F && bits < 0x7f800000U ? x : 0.0F);
+}
+
+// power_above the largest finite magnitude of some scales in shared memory. For slices that hold a poisoned row.
+template <int kCount>
+__device__ __noinline__ float largest_finite(const float* scales) {
+  float largest = 0.0F;
+  for (int i = 0; i < kCount; ++i) {
+    if (exact::is_finite(scales[i])) largest = fmaxf(largest, fabsf(scales[i]));
+  }
+  return power_above(largest);
+}
+
+template <bool kBFloat16>
+__device__ __forceinline__ std::uint32_t pack_pair(float low, float high) {
+  if constexpr (kBFloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  } else {
+    return pair_bits(__floats2half2_rn(low, high));
+  }
+}
 
 // A lane's rows: quad + 8 r of each tile of 16.
 template <int kTiles>
@@ -263,67 +302,6 @@ __device__ __forceinline__ void rescale(float (&acc)[kTiles][kFragments][4], con
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[m][n][i] *= correction[m][i / 2];
     }
-  }
-}
-
-// One warp: its rows, first_row on, from accumulators to the output or the split's partials, through `rows` in shared
-// memory.
-template <class KeyF, class ValueF, int kTiles, int kFragments>
-__device__ __forceinline__ void finish_rows(const AttentionParams& p, const TileRows& tile, int kv_head,
-                                            const float (&acc)[kTiles][kFragments][4], RunningSoftmax<kTiles>& softmax,
-                                            bool biased, float (*rows)[8 * kFragments + 4], const RowInfo* row_infos,
-                                            int first_row, int lane) {
-  const int quad = lane / 4;
-  const int pair = lane % 4 * 2;
-  const float value_factor = p.v_scale.at(tile.batch, kv_head);
-  softmax.finish(biased);
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float* row = rows[first_row + 16 * m + 8 * r + quad];
-#pragma unroll
-      for (int n = 0; n < kFragments; ++n) {
-        *reinterpret_cast<float2*>(&row[8 * n + pair]) =
-            make_float2((acc[m][n][2 * r] * softmax.unit + softmax.offset[m][r]) * value_factor,
-                        (acc[m][n][2 * r + 1] * softmax.unit + softmax.offset[m][r]) * value_factor);
-      }
-      // The row's state rides in its padding.
-      if (pair == 0) {
-        *reinterpret_cast<float2*>(&row[8 * kFragments]) = make_float2(softmax.max[m][r], softmax.sum[m][r]);
-      }
-    }
-  }
-  __syncwarp();
-  // Several rows at a time, a group of lanes each.
-  using Tile = RowTile<16, 8 * kFragments / 16, true>;
-  constexpr int kRowsAtOnce = 32 / Tile::kLanes;
-  const int row_lane = lane % Tile::kLanes;
-#pragma unroll 1
-  for (int r = first_row; r < first_row + 16 * kTiles; r += kRowsAtOnce) {
-    if (row_infos[r].query < 0) break;
-    const RowInfo& info = row_infos[r + lane / Tile::kLanes];
-    const bool exists = info.query >= 0;
-    float* row = rows[r + lane / Tile::kLanes];
-    if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
-      // An infinite or NaN value has met weights of 0: again, value by value.
-      bool finite = true;
-      for (int c = row_lane; c < p.head_size_v; c += Tile::kLanes) finite = finite && exact::is_finite(row[c]);
-      const std::uint32_t odd = __ballot_sync(kFullWarp, exists && !finite);
-      if (odd != 0) {
-        for (int i = 0; i < kRowsAtOnce; ++i) {
-          if ((odd >> (i * Tile::kLanes) & (0xffffffffU >> (32 - Tile::kLanes))) == 0) continue;
-          const TileRows same_tile = tile;  // so that no one else's lives in memory
-          const RowInfo& again = row_infos[r + i];
-          const attention::SoftmaxState state = exact_row<KeyF, ValueF>(
-              p, same_tile, kv_head, tile.query_begin + again.query, again.head, rows[r + i], lane);
-          if (lane == 0) *reinterpret_cast<float2*>(&rows[r + i][8 * kFragments]) = make_float2(state.max, state.sum);
-        }
-        __syncwarp();
-      }
-    }
-    const attention::SoftmaxState state{row[8 * kFragments], row[8 * kFragments + 1]};
-    write_row<Tile>(p, row, state, tile.query_begin + info.query, info.head, row_lane, exists);
   }
 }
 

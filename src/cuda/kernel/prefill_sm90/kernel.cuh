@@ -11,8 +11,20 @@
 // Compiled for sm_90a, the only architecture with wgmma. Budget: docs/kernels/prefill.md.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/format/formats.cuh"
 #include "cuda/launch.h"
-#include "cuda/softmax.cuh"
+#include "cuda/output/rows.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/softmax/softmax.cuh"
+#include "cuda/stage/levels.cuh"
+#include "cuda/stage/query.cuh"
+#include "cuda/stage/rows.cuh"
+#include "cuda/work/pages.cuh"
+#include "cuda/work/rows.cuh"
 
 namespace quire::cuda {
 

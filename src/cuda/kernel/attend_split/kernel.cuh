@@ -14,109 +14,27 @@
 // Keys are grouped by absolute position, so a sequence's bits depend only on the split size.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "attention/mask.h"
-#include "attention/problem.h"
 #include "attention/softmax.h"
-#include "cuda/row.cuh"
+#include "cuda/attention_params.h"
+#include "cuda/lane/bytes.cuh"
+#include "cuda/lane/rotate.cuh"
+#include "cuda/output/row.cuh"
+#include "cuda/softmax/bias.cuh"
+#include "cuda/stage/metadata.cuh"
+#include "cuda/work/rows.cuh"
 #include "format/formats.h"
 
 namespace quire::cuda {
 
-inline constexpr int kRows = 16;
 inline constexpr int kKeys = 32;
-inline constexpr int kAttentionThreads = 128;
-inline constexpr int kWarps = kAttentionThreads / 32;
 inline constexpr int kRowsPerWarp = kRows / kWarps;
 inline constexpr int kChunk = 8;  // elements unpacked by a thread at a time: a multiple of every format's unit
 inline constexpr int kMaxColumns = format::kMaxHeadSize / kAttentionThreads;  // output columns of a thread
-
-// K or V of the cache. Strides in bytes.
-struct CacheSide {
-  const std::uint8_t* data = nullptr;  // [num_blocks, block_size, num_kv_heads, row bytes]
-  std::int64_t block_stride = 0, slot_stride = 0, head_stride = 0;
-  const std::uint8_t* scales = nullptr;  // [num_blocks, block_size, num_kv_heads] fp32, null where the format has none
-  std::int64_t scale_block_stride = 0, scale_slot_stride = 0, scale_head_stride = 0;
-  int access = 1;      // bytes per load
-  int row_access = 1;  // the power of two, at most 16, that divides every row's address
-};
-
-// How a finished row leaves: shared by the attention kernel and the merge.
-struct OutputRule {
-  std::uint8_t* out = nullptr;  // [num_tokens, num_q_heads, head_size_v], strides in bytes
-  std::int64_t token_stride = 0, head_stride = 0;
-  DType dtype = DType::kFloat32;
-  bool vectors = false;                 // 16-bit elements, rows of whole aligned 16-byte vectors
-  const float* output_scale = nullptr;  // [1], float8 output only
-  float* lse = nullptr;                 // [num_tokens, num_q_heads], may be null
-  std::int64_t lse_token_stride = 0, lse_head_stride = 0;
-  const float* sinks = nullptr;  // [num_q_heads], may be null
-  std::int64_t sink_stride = 0;
-  format::Rotation rotation = format::Rotation::kNone;
-  float unrotate = 1.0F;
-  format::RowShape shape{};
-};
-
-// What a split leaves of a row: its softmax state, and its unnormalized output row, still rotated.
-struct Partials {
-  float* acc = nullptr;     // [num_tokens, num_q_heads, max_splits, head_size_v]
-  float2* state = nullptr;  // [num_tokens, num_q_heads, max_splits] (max, sum)
-};
-
-struct AttentionParams {
-  const std::uint8_t* query = nullptr;  // [num_tokens, num_q_heads, head_size], strides in bytes
-  std::int64_t query_token_stride = 0, query_head_stride = 0;
-  DType query_dtype = DType::kFloat32;
-  int query_element_bytes = 4;
-  bool query_vectors = false;  // 16-bit elements, rows of whole aligned 16-byte vectors
-  CacheSide key, value;
-
-  const std::int32_t* cu_seqlens_q = nullptr;  // [batch + 1]
-  std::int64_t cu_stride = 1;
-  const std::int32_t* seq_lens = nullptr;  // [batch]
-  std::int64_t seq_stride = 1;
-  const std::int32_t* block_table = nullptr;  // [batch, max_blocks]
-  std::int64_t table_batch_stride = 0, table_block_stride = 1;
-
-  attention::MaskRule mask;
-  bool causal = true;
-  const std::uint8_t* causal_per_seq = nullptr;  // [batch], may be null
-  std::int64_t causal_stride = 1;
-  const std::int32_t* ranges = nullptr;  // [batch, num_ranges, 2], may be null
-  std::int64_t ranges_batch_stride = 0, range_stride = 0, bound_stride = 0;
-  int num_ranges = 0;
-
-  float softcap = 0.0F;
-  const float* alibi_slopes = nullptr;  // [num_q_heads], may be null
-  std::int64_t alibi_stride = 1;
-  bool alibi_sqrt = false;
-  const float* qq_bias = nullptr;  // [qq_size, qq_size], may be null
-  std::int64_t qq_row_stride = 0, qq_column_stride = 1;
-  int qq_size = 0;
-
-  float softmax_scale = 1.0F;
-  ScaleView q_scale, k_scale, v_scale;
-
-  std::int64_t num_tokens = 0;
-  int batch = 0;
-  int num_q_heads = 0, group_size = 1;
-  int head_size = 0, head_size_v = 0;
-  std::int64_t num_blocks = 0, max_blocks = 0;
-  int block_size = 1;
-  int block_shift = -1;  // log2(block_size) where that is a power of two
-  std::int64_t split_size = 0;
-  int max_splits = 1;
-  int sequence_tiles = 1;  // decode: row tiles of a sequence in the grid
-
-  OutputRule output;
-  Partials partials;                            // used with more than one split
-  unsigned long long* error_counter = nullptr;  // [1], may be null
-};
 
 // Distance of rows in shared memory, in floats: a multiple of 4 whose quarter is odd, so that 32 lanes reading 16 bytes
 // each from 32 rows meet every bank once per phase.
@@ -140,118 +58,6 @@ __host__ __device__ constexpr std::size_t attention_storage_bytes(int head_size,
          sizeof(float) * ((kRows + kKeys) * padded_row(head_size) + kKeys * padded_row(head_size_v));
 }
 static_assert(attention_storage_bytes(format::kMaxHeadSize, format::kMaxHeadSize) <= 227 * 1024);
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
-// A NaN never becomes the maximum.
-__device__ __forceinline__ float warp_max(float x) {
-  if (!(x == x)) x = -INFINITY;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
-// Rows of any head size over a whole warp, for queries and outputs.
-using WideTile = RowTile<16, 32, true>;
-
-// Sixteen bits of x in the dtype.
-__device__ __forceinline__ std::uint32_t narrow_to_16(DType dtype, float x) {
-  return dtype == DType::kFloat16 ? __half_as_ushort(__float2half_rn(x)) : __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-
-// One warp writes one row: `row` [head_size_v] in shared memory holds sum p v under `state`, rotated, before 1 / sum.
-template <class Tile = WideTile>
-__device__ __forceinline__ void finish_row(const OutputRule& rule, const float* row, attention::SoftmaxState state,
-                                           std::int64_t token, int head, int lane, bool exists = true) {
-  constexpr int kE = Tile::kElements;
-  const bool empty = state.sum == 0.0F;  // whatever its accumulator holds, the output is 0
-  float factor = 1.0F;
-  if (rule.sinks != nullptr) factor = attention::add_sink(state, rule.sinks[head * rule.sink_stride]);
-  factor *= attention::output_factor(state);
-  float y[kE] = {};
-#pragma unroll
-  for (int j = 0; j < kE; ++j) {
-    const int i = lane * kE + j;
-    if (i < rule.shape.head_size) y[j] = empty ? 0.0F : row[i] * factor;
-  }
-  rotate_back<Tile>(rule.rotation, y, lane, rule.shape.block);
-#pragma unroll
-  for (int j = 0; j < kE; ++j) y[j] *= rule.unrotate;
-  if (!exists) return;
-  std::uint8_t* out = rule.out + token * rule.token_stride + head * rule.head_stride;
-  if (rule.vectors) {
-#pragma unroll
-    for (int j = 0; j < kE; j += 8) {
-      if (lane * kE + j >= rule.shape.head_size) break;
-      std::uint32_t words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        words[w] = narrow_to_16(rule.dtype, y[j + 2 * w]) | narrow_to_16(rule.dtype, y[j + 2 * w + 1]) << 16;
-      }
-      reinterpret_cast<uint4*>(out)[(lane * kE + j) / 8] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kE; ++j) {
-      const int i = lane * kE + j;
-      if (i >= rule.shape.head_size) break;
-      if (rule.dtype == DType::kFloat32) {
-        reinterpret_cast<float*>(out)[i] = y[j];
-      } else if (rule.dtype == DType::kFloat8E4M3) {
-        out[i] = format::E4M3::encode(__fdiv_rn(y[j], *rule.output_scale));
-      } else {
-        reinterpret_cast<std::uint16_t*>(out)[i] = static_cast<std::uint16_t>(narrow_to_16(rule.dtype, y[j]));
-      }
-    }
-  }
-  if (rule.lse != nullptr && lane == 0) {
-    rule.lse[token * rule.lse_token_stride + head * rule.lse_head_stride] = attention::log_sum_exp(state);
-  }
-}
-
-// Start of a sequence's row tiles in the grid: every sequence gets at least as many as its rows fill, whatever the
-// lengths, from cu_seqlens_q alone.
-__host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence,
-                                                            int tile_rows = kRows) {
-  return rows_before / tile_rows + sequence;
-}
-
-// The sequence a row tile belongs to.
-__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile, int tile_rows = kRows) {
-  int low = 0;
-  int high = p.batch - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[middle * p.cu_stride]) * p.group_size;
-    if (first_tile(rows_before, middle, tile_rows) <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-// Metadata of one row, loaded with one access where it lies in a scale cache.
-template <format::Format F>
-__device__ __forceinline__ float2 load_affine(const CacheSide& side, std::int64_t block, std::int64_t slot, int head,
-                                              format::RowShape shape) {
-  alignas(16) std::uint8_t meta[F::kMetaBytes > 0 ? F::kMetaBytes : 1] = {};
-  if constexpr (F::kMetaPlace == format::MetaPlace::kScaleCache) {
-    load_bytes(
-        side.scales + block * side.scale_block_stride + slot * side.scale_slot_stride + head * side.scale_head_stride,
-        meta, F::kMetaBytes, 4);
-  } else if constexpr (F::kMetaPlace == format::MetaPlace::kInRow) {
-    load_bytes(side.data + block * side.block_stride + slot * side.slot_stride + head * side.head_stride +
-                   format::code_bytes<F>(shape.head_size),
-               meta, F::kMetaBytes, side.access < 2 ? side.access : 2);
-  }
-  const format::Affine affine = F::read_meta(meta, shape);
-  return {affine.scale, affine.offset};
-}
 
 // Unpacks the rows of kKeys keys into `levels` [kKeys][pitch]; rows that are not read become zeros. Returns whether
 // this thread met a level that is not finite.
@@ -300,19 +106,6 @@ __device__ __forceinline__ void divide_by_norm(float2& affine, const float* leve
     squares = dot4(squares, level, level);
   }
   affine.x = affine.x / sqrtf(squares);
-}
-
-// The biases of query row `i` of its sequence; i < 0 for a row past the end.
-__device__ __forceinline__ attention::LogitRule logit_rule(const AttentionParams& p, int head, int i) {
-  attention::LogitRule rule;
-  rule.softcap = p.softcap;
-  rule.has_alibi = p.alibi_slopes != nullptr;
-  rule.alibi_sqrt = p.alibi_sqrt;
-  if (rule.has_alibi && i >= 0) rule.alibi_slope = p.alibi_slopes[head * p.alibi_stride];
-  if (p.qq_bias != nullptr && i >= 0 && i < p.qq_size) rule.qq_bias = p.qq_bias + i * p.qq_row_stride;
-  rule.qq_stride = p.qq_column_stride;
-  rule.qq_size = p.qq_size;
-  return rule;
 }
 
 template <format::Format KeyF, format::Format ValueF, int kColumns>
@@ -374,17 +167,17 @@ __global__ void __launch_bounds__(kAttentionThreads, kColumns == 1 ? 4 : 2)
     }
     if constexpr (KeyF::kRotation != format::Rotation::kNone) {
       __syncwarp();
-      float y[WideTile::kElements];
+      float y[WideMap::kElements];
 #pragma unroll
-      for (int j = 0; j < WideTile::kElements; ++j) {
-        const int c = lane * WideTile::kElements + j;
+      for (int j = 0; j < WideMap::kElements; ++j) {
+        const int c = lane * WideMap::kElements + j;
         y[j] = c < p.head_size ? q[c] : 0.0F;
       }
-      rotate<WideTile>(KeyF::kRotation, y, lane, key_shape.block);
+      rotate<WideMap>(KeyF::kRotation, y, lane, key_shape.block);
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < WideTile::kElements; ++j) {
-        const int c = lane * WideTile::kElements + j;
+      for (int j = 0; j < WideMap::kElements; ++j) {
+        const int c = lane * WideMap::kElements + j;
         if (c < p.head_size) q[c] = y[j];
       }
     }

@@ -11,9 +11,20 @@
 // docs/kernels/prefill.md.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/format/formats.cuh"
+#include "cuda/kernel/prefill_sm90/kernel.cuh"
 #include "cuda/launch.h"
-#include "cuda/prefill_sm90.cuh"
-#include "cuda/softmax.cuh"
+#include "cuda/output/rows.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/softmax/softmax.cuh"
+#include "cuda/stage/levels.cuh"
+#include "cuda/stage/query.cuh"
+#include "cuda/stage/rows.cuh"
+#include "cuda/work/pages.cuh"
+#include "cuda/work/rows.cuh"
 
 namespace quire::cuda {
 

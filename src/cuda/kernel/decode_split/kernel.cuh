@@ -16,7 +16,19 @@
 // instruction budget: docs/kernels/decode.md.
 #pragma once
 
-#include "cuda/softmax.cuh"
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/format/formats.cuh"
+#include "cuda/output/redo.cuh"
+#include "cuda/output/row.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/softmax/softmax.cuh"
+#include "cuda/stage/levels.cuh"
+#include "cuda/stage/query.cuh"
+#include "cuda/stage/rows.cuh"
+#include "cuda/work/pages.cuh"
+#include "cuda/work/rows.cuh"
 
 namespace quire::cuda {
 
@@ -306,7 +318,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kHead <= 128 ? 3 : 1)
       }
     }
     __syncwarp();
-    write_row<RowTile<8, 32, true>>(p, merged, merged_state, token, query_head, lane);
+    write_row<LaneMap<8, 32, true>>(p, merged, merged_state, token, query_head, lane);
   }
 }
 

@@ -1,0 +1,105 @@
+// One row by the lanes of a warp: the second driver of the contract in format/format.h (format/row.h is the first).
+//
+//     rotation      lane/rotate.cuh
+//     statistics    the contract's tree, element i with i + h, h ascending: first inside a lane, then across lanes
+//     pack          a lane packs its own units and writes its own bytes; lane 0 writes the metadata
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/format/pack.cuh"
+#include "cuda/lane/bytes.cuh"
+#include "cuda/lane/input.cuh"
+#include "cuda/lane/map.cuh"
+#include "cuda/lane/rotate.cuh"
+#include "format/format.h"
+
+namespace quire::cuda {
+
+// The statistics of the row, the same in every lane that holds a part of it.
+template <format::Format F, class Map>
+__device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Map::kElements], int lane, int head_size) {
+  constexpr int kE = Map::kElements;
+  using Stats = typename F::Stats;
+  Stats stats[kE];
+#pragma unroll
+  for (int j = 0; j < kE; ++j) stats[j] = F::stat(y[j]);
+  // What the lanes merge among them: one value each, or one a chunk where the order matters.
+  constexpr int kOwn = Stats::kAnyOrder ? kE : Map::kChunk;
+#pragma unroll
+  for (int h = 1; h < kOwn; h *= 2) {
+#pragma unroll
+    for (int j = 0; j < kE; j += 2 * h) {
+      if (!Map::kRagged || lane * kE + j + h < head_size) stats[j] = F::merge(stats[j], stats[j + h]);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < Map::kLanes; step *= 2) {
+    // The upper half of the 2 * step lanes may lie past the row: both halves then have what the lower one has.
+    const int upper_lane = (lane & ~(2 * step - 1)) + step;
+#pragma unroll
+    for (int j = 0; j < kE; j += kOwn) {
+      const Stats other = shuffle_xor<Map::kLanes>(stats[j], step);
+      if (Map::kExact || upper_lane * kE < head_size) {
+        stats[j] = F::merge(stats[j], other);
+      } else if ((lane & step) != 0) {
+        stats[j] = other;
+      }
+    }
+  }
+#pragma unroll
+  for (int h = kOwn; h < kE; h *= 2) {
+#pragma unroll
+    for (int j = 0; j < kE; j += 2 * h) stats[j] = F::merge(stats[j], stats[j + h]);
+  }
+  return stats[0];
+}
+
+// Encodes the row whose lane `lane` holds y as LaneInput::widen gave it, which is overwritten, and writes it where
+// `store` is set. `access` divides the row's address and its bytes of codes; store_bytes heeds the distance of lanes.
+// The bits are those of format::encode_row.
+template <format::Format F, class Map>
+__device__ __forceinline__ void encode_row(float (&y)[Map::kElements], int lane, format::RowShape shape,
+                                           float tensor_scale, bool store, std::uint8_t* data, int access,
+                                           std::uint8_t* meta) {
+  constexpr int kE = Map::kElements;
+  constexpr format::Rotation kRotation = kFlipsInput<F> ? format::Rotation::kHadamard : F::kRotation;
+  using format::StatsOf;
+  typename F::Stats stats{};
+  if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F, Map>(y, lane, shape.head_size);
+  if constexpr (F::kStatsOf != StatsOf::kInput) {
+    rotate<Map>(kRotation, y, lane, shape.block);
+    if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F, Map>(y, lane, shape.head_size);
+  }
+  const typename F::Encoder encoder = F::finish(stats, shape, tensor_scale);
+  if constexpr (F::kStatsOf == StatsOf::kInput) {
+#pragma unroll
+    for (int j = 0; j < kE; ++j) y[j] = F::normalize(encoder, y[j]);
+    rotate<Map>(kRotation, y, lane, shape.block);
+  }
+  constexpr int kChunkBytes = Map::kChunk / F::kUnit * F::kUnitBytes;
+  alignas(16) std::uint8_t bytes[kE / F::kUnit * F::kUnitBytes];
+  Packer<F>::pack(encoder, y, bytes);
+  if (!store) return;
+#pragma unroll
+  for (int c = 0; c < kE / Map::kChunk; ++c) {
+    const int at = (c * Map::kLanes + lane) * kChunkBytes;
+    const int held = static_cast<int>(format::code_bytes<F>(shape.head_size)) - at;
+    const int count = Map::kExact ? kChunkBytes : min(max(held, 0), kChunkBytes);
+    alignas(16) std::uint8_t chunk[kChunkBytes];
+    memcpy(chunk, bytes + c * kChunkBytes, kChunkBytes);
+    store_bytes(chunk, data + at, count, access);
+  }
+  if constexpr (F::kMetaBytes > 0) {
+    if (lane == 0) {
+      alignas(4) std::uint8_t meta_bytes[F::kMetaBytes];
+      F::write_meta(encoder, meta_bytes);
+      // A scale cache is fp32. Metadata in the row is aligned as the row and its codes are.
+      store_bytes(meta_bytes, meta, F::kMetaBytes,
+                  F::kMetaPlace == format::MetaPlace::kScaleCache ? 4 : min(access, F::kMetaBytes));
+    }
+  }
+}
+
+}  // namespace quire::cuda

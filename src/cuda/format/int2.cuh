@@ -1,0 +1,79 @@
+// int2_per_token_head on CUDA.
+#pragma once
+
+#include <bit>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/format/fragment.cuh"
+#include "cuda/format/pack.cuh"
+#include "format/int2_per_token_head.h"
+
+namespace quire::cuda {
+
+// Largest relative error 6e-8; found by trying two million units in [1, 2), as the others are.
+template <>
+inline constexpr float level_unit<format::Int2PerTokenHead> = 1.525879F;
+
+// Four 2-bit codes to four nibbles.
+template <>
+struct Levels16<format::Int2PerTokenHead> {
+  static constexpr int kWords = 2;
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
+    using F = format::Int2PerTokenHead;
+    constexpr ByteTables kTables = ByteTables::make(
+        [](int code) {
+          const float magnitude = code == 0 || code == 3 ? F::kOuter : F::kInner;
+          return constant_half((code >= 2 ? magnitude : -magnitude) * level_unit<F>);
+        },
+        4);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        std::uint32_t x = half == 0 ? words[w] & 0xffffU : words[w] >> 16;
+        x = (x | (x << 8)) & 0x00ff00ffU;
+        x = (x | (x << 4)) & 0x0f0f0f0fU;
+        x = (x | (x << 2)) & 0x33333333U;
+        kTables.look_up(x, pairs + 8 * w + 4 * half);
+        kTables.look_up(x >> 16, pairs + 8 * w + 4 * half + 2);
+      }
+    }
+  }
+};
+
+template <>
+struct Packer<format::Int2PerTokenHead> {
+  using F = format::Int2PerTokenHead;
+
+  // A code is the sign of z and whether |z| reaches the threshold, strictly where z is negative. Times 1 - 2^-24,
+  // rounded up, a negative z comes one float nearer to zero, a positive one stays (but for powers of two), and + 0
+  // takes the sign from a zero. Then the difference of the bits of 2 and of the threshold is added: bit 30 says whether
+  // |z| reaches the threshold. The two top bits of 16 elements are shifted into a word and become codes together.
+  template <int kN>
+  static __device__ __forceinline__ void pack(F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
+    if (encoder.is_poisoned()) {  // beyond the lowest threshold: code 0
+#pragma unroll
+      for (int j = 0; j < kN; ++j) y[j] = -2.0F;
+      encoder.inverse = 1.0F;
+    }
+    constexpr std::uint32_t kRaise = 0x40000000U - std::bit_cast<std::uint32_t>(F::kThreshold);
+    constexpr int kWord = kN < 16 ? kN : 16;
+#pragma unroll
+    for (int first = 0; first < kN; first += kWord) {
+      std::uint32_t tops = 0;
+#pragma unroll
+      for (int j = kWord - 1; j >= 0; --j) {
+        const float z = y[first + j] * encoder.inverse;
+        const float nearer = ptx::fma_up(z, 1.0F - 0x1p-24F, 0.0F);
+        tops = __funnelshift_l(exact::bits_of(nearer) + kRaise, tops, 2);
+      }
+      constexpr std::uint32_t kSigns = 0xaaaaaaaaU;
+      const std::uint32_t codes = select_bits(kSigns, ~tops, tops ^ (tops >> 1));
+      memcpy(bytes + first / F::kUnit, &codes, kWord / F::kUnit);
+    }
+  }
+};
+
+}  // namespace quire::cuda

@@ -1,0 +1,48 @@
+// int4_per_token_head on CUDA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/format/fragment.cuh"
+#include "cuda/format/nibbles.cuh"
+#include "cuda/format/pack.cuh"
+#include "format/int4_per_token_head.h"
+
+namespace quire::cuda {
+
+template <>
+struct Levels16<format::Int4PerTokenHead> : LevelsNibble {};
+
+template <>
+struct Packer<format::Int4PerTokenHead> {
+  using F = format::Int4PerTokenHead;
+
+  // Without the clamp a code is floor(step + 0.5): 2^22 + 0.5, added toward zero, leaves it in bits 1 to 4 of the sum,
+  // above a bit of fraction. Rows that need the clamp (the extremes round outwards, or an element is not finite) get
+  // their steps clamped beforehand, as elements of a row of scale 1.
+  template <int kN>
+  static __device__ __forceinline__ void pack(F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
+    if (!encoder.in_range) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) y[j] = exact::clamp(F::step(encoder, y[j]), 0.0F, 15.0F);
+      encoder.inverse = 1.0F;
+      encoder.zero = 0.0F;
+    }
+#pragma unroll
+    for (int first = 0; first < kN; first += 8) {
+      std::uint32_t sum[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        // Four sums, a byte apart, add up to their codes: this bias of the second takes away what 2^22 leaves in all.
+        const std::uint32_t bias = j / 2 == 1 ? 0x358000U : 0U;
+        sum[j] = exact::bits_of(__fadd_rz(F::step(encoder, y[first + j]), exact::from_bits(0x4a800001U + bias)));
+      }
+      const std::uint32_t even = join_all<8>(sum[0], sum[2], sum[4], sum[6]);
+      const std::uint32_t odd = join_all<8>(sum[1], sum[3], sum[5], sum[7]);
+      format::store_as(bytes + first / 2, select_bits(0x0f0f0f0fU, even >> 1, odd << 3));
+    }
+  }
+};
+
+}  // namespace quire::cuda

@@ -1,0 +1,251 @@
+// TurboQuant's keys and values of 3 and 4 bits on CUDA. Its fp8 keys are in fp8.cuh.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/format/fragment.cuh"
+#include "cuda/format/nibbles.cuh"
+#include "cuda/format/pack.cuh"
+#include "cuda/lane/map.cuh"
+#include "format/turboquant.h"
+
+namespace quire::cuda {
+
+// ---- codes to levels ------------------------------------------------------------------------------------------------
+
+// Largest relative errors 2.5e-5 (3 bits) and 7.4e-5 (4 bits), against 3e-4 without a unit.
+template <>
+inline constexpr float level_unit<format::TurboQuantK3> = 1.260678F;
+template <>
+inline constexpr float level_unit<format::TurboQuantK4> = 1.7335825F;
+
+template <>
+struct Levels16<format::TurboQuantV4> : LevelsNibble {};
+
+// Eight 3-bit codes (the low 24 bits) to eight nibbles.
+__device__ __forceinline__ std::uint32_t spread_3_to_4(std::uint32_t codes) {
+  std::uint32_t x = (codes & 0xfffU) | ((codes & 0xfff000U) << 4);
+  x = (x & 0x003f003fU) | ((x & 0x0fc00fc0U) << 2);
+  return (x & 0x07070707U) | ((x & 0x38383838U) << 1);
+}
+
+// The 24 bits of eight codes, `group` of 32 elements' three words.
+__device__ __forceinline__ std::uint32_t three_bytes(const std::uint32_t (&words)[3], int group) {
+  switch (group) {
+    case 0:
+      return words[0];
+    case 1:
+      return __funnelshift_r(words[0], words[1], 24);
+    case 2:
+      return __funnelshift_r(words[1], words[2], 16);
+    default:
+      return words[2] >> 8;
+  }
+}
+
+template <>
+struct Levels16<format::TurboQuantK3> {
+  static constexpr int kWords = 3;
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
+    constexpr ByteTables kTables = ByteTables::make(
+        [](int code) { return constant_half(format::centroid<3>(code) * level_unit<format::TurboQuantK3>); }, 8);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      const std::uint32_t nibbles = spread_3_to_4(three_bytes(words, g));
+      kTables.look_up(nibbles, pairs + 4 * g);
+      kTables.look_up(nibbles >> 16, pairs + 4 * g + 2);
+    }
+  }
+};
+
+template <>
+struct Levels16<format::TurboQuantV3> {
+  static constexpr int kWords = 3;
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      nibbles_to_pairs(spread_3_to_4(three_bytes(words, g)), 0x64046404U, pairs + 4 * g);  // level = code - 4
+    }
+  }
+};
+
+// Sixteen centroids, symmetric: the magnitude is looked up, the sign set apart.
+template <>
+struct Levels16<format::TurboQuantK4> {
+  static constexpr int kWords = 4;
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
+    constexpr ByteTables kTables = ByteTables::make(
+        [](int i) { return constant_half(format::Codebook<4>::positive(i) * level_unit<format::TurboQuantK4>); }, 8);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      // Codes below 8 are negative and count downwards.
+      const std::uint32_t negative = ~words[w] & 0x88888888U;
+      const std::uint32_t magnitude = (words[w] ^ ((negative >> 3) * 7U)) & 0x77777777U;
+      kTables.look_up(magnitude, pairs + 4 * w);
+      kTables.look_up(magnitude >> 16, pairs + 4 * w + 2);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t signs = negative >> (8 * i);
+        pairs[4 * w + i] ^= ((signs & 0x8U) << 12) | ((signs & 0x80U) << 24);
+      }
+    }
+  }
+};
+
+// ---- elements to codes ----------------------------------------------------------------------------------------------
+
+// The same by a table: a uniform grid so fine that a cell holds one midpoint at most. The code of a y in cell k is the
+// number of midpoints before the cell, one more from the cell's own midpoint on. Which cell takes a y near a border is
+// up to rounding, and it does not matter: no midpoint lies near one.
+template <int kBits>
+struct CentroidGrid {
+  static constexpr int kCells = 31;             // around 0; the outer two reach to infinity
+  static constexpr float kReach = 30 * 0.225F;  // between the centres of the outer two
+
+  struct Cell {
+    float minus_midpoint;  // y + minus_midpoint is negative, and not -0, exactly where y is below the midpoint
+    std::uint32_t before;
+  };
+  Cell cells[32] = {};
+
+  constexpr CentroidGrid() {
+    for (int k = 0; k < 32; ++k) {
+      const float centre = (static_cast<float>(k) - 15.0F) * (kReach / 30);
+      cells[k] = {-1e30F, 0};  // no midpoint: every y is below
+      for (int i = 1; i < 2 * format::Codebook<kBits>::kHalf; ++i) {
+        const float midpoint = format::lower_midpoint<kBits>(i);
+        const float distance = (midpoint - centre) / (kReach / 30);
+        if (distance <= -0.5F) ++cells[k].before;
+        if (distance > -0.5F && distance < 0.5F) cells[k].minus_midpoint = midpoint == 0.0F ? 0.0F : -midpoint;
+      }
+    }
+  }
+  // The midpoints in order, one a cell, none near a border.
+  constexpr bool holds() const {
+    for (int i = 1; i < 2 * format::Codebook<kBits>::kHalf; ++i) {
+      const float place = format::lower_midpoint<kBits>(i) / (kReach / 30) + 15.0F;
+      const int k = static_cast<int>(place + 0.5F);
+      const float distance = place - static_cast<float>(k);
+      if (k < 1 || k > 29 || distance < -0.49F || distance > 0.49F) return false;
+      if (cells[k].minus_midpoint != -format::lower_midpoint<kBits>(i)) return false;
+      if (cells[k].before != static_cast<std::uint32_t>(i - 1)) return false;
+    }
+    return true;
+  }
+};
+
+template <int kBits>
+__device__ const CentroidGrid<kBits> centroid_grid;
+
+// nearest_centroid of many y, none of them NaN or beyond 1e29. The lanes of a warp hold the grid, a cell each, and look
+// up one another's.
+template <int kBits, int kN>
+__device__ __forceinline__ void nearest_centroids(const float (&y)[kN], std::uint32_t (&codes)[kN]) {
+  using Grid = CentroidGrid<kBits>;
+  static_assert(Grid().holds());
+  const typename Grid::Cell own = centroid_grid<kBits>.cells[lane_index()];
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    const float place = ptx::fma_saturate(y[j], 1.0F / Grid::kReach, 0.5F);
+    // 2^23 + k has k in its low bits, which are all that a shuffle reads of a lane's number.
+    const std::uint32_t cell = exact::bits_of(__fmaf_rn(place, 30.0F, 8388608.0F));
+    const float below = y[j] + __shfl_sync(~0U, own.minus_midpoint, static_cast<int>(cell));
+    const std::uint32_t before = __shfl_sync(~0U, own.before, static_cast<int>(cell));
+    codes[j] = before + 1 - (exact::bits_of(below) >> 31);
+  }
+}
+
+// Codes of kBits to bytes. In sums of words that hold a code above bits of their float's exponent, kThirdBias is
+// subtracted by the third of eight.
+template <int kBits>
+struct CodePacker;
+
+template <>
+struct CodePacker<4> {
+  // What a sum of 8 words with 2^23 as their float's exponent, 4 bits apart, is taken away by in the third of them.
+  static constexpr std::uint32_t kThirdBias = 0x50000U;
+  template <int kN>
+  static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
+#pragma unroll
+    for (int i = 0; i < kN; i += 8) {
+      format::store_as(bytes + i / 2, join_all<4>(codes[i], codes[i + 1], codes[i + 2], codes[i + 3], codes[i + 4],
+                                                  codes[i + 5], codes[i + 6], codes[i + 7]));
+    }
+  }
+};
+
+template <>
+struct CodePacker<3> {
+  static constexpr std::uint32_t kThirdBias = 0;
+  // Bits 24 and above of the codes' sum are dropped.
+  template <int kN>
+  static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
+    std::uint32_t words[kN / 8];
+#pragma unroll
+    for (int w = 0; w < kN / 8; ++w) {
+      const std::uint32_t* c = codes + 8 * w;
+      words[w] = join_all<3>(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]);
+    }
+    if constexpr (kN % 32 == 0) {  // four times 3 bytes are three words
+#pragma unroll
+      for (int w = 0; w < kN / 8; w += 4) {
+        format::store_as(bytes + 3 * w, __byte_perm(words[w], words[w + 1], 0x4210));
+        format::store_as(bytes + 3 * w + 4, __byte_perm(words[w + 1], words[w + 2], 0x5421));
+        format::store_as(bytes + 3 * w + 8, __byte_perm(words[w + 2], words[w + 3], 0x6542));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 3 * (kN / 8); ++i) bytes[i] = static_cast<std::uint8_t>(words[i / 3] >> (8 * (i % 3)));
+    }
+  }
+};
+
+template <class F, int kBits>
+struct KeyPacker {
+  template <int kN>
+  static __device__ __forceinline__ void pack(const typename F::Encoder& encoder, float (&y)[kN], std::uint8_t* bytes) {
+    const bool poisoned = encoder.inverse != encoder.inverse;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) y[j] *= encoder.unit;
+    if (poisoned) {  // below every midpoint: code 0
+#pragma unroll
+      for (int j = 0; j < kN; ++j) y[j] = -1e6F;
+    }
+    std::uint32_t codes[kN];
+    nearest_centroids<kBits>(y, codes);
+    CodePacker<kBits>::pack(codes, bytes);
+  }
+};
+template <>
+struct Packer<format::TurboQuantK4> : KeyPacker<format::TurboQuantK4, 4> {};
+template <>
+struct Packer<format::TurboQuantK3> : KeyPacker<format::TurboQuantK3, 3> {};
+
+template <class F, int kBits>
+struct ValuePacker {
+  // Of a finite row steps + 0.5 lies in [0.5, kMaxCode + 0.5 + rounding], so no clamp: 2^23 added toward zero leaves
+  // its integer part in the low bits.
+  template <int kN>
+  static __device__ __forceinline__ void pack(typename F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
+    if (encoder.inverse != encoder.inverse) {
+      encoder = {0.0F, 0.0F, 0.0F};
+#pragma unroll
+      for (int j = 0; j < kN; ++j) y[j] = 0.0F;
+    }
+    std::uint32_t codes[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const float steps = (y[i] - encoder.low) * encoder.inverse;
+      const std::uint32_t bias = i % 8 == 2 ? CodePacker<kBits>::kThirdBias : 0U;
+      codes[i] = exact::bits_of(__fadd_rz(steps + 0.5F, exact::from_bits(0x4b000000U + bias)));
+    }
+    CodePacker<kBits>::pack(codes, bytes);
+  }
+};
+template <>
+struct Packer<format::TurboQuantV4> : ValuePacker<format::TurboQuantV4, 4> {};
+template <>
+struct Packer<format::TurboQuantV3> : ValuePacker<format::TurboQuantV3, 3> {};
+
+}  // namespace quire::cuda

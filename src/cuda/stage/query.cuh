@@ -1,0 +1,118 @@
+// Query rows from global to shared memory: rotated as the keys are, and rounded to 16 bits.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/attention_params.h"
+#include "cuda/format/fragment.cuh"
+#include "cuda/lane/bytes.cuh"
+#include "cuda/lane/rotate.cuh"
+#include "cuda/work/rows.cuh"
+
+namespace quire::cuda {
+
+// A query row on its way from global to shared memory: 8 elements a lane, bf16 or (float8 too) fp16.
+struct QueryRow {
+  static constexpr int kPer = 8;
+  RowInfo info;
+  std::uint32_t words[kPer / 2];
+};
+
+// One warp: query row `row` of the tile; zeros for a row past the end.
+__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, int kv_head, int row,
+                                                int lane) {
+  constexpr int kPer = QueryRow::kPer;
+  QueryRow query{row_info(p, tile, kv_head, row), {}};
+  if (query.info.query < 0) return query;
+  const std::int64_t token = tile.query_begin + query.info.query;
+  const std::uint8_t* from = p.query + token * p.query_token_stride + query.info.head * p.query_head_stride +
+                             lane * kPer * p.query_element_bytes;
+  const int elements = p.head_size - lane * kPer;
+  if (p.query_vectors) {
+    if (elements > 0) {
+      const uint4 vector = *reinterpret_cast<const uint4*>(from);
+      query.words[0] = vector.x;
+      query.words[1] = vector.y;
+      query.words[2] = vector.z;
+      query.words[3] = vector.w;
+    }
+    return query;
+  }
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    if (j >= elements) break;
+    const std::uint32_t code = p.query_element_bytes == 2
+                                   ? reinterpret_cast<const std::uint16_t*>(from)[j]
+                                   : __half_as_ushort(__float2half_rn(load_float(from + j, p.query_dtype)));
+    query.words[j / 2] |= code << (16 * (j % 2));
+  }
+  return query;
+}
+
+// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1), ..; its info, completed,
+// to `info`.
+template <class KeyF, int kHead, class Place>
+__device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& query, Place&& place, RowInfo& info,
+                                          int lane) {
+  constexpr int kPer = QueryRow::kPer;
+  static_assert(kHead <= 32 * kPer);
+  float y[kPer];
+#pragma unroll
+  for (int w = 0; w < kPer / 2; ++w) {
+    const bool is_half = p.query_dtype != DType::kBFloat16;
+    const float2 halves = __half22float2(as_half2(query.words[w]));
+    y[2 * w] = is_half ? halves.x : __uint_as_float(query.words[w] << 16);
+    y[2 * w + 1] = is_half ? halves.y : __uint_as_float(query.words[w] & 0xffff0000U);
+  }
+  rotate<LaneMap<kPer, 32, true>>(KeyF::kRotation, y, lane, format::row_shape(p.head_size).block);
+  float unit = 1.0F;
+  if constexpr (!std::is_same_v<KeyF, format::BFloat16>) {
+    float largest = 0.0F;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) largest = fmaxf(largest, fabsf(y[j]));
+    largest = warp_max(largest);
+    // The power of two below the largest element: q16 lies in [-2, 2).
+    const std::uint32_t exponent = __float_as_uint(largest) & 0x7f800000U;
+    if (exponent > 0x08000000U && exponent < 0x7f000000U) unit = __uint_as_float(exponent);
+  }
+  float total = 0.0F;
+  alignas(16) std::uint16_t codes[kPer];
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) {
+    if constexpr (std::is_same_v<KeyF, format::BFloat16>) {
+      codes[j] = format::float_to_bfloat16(y[j]);
+      total += format::bfloat16_to_float(codes[j]);
+    } else {
+      const __half code = __float2half_rn(y[j] * (1.0F / unit));
+      codes[j] = __half_as_ushort(code);
+      total += __half2float(code);
+    }
+  }
+  if (lane * kPer < kHead) *reinterpret_cast<uint4*>(place(lane)) = *reinterpret_cast<const uint4*>(codes);
+  query.info.scale = unit;
+  query.info.sum = warp_sum(total);
+  if (lane == 0) info = query.info;
+}
+
+// One warp: its query rows, first_row on, to place(row) in shared memory; several loads under way at a time.
+template <class KeyF, int kHead, int kNumRows, class PlaceOfRow>
+__device__ __forceinline__ void load_queries(const AttentionParams& p, const TileRows& tile, int kv_head, int first_row,
+                                             PlaceOfRow&& place, RowInfo* row_infos, int lane) {
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int r = first_row; r < first_row + kNumRows; r += kAtOnce) {
+    QueryRow query[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, kv_head, r + i, lane);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      put_query<KeyF, kHead>(p, query[i], place(r + i), row_infos[r + i], lane);
+    }
+  }
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,131 @@
+// Which rows and keys a block works on: from its place in the grid to a sequence, the rows of a tile, and the keys that
+// they see in its split.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/mask.h"
+#include "cuda/attention_params.h"
+
+namespace quire::cuda {
+
+// Start of a sequence's row tiles in the grid: every sequence gets at least as many as its rows fill, whatever the
+// lengths, from cu_seqlens_q alone.
+__host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence,
+                                                            int tile_rows = kRows) {
+  return rows_before / tile_rows + sequence;
+}
+
+// The sequence a row tile belongs to.
+__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile, int tile_rows = kRows) {
+  int low = 0;
+  int high = p.batch - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[middle * p.cu_stride]) * p.group_size;
+    if (first_tile(rows_before, middle, tile_rows) <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Rows of a prefill tile: as many as have room for their accumulators.
+template <int kHead>
+inline constexpr int kPrefillRows = kHead <= 128 ? 128 : 64;
+
+// The rows of this block and the keys they see.
+struct TileRows {
+  int batch;
+  int query_begin;  // first query token of the sequence
+  int row_begin;    // first row of the tile, within the sequence
+  int num_rows;     // rows of the sequence (the plan bounds all rows by 2^31)
+  attention::SequenceMask sequence;
+  int begin, end;            // keys of this block: seen by some row, in this split
+  int full_begin, full_end;  // keys that every row sees
+};
+
+// Sequences of at most this many rows are the decode kernel's, longer ones the prefill kernel's, whatever else is in
+// the batch.
+inline constexpr int kDecodeRows = 2 * kRows;
+
+// Fills in a tile whose batch and row_begin are set; false where it has no rows.
+__device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, bool few_rows, TileRows& tile) {
+  tile.query_begin = p.cu_seqlens_q[tile.batch * p.cu_stride];
+  const int query_len = p.cu_seqlens_q[(tile.batch + 1) * p.cu_stride] - tile.query_begin;
+  tile.num_rows = query_len * p.group_size;
+  if (tile.row_begin >= tile.num_rows || (tile.num_rows <= kDecodeRows) != few_rows) return false;
+
+  attention::SequenceMask& sequence = tile.sequence;
+  sequence.seq_len = p.seq_lens[tile.batch * p.seq_stride];
+  sequence.context_len = sequence.seq_len - query_len;
+  sequence.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[tile.batch * p.causal_stride] != 0 : p.causal;
+  sequence.ranges = p.ranges == nullptr ? nullptr : p.ranges + tile.batch * p.ranges_batch_stride;
+  sequence.range_stride = p.range_stride;
+  sequence.bound_stride = p.bound_stride;
+  sequence.num_ranges = p.num_ranges;
+
+  const int last_row = min(tile.row_begin + tile_rows, tile.num_rows) - 1;
+  const int first = sequence.context_len + tile.row_begin / p.group_size;
+  const int last = sequence.context_len + last_row / p.group_size;
+  const attention::KeyRange range = attention::visible_range(p.mask, sequence, first, last);
+  const auto split = static_cast<std::int64_t>(blockIdx.z);
+  tile.begin = static_cast<int>(max(static_cast<std::int64_t>(range.begin), split * p.split_size));
+  tile.end = range.end;
+  if (split + 1 < p.max_splits) {
+    tile.end = static_cast<int>(min(static_cast<std::int64_t>(range.end), (split + 1) * p.split_size));
+  }
+  tile.full_begin = tile.full_end = 0;
+  if (first >= 0 && p.num_ranges == 0 && p.mask.chunk == 0) {
+    tile.full_end = sequence.causal ? first + 1 : sequence.seq_len;
+    if (p.mask.window >= 0) {
+      tile.full_begin = last - p.mask.window + 1;
+      if (!sequence.causal && p.mask.window < tile.full_end - first) tile.full_end = first + p.mask.window;
+    }
+  }
+  return true;
+}
+
+// What the inner loops need to know of a row, in shared memory.
+struct RowInfo {
+  int query;         // query token within the sequence; -1: past the end
+  int position;      // of that token; negative: sees nothing
+  int head;          // query head
+  int begin, end;    // the keys it sees: every kind of mask leaves a row one interval (attention/mask.h)
+  float scale, sum;  // its 16-bit query times `scale` is the rotated query; `sum` adds up the 16-bit one
+};
+
+__device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const TileRows& tile, int kv_head, int row) {
+  const int index = tile.row_begin + row;
+  const int query = index / p.group_size;
+  RowInfo info{};
+  info.query = index < tile.num_rows && tile.query_begin + query < p.num_tokens ? query : -1;
+  info.position = info.query < 0 ? -1 : tile.sequence.context_len + query;
+  info.head = kv_head * p.group_size + (index - query * p.group_size);
+  if (info.position >= 0) {
+    const attention::KeyRange range = attention::visible_range(p.mask, tile.sequence, info.position, info.position);
+    info.begin = range.begin;
+    info.end = range.end;
+  }
+  return info;
+}
+
+// Decode: tile `index` of the grid, p.sequence_tiles tiles a sequence.
+__device__ __forceinline__ bool find_sequence_rows(const AttentionParams& p, int index, TileRows& tile) {
+  tile.batch = index / p.sequence_tiles;
+  tile.row_begin = index % p.sequence_tiles * kRows;
+  return complete_rows(p, kRows, true, tile);
+}
+
+// Prefill: tile `index` of the grid, as many tiles a sequence as its rows need.
+__device__ __forceinline__ bool find_tile_rows(const AttentionParams& p, std::int64_t index, int tile_rows,
+                                               TileRows& tile) {
+  tile.batch = find_sequence(p, index, tile_rows);
+  const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[tile.batch * p.cu_stride]) * p.group_size;
+  tile.row_begin = static_cast<int>(index - first_tile(rows_before, tile.batch, tile_rows)) * tile_rows;
+  return complete_rows(p, tile_rows, false, tile);
+}
+
+}  // namespace quire::cuda
