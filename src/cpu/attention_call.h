@@ -1,0 +1,61 @@
+// A call of unified_attention as its tasks see it, and the tiles of queries it is cut into. A call is made once, before
+// the threads start, and only read from then on.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/mask.h"
+#include "attention/problem.h"
+#include "cpu/cache_reader.h"
+#include "cpu/kernels.h"
+#include "quire/ops.h"
+
+namespace quire::cpu {
+
+// Everything a task needs to know of the call.
+struct AttentionCall {
+  const UnifiedAttentionArgs& args;
+  const AttentionShape& shape;
+  const Kernels& k;
+  CacheReader key, value;
+  attention::MaskRule mask;
+  ScaleView q_scale, k_scale, v_scale;
+  std::int64_t split_size;
+  int k_stride, v_stride;  // padded head sizes
+
+  int int_at(const Tensor& t, std::int64_t i) const { return t.ptr<const std::int32_t>()[i * t.strides[0]]; }
+
+  attention::SequenceMask sequence(int b) const {
+    attention::SequenceMask sequence;
+    sequence.seq_len = int_at(args.seq_lens, b);
+    sequence.context_len = sequence.seq_len - (int_at(args.cu_seqlens_q, b + 1) - int_at(args.cu_seqlens_q, b));
+    sequence.causal = args.causal_per_seq.defined()
+                          ? args.causal_per_seq.ptr<const std::uint8_t>()[b * args.causal_per_seq.strides[0]] != 0
+                          : args.causal;
+    if (const Tensor& ranges = args.mm_prefix_range; ranges.defined()) {
+      sequence.ranges = ranges.ptr<const std::int32_t>() + b * ranges.strides[0];
+      sequence.range_stride = ranges.strides[1];
+      sequence.bound_stride = ranges.strides[2];
+      sequence.num_ranges = shape.num_mm_ranges;
+    }
+    return sequence;
+  }
+
+  int block_of(int b, std::int64_t position) const {
+    const Tensor& table = args.block_table;
+    return table.ptr<const std::int32_t>()[b * table.strides[0] + position / shape.block_size * table.strides[1]];
+  }
+};
+
+// Consecutive query tokens of one sequence and the keys they see.
+struct QueryTile {
+  int batch;
+  int first_row;  // within the sequence
+  int num_tokens;
+  attention::KeyRange range;
+  std::int64_t partial = -1;  // first partial row in the workspace, or -1: splits run one after the other
+  int first_split = 0;
+  int num_splits = 0;
+};
+
+}  // namespace quire::cpu
