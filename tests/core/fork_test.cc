@@ -8,7 +8,8 @@
 #include <cstring>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
 
 namespace quire::testing {
 namespace {

@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
 
 namespace quire::testing {
 namespace {

@@ -15,7 +15,11 @@
 #include <new>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 #include "support/turboquant_tables.h"
 
 namespace {

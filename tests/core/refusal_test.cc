@@ -9,7 +9,11 @@
 
 #include "cuda/device_memory.h"
 #include "format/build_config.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

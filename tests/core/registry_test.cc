@@ -13,7 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
 
 // AddressSanitizer ends the process where more memory is asked for than there is, unless told to answer like malloc.
 extern "C" __attribute__((weak)) const char* __asan_default_options() { return "allocator_may_return_null=1"; }

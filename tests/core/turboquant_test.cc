@@ -12,7 +12,11 @@
 
 #include "format/build_config.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 #include "support/turboquant_tables.h"
 
 namespace quire::testing {

@@ -4,6 +4,9 @@
 #include <limits>
 
 #include "cuda/device_problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/paged_cache.h"
 
 namespace quire::testing {
 namespace {

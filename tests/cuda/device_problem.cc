@@ -1,4 +1,5 @@
 #include "cuda/device_problem.h"
+#include "support/attention_case.h"
 
 #include <string>
 

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "cuda/device_memory.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
 
 namespace quire::testing {
 

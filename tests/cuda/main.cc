@@ -1,6 +1,7 @@
 // Runs every test on the GPU, those of tests/ops included; without a device none runs, and the driver's reason is
 // printed.
 #include "cuda/device_problem.h"
+#include "support/tested_ops.h"
 
 namespace {
 

@@ -6,6 +6,10 @@
 
 #include "cuda/device_problem.h"
 #include "format/float_types.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

@@ -13,6 +13,11 @@
 #include <vector>
 
 #include "cuda/device_problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 #include "support/turboquant_tables.h"
 
 namespace quire::testing {

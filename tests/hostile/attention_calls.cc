@@ -5,7 +5,10 @@
 
 #include "hostile/probe.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
 
 namespace quire::testing {
 namespace {

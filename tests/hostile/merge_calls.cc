@@ -4,7 +4,8 @@
 
 #include "hostile/probe.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/owned_tensor.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

@@ -4,7 +4,10 @@
 #include <string>
 
 #include "hostile/probe.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

@@ -3,7 +3,10 @@
 
 #include "hostile/probe.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

@@ -7,7 +7,8 @@
 #include "format/turboquant.h"
 #include "hostile/probe.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/owned_tensor.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/paged_cache.h"
 
 namespace quire::testing {
 namespace {

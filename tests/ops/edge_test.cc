@@ -7,7 +7,10 @@
 #include <vector>
 
 #include "format/formats.h"
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/tested_ops.h"
 
 namespace quire::testing {
 namespace {

@@ -4,7 +4,9 @@
 #include <limits>
 #include <string>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/paged_cache.h"
 
 namespace quire::testing {
 namespace {

@@ -5,7 +5,9 @@
 #include <string>
 #include <tuple>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/paged_cache.h"
 
 namespace quire::testing {
 namespace {

@@ -5,7 +5,9 @@
 #include <limits>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/owned_tensor.h"
+#include "support/random.h"
+#include "support/tested_ops.h"
 
 namespace quire::testing {
 namespace {

@@ -9,7 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "support/problem.h"
+#include "support/attention_case.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/tested_ops.h"
 
 namespace quire::testing {
 namespace {

@@ -11,7 +11,10 @@
 #include "cpu/cpu.h"
 #include "format/float_types.h"
 #include "reference/attention.h"
-#include "support/problem.h"
+#include "support/modes.h"
+#include "support/owned_tensor.h"
+#include "support/paged_cache.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {

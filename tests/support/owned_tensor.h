@@ -1,0 +1,34 @@
+// A tensor that owns its memory: rows of the last dimension are dense, the other strides have gaps. Elements and gaps
+// start as 0xFF bytes, which is NaN in every float, and the buffer is exactly as long as it needs to be, so that
+// AddressSanitizer sees one byte too many.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "quire/tensor.h"
+
+namespace quire::testing {
+
+class OwnedTensor {
+ public:
+  OwnedTensor() = default;
+  OwnedTensor(OwnedTensor&&) = default;  // a move keeps the memory, and so the view, where it is
+  OwnedTensor& operator=(OwnedTensor&&) = default;
+  // `gap` elements follow each row of the last dimension.
+  OwnedTensor(DType dtype, std::vector<std::int64_t> shape, std::int64_t gap = 0);
+
+  // Row-major values, converted to the dtype.
+  void fill(const std::vector<float>& values);
+  void fill_integers(const std::vector<std::int64_t>& values);
+
+  float get(std::int64_t i, std::int64_t j = 0, std::int64_t k = 0) const;
+
+  Tensor view;
+  std::vector<std::uint8_t> bytes;
+
+ private:
+  std::uint8_t* at(std::int64_t n);
+};
+
+}  // namespace quire::testing

@@ -1,0 +1,72 @@
+// The caches of one mode in one of eight layouts, over memory that starts as poison: 0xFF is NaN in every float type
+// and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "quire/quire.h"
+#include "support/modes.h"
+
+namespace quire::testing {
+
+// How rows lie in memory. "row" is a format's row in bytes.
+enum class Layout {
+  kNhd,           // [blocks, slots, heads, row], K and V apart, scale caches apart
+  kHnd,           // [blocks, heads, slots, row], scale caches likewise
+  kPadded,        // kNhd with gaps after every row and every page, everything at an offset
+  kPackedRow,     // [blocks, slots, heads, K row | V row]
+  kInlineScale,   // [blocks, slots, heads, row | scale], K and V apart
+  kPackedInline,  // [blocks, heads, slots, K row | scale | V row | scale]
+  kKVInBlock,     // [blocks, 2, slots, heads, row]
+  kLayerInBlock,  // [blocks, slots, 3 layers, heads, row]: the tensors are the middle layer
+};
+inline constexpr Layout kAllLayouts[] = {Layout::kNhd,       Layout::kHnd,         Layout::kPadded,
+                                         Layout::kPackedRow, Layout::kInlineScale, Layout::kPackedInline,
+                                         Layout::kKVInBlock, Layout::kLayerInBlock};
+std::string_view layout_name(Layout layout);
+
+// The caches of one layer over memory that starts as `poison`.
+class PagedCache {
+ public:
+  struct Options {
+    std::string mode = "int4_per_token_head";
+    int head_size = 64;
+    int head_size_v = 0;  // 0: head_size
+    int num_kv_heads = 2;
+    int block_size = 16;
+    std::int64_t num_blocks = 8;
+    DType auto_dtype = DType::kBFloat16;  // what "auto" stores
+    Layout layout = Layout::kNhd;
+    std::uint8_t poison = 0xFF;
+  };
+
+  explicit PagedCache(const Options& options);
+  PagedCache(const PagedCache&) = delete;
+  PagedCache& operator=(const PagedCache&) = delete;
+
+  const Options& options() const { return options_; }
+
+  // Sets mode and caches of either op's arguments.
+  template <class Args>
+  void apply(Args& args) const {
+    args.mode = mode_of(options_.mode);
+    args.key_cache = key_cache;
+    args.value_cache = value_cache;
+    args.k_scale_cache = k_scale_cache;
+    args.v_scale_cache = v_scale_cache;
+  }
+
+  // Every byte, gaps included: two caches of equal options hold the same exactly when these are equal.
+  const std::vector<std::vector<std::uint8_t>>& bytes() const { return buffers_; }
+
+  Tensor key_cache, value_cache, k_scale_cache, v_scale_cache;
+
+ private:
+  Options options_;
+  std::vector<std::vector<std::uint8_t>> buffers_;
+};
+
+}  // namespace quire::testing
