@@ -198,8 +198,9 @@ Result<std::int64_t> SafetensorsFile::parse_header(std::string_view text) {
       continue;
     }
     const std::string tensor_name = "tensor " + in_quotes(name);
-    const auto has = [&](const char* key, json::value_t type) {
-      return value.contains(key) && value[key].type() == type;
+    // Clang 14 captures no structured binding by its name.
+    const auto has = [&fields = value](const char* key, json::value_t type) {
+      return fields.contains(key) && fields[key].type() == type;
     };
     if (!value.is_object() || !has("dtype", json::value_t::string) || !has("shape", json::value_t::array) ||
         !has("data_offsets", json::value_t::array)) {

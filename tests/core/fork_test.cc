@@ -48,6 +48,7 @@ int status_of_child(int (*child)(const std::vector<std::vector<std::uint8_t>>&),
 }
 
 int same_bytes(const std::vector<std::vector<std::uint8_t>>& expected) {
+  omp_set_num_threads(4);  // LLVM's OpenMP forgets the parent's number
   int threads = 0;
 #pragma omp parallel
 #pragma omp single

@@ -205,21 +205,21 @@ Status replay_write(Replay& replay) {
       const WriteGate* gate = find_write_gate(format::format_info(side.format).name);
       std::int64_t changed = 0;
       std::int64_t different = 0;
-      const std::pair<const Tensor*, const Tensor*> stored[] = {{&side.mine, &side.theirs},
-                                                                {&side.my_scales, &side.their_scales}};
-      for (const auto& [my_tensor, their_tensor] : stored) {
-        if (!my_tensor->defined()) continue;
-        const std::int64_t bytes = row_bytes(*my_tensor);
-        for_each_row(*my_tensor, [&](std::int64_t block, std::int64_t slot, std::int64_t head) {
-          const std::uint8_t* my_row = row_address(*my_tensor, block, slot, head);
-          const std::uint8_t* their_row = row_address(*their_tensor, block, slot, head);
+      const auto compare_bytes = [&](const Tensor& my_tensor, const Tensor& their_tensor) {
+        if (!my_tensor.defined()) return;
+        const std::int64_t bytes = row_bytes(my_tensor);
+        for_each_row(my_tensor, [&](std::int64_t block, std::int64_t slot, std::int64_t head) {
+          const std::uint8_t* my_row = row_address(my_tensor, block, slot, head);
+          const std::uint8_t* their_row = row_address(their_tensor, block, slot, head);
           const bool is_written = written.count(block * block_size + slot) > 0;
           for (std::int64_t i = 0; i < bytes; ++i) {
             changed += !is_written && my_row[i] != fill ? 1 : 0;
             different += is_written && my_row[i] != their_row[i] ? 1 : 0;
           }
         });
-      }
+      };
+      compare_bytes(side.mine, side.theirs);
+      compare_bytes(side.my_scales, side.their_scales);
       const std::string label = side.label;
       replay.measure(label + " bytes of unwritten slots that changed", static_cast<double>(changed), 0.0);
       if (gate == nullptr) {
