@@ -2,6 +2,7 @@
 #
 #   make demo         every mode on a small language model: bytes, accuracy, speed (builds the CLI only)
 #   make test         everything that must hold: both builds, all tests, install, fuzzing
+#   make test TSAN=1  and clang's warnings, and the quick tests under ThreadSanitizer
 #   make build        build/bin/quire
 #   make cuda         the CUDA library and the CLI for sm_90a in build-cuda (needs nvcc)
 #   make cuda-archs   the CUDA library compiled for sm_80, sm_90a and sm_100 (needs nvcc)
@@ -32,8 +33,8 @@ demo:
 	@$$(scripts/bootstrap --python) scripts/plot-accuracy build-demo/demo.json
 
 test:
-	@scripts/bootstrap build test
-	@scripts/test --jobs $(JOBS) --cmake-args="$(CMAKE_ARGS)"
+	@scripts/bootstrap build test $(if $(TSAN),tsan)
+	@scripts/test --jobs $(JOBS) $(if $(TSAN),--tsan) --cmake-args="$(CMAKE_ARGS)"
 
 build:
 	@scripts/bootstrap build test
@@ -62,4 +63,4 @@ lint:
 	  | xargs -P $(JOBS) -n 1 clang-tidy -p build-lint --quiet --warnings-as-errors='*'
 
 clean:
-	rm -rf build build-asan build-cuda build-cuda-archs build-demo build-lint
+	rm -rf build build-asan build-cuda build-cuda-archs build-demo build-lint build-tsan
