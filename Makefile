@@ -4,8 +4,8 @@
 #   make test         everything that must hold: both builds, all tests, install, fuzzing
 #   make test TSAN=1  and clang's warnings, and the quick tests under ThreadSanitizer
 #   make build        build/bin/quire
-#   make cuda         the CUDA library and the CLI for sm_90a in build-cuda (needs nvcc)
-#   make cuda-archs   the CUDA library compiled for sm_80, sm_90a and sm_100 (needs nvcc)
+#   make cuda         the CUDA library and the CLI for this machine's GPUs in build-cuda (needs nvcc)
+#   make cuda-archs   the CUDA library compiled for every architecture of a release (needs nvcc)
 #   make format       clang-format every C++ and CUDA file
 #   make lint         clang-tidy every C++ file
 #   make clean        remove the build directories
@@ -48,7 +48,7 @@ cuda:
 
 cuda-archs:
 	@scripts/bootstrap build test cuda
-	@$(CONFIGURE) -S . -B build-cuda-archs -DQUIRE_CUDA=ON -DQUIRE_CUDA_ARCHITECTURES="80-real;90a-real;100-real" \
+	@$(CONFIGURE) -S . -B build-cuda-archs -DQUIRE_CUDA=ON -DQUIRE_CUDA_ARCHITECTURES="80;86-real;89-real;90a-real;100-real;120-real" \
 	  -DQUIRE_BUILD_TESTS=OFF -DQUIRE_BUILD_TOOLS=OFF --log-level=WARNING
 	@$(NINJA) build-cuda-archs -j $(JOBS) --target quire
 

@@ -6,6 +6,7 @@
 
 #include "cuda/device_memory.h"
 #include "measure_cuda.h"
+#include "quire/ops.h"
 
 namespace quire::bench::cuda {
 namespace {
@@ -53,16 +54,15 @@ struct CudaTimer {
   }
 };
 
-// How a kernel walks linear memory: blocks of a grid-stride loop (0: as many as cover it once), threads of a block, and
-// 16-byte words a thread has in flight.
+// How a kernel walks linear memory: blocks of a grid-stride loop a multiprocessor (0: as many blocks as cover it once),
+// threads of a block, and 16-byte words a thread has in flight.
 struct Launch {
   int blocks, threads, words;
 };
-constexpr int kSMs = 132;
 constexpr Launch kLinearLaunches[] = {
-    {kSMs * 2, 256, 4},  {kSMs * 2, 512, 4},  {kSMs * 2, 1024, 4}, {kSMs * 4, 256, 4},  {kSMs * 4, 512, 4},
-    {kSMs * 8, 128, 8},  {kSMs * 8, 256, 4},  {kSMs * 8, 256, 8},  {kSMs * 16, 128, 4}, {kSMs * 16, 128, 8},
-    {kSMs * 16, 256, 4}, {kSMs * 32, 128, 4}, {0, 128, 4},         {0, 256, 1},         {0, 256, 4},
+    {2, 256, 4},  {2, 512, 4},  {2, 1024, 4}, {4, 256, 4},  {4, 512, 4},
+    {8, 128, 8},  {8, 256, 4},  {8, 256, 8},  {16, 128, 4}, {16, 128, 8},
+    {16, 256, 4}, {32, 128, 4}, {0, 128, 4},         {0, 256, 1},         {0, 256, 4},
     {0, 256, 8},         {0, 512, 4},         {0, 1024, 4},        {0, 512, 1},         {0, 1024, 1}};
 
 constexpr unsigned kUnlikely = 0x12345678U;  // a sum of bytes that are all 1 never is: keeps the loads
@@ -91,10 +91,11 @@ __global__ void walk_linear(const uint4* from, uint4* to, std::int64_t count, un
 }
 
 template <bool kCopy>
-void launch_linear(const Launch& launch, const uint4* from, uint4* to, std::int64_t count, unsigned* sink,
+void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* from, uint4* to, std::int64_t count, unsigned* sink,
                    cudaStream_t stream) {
   const std::int64_t per_block = static_cast<std::int64_t>(launch.threads) * launch.words;
-  const auto blocks = static_cast<unsigned>(launch.blocks > 0 ? launch.blocks : (count + per_block - 1) / per_block);
+  const auto blocks = static_cast<unsigned>(launch.blocks > 0 ? std::int64_t{launch.blocks} * num_multiprocessors
+                                                              : (count + per_block - 1) / per_block);
   const auto kernel = launch.words == 8   ? &walk_linear<kCopy, 8>
                       : launch.words == 4 ? &walk_linear<kCopy, 4>
                                           : &walk_linear<kCopy, 1>;
@@ -105,6 +106,8 @@ void launch_linear(const Launch& launch, const uint4* from, uint4* to, std::int6
 template <bool kCopy>
 Result<double> best_linear_ms(std::size_t bytes) {
   using quire::cuda::DeviceBuffer;
+  const Result<Arch> arch = device_arch(Device::kCuda);
+  if (!arch) return arch.status();
   Result<DeviceBuffer> from = DeviceBuffer::allocate(bytes);
   if (!from) return from.status();
   Result<DeviceBuffer> to = DeviceBuffer::allocate(kCopy ? bytes : sizeof(uint4));
@@ -114,7 +117,7 @@ Result<double> best_linear_ms(std::size_t bytes) {
   for (const Launch& launch : kLinearLaunches) {
     const Result<double> ms = median_ms(
         [&](int, void* stream) {
-          launch_linear<kCopy>(launch, static_cast<const uint4*>(from->data()), static_cast<uint4*>(to->data()),
+          launch_linear<kCopy>(launch, arch->num_multiprocessors, static_cast<const uint4*>(from->data()), static_cast<uint4*>(to->data()),
                                static_cast<std::int64_t>(bytes / sizeof(uint4)), static_cast<unsigned*>(to->data()),
                                static_cast<cudaStream_t>(stream));
           return cuda_status(cudaGetLastError(), kCopy ? "linear copy" : "linear read");
@@ -135,7 +138,7 @@ struct PageRuns {
 
 // A head's rows; one run where they lie side by side.
 PageRuns runs_of_heads(const PageRead& read) {
-  PageRuns pages{static_cast<const std::uint8_t*>(read.base),
+  PageRuns pages{read.row(0, 0, 0),
                  read.block_stride,
                  read.slot_stride,
                  read.head_stride,
@@ -252,12 +255,14 @@ Result<double> copy_bandwidth() {
 }
 
 Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
+  const Result<Arch> arch = device_arch(Device::kCuda);
+  if (!arch) return arch.status();
   Result<quire::cuda::DeviceBuffer> sink = quire::cuda::DeviceBuffer::allocate(16);
   if (!sink) return sink.status();
   double best = 0.0;
   for (const auto& runs_of : {runs_of_heads, runs_of_pages}) {
     for (const int threads : {128, 256, 512}) {
-      for (const int blocks : {kSMs * 8, kSMs * 32}) {
+      for (const int blocks : {arch->num_multiprocessors * 8, arch->num_multiprocessors * 32}) {
         const Result<double> ms = median_ms(
             [&](int index, void* stream) {
               const std::int32_t* blocks_of_copy = table.blocks + index * table.batch * table.max_blocks;

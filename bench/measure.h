@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "attention/paged_rows.h"
 #include "quire/status.h"
 #include "quire/tensor.h"
 
@@ -21,10 +22,8 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
 Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
-// The rows of one cache tensor, as some sequences hold them through a block table. Strides in bytes.
-struct PageRead {
-  const void* base = nullptr;
-  std::int64_t block_stride = 0, slot_stride = 0, head_stride = 0;
+// The rows of one cache tensor, as some sequences hold them through a block table; scales are rows of their own.
+struct PageRead : attention::PagedRows {
   std::int64_t row_bytes = 0;
   int num_heads = 0, block_size = 0;
 };

@@ -1,4 +1,4 @@
-// A mode is a named way of storing a KV cache: one row of src/core/modes.def, or one registered at run time.
+// A mode is a named way of storing a KV cache: one row of src/format/modes.def, or one registered at run time.
 // It is identified by its kv_cache_dtype string, spelled as in vLLM ("int4_per_token_head"), and by a ModeId.
 #pragma once
 

@@ -71,9 +71,20 @@ struct UnifiedAttentionArgs {
   Tensor error_counter;  // CUDA, optional: int64[1], counts block ids outside the cache (their keys are skipped)
 };
 
+// What a plan needs to know of a GPU. All 0 on the CPU.
+struct Arch {
+  int major = 0, minor = 0;  // compute capability
+  int num_multiprocessors = 0;
+  int shared_bytes = 0;  // of shared memory that a block can have
+};
+
+// The facts of a device: of the current one, on CUDA. kUnsupported in a build without CUDA.
+QUIRE_API Result<Arch> device_arch(Device device);
+
 // What a plan needs to know: bounds, not contents. Captured graphs replay with any lengths inside the bounds.
 struct AttentionProblem {
   Device device = Device::kCpu;
+  Arch arch;  // of the device that will run the plan; problem_of fills it in
   ModeId mode{};
   int num_q_heads = 0;
   int num_kv_heads = 0;
@@ -93,14 +104,16 @@ struct AttentionProblem {
 
 struct AttentionPlan {
   AttentionProblem problem;
-  std::string kernel;               // the kernel that will run, for logs and benchmarks
+  std::string kernel;               // the kernel that will run, in words: for logs and benchmarks
+  int kernel_ids[2] = {-1, -1};     // the device's numbers for it: for sequences of few and of many query rows
+  bool tensor_cores = false;        // its products are of 16-bit numbers; otherwise of fp32
   int query_tile = 1;               // query tokens of one sequence handled together
   std::int64_t split_size = 0;      // keys of one split, a multiple of the key tile
   std::int64_t max_splits = 1;      // splits of the longest sequence within the bounds
   std::size_t workspace_bytes = 0;  // grows only with the bounds
 };
 
-// A pure function of the problem.
+// A pure function of the problem: it asks no device.
 QUIRE_API Result<AttentionPlan> plan_unified_attention(const AttentionProblem& problem);
 
 // Allocates nothing on the device and reads nothing back. `workspace` holds plan.workspace_bytes, 16-byte aligned, on

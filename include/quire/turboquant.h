@@ -1,8 +1,8 @@
 // TurboQuant by vLLM's entry points: one uint8 tensor whose slots hold a key row and a value row. These are thin forms
 // of reshape_and_cache and unified_attention over the turboquant_* formats, for code that was written against vLLM's
 // launchers; new code names a mode and calls the ops. All tensors of a call are on one device, cpu or cuda. On cuda
-// there are kernels for the four named modes (docs/formats/turboquant.md); the other pairs of key and value bits, and
-// e4b15 keys, are refused there.
+// the four named modes run on tensor cores (docs/formats/turboquant.md); the other pairs of key and value bits, and
+// e4b15 keys, in fp32 arithmetic, which is slower.
 #pragma once
 
 #include <vector>

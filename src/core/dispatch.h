@@ -16,9 +16,6 @@ Status store(const ReshapeAndCacheArgs& args, void* stream);
 Status attend(const UnifiedAttentionArgs& args, const AttentionPlan* plan, void* workspace, std::size_t workspace_bytes,
               const QuantKVBackend* decoder, void* stream);
 
-// What a build without CUDA says to tensors on cuda.
-Status no_cuda();
-
 void log(const char* message);
 
 }  // namespace quire::core

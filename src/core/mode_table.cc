@@ -48,7 +48,7 @@ std::vector<ModeInfo> built_in_modes() {
   }
   using enum KVQuantMode;
   [[maybe_unused]] constexpr std::optional<KVQuantMode> kNoEnum;
-#include "core/modes.def"
+#include "format/modes.def"
 #undef QUIRE_MODE
 #undef QUIRE_MODE_ALIAS
   return modes;

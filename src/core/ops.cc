@@ -3,16 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 
+#include "core/device.h"
 #include "core/dispatch.h"
 #include "core/guard.h"
 #include "core/mode_table.h"
 #include "core/validate.h"
 #include "cpu/cpu.h"
-#include "cuda/cuda.h"
-#include "format/build_config.h"
 #include "quire/backend.h"
 
 namespace quire {
@@ -39,10 +36,15 @@ Result<const QuantKVBackend*> registered_backend(ModeId id) {
   return get_backend(id);
 }
 
-// args without idle strides.
-AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
+// args without idle strides. `planned`: the problem of the plan that the call brings, or null.
+Result<AttentionProblem> problem_for(const UnifiedAttentionArgs& args, const AttentionShape& shape,
+                                     const AttentionProblem* planned) {
+  const core::DeviceOps& device = core::device_ops(args.query.device);
+  const Result<Arch> arch = device.arch();
+  if (!arch) return arch.status();
   AttentionProblem problem;
   problem.device = args.query.device;
+  problem.arch = *arch;
   problem.mode = args.mode;
   problem.num_q_heads = shape.num_q_heads;
   problem.num_kv_heads = shape.num_kv_heads;
@@ -54,18 +56,7 @@ AttentionProblem problem_for(const UnifiedAttentionArgs& args, const AttentionSh
   problem.row_alignment = std::min(row_alignment(args.key_cache), row_alignment(args.value_cache));
   problem.max_num_tokens = shape.num_tokens;
   problem.max_batch = shape.batch;
-  if (args.query.device == Device::kCpu) {
-    const auto at = [](const Tensor& t, std::int64_t i) { return t.ptr<const std::int32_t>()[i * t.strides[0]]; };
-    for (int b = 0; b < shape.batch; ++b) {
-      problem.max_query_len =
-          std::max<std::int64_t>(problem.max_query_len, at(args.cu_seqlens_q, b + 1) - at(args.cu_seqlens_q, b));
-      problem.max_seq_len = std::max<std::int64_t>(problem.max_seq_len, at(args.seq_lens, b));
-    }
-  } else {
-    problem.max_query_len =
-        args.max_query_len > 0 ? args.max_query_len : std::min<std::int64_t>(shape.num_tokens, INT32_MAX);
-    problem.max_seq_len = args.max_seq_len > 0 ? args.max_seq_len : shape.max_keys();
-  }
+  device.bound_lengths(args, shape, planned, problem);
   return problem;
 }
 
@@ -83,6 +74,10 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
   };
   if (p.device != actual.device) {
     return other("device", std::string(device_name(actual.device)), std::string(device_name(p.device)));
+  }
+  if (p.arch.major != actual.arch.major || p.arch.minor != actual.arch.minor) {
+    const auto version = [](const Arch& arch) { return std::to_string(arch.major) + "." + std::to_string(arch.minor); };
+    return other("compute capability", version(actual.arch), version(p.arch));
   }
   if (p.mode != actual.mode) return other("mode", core::mode_name(actual.mode), core::mode_name(p.mode));
   if (p.query_dtype != actual.query_dtype) {
@@ -125,11 +120,6 @@ void set_log_hook(LogHook hook) { log_hook = hook; }
 
 namespace core {
 
-Status no_cuda() {
-  return unsupported(
-      "the tensors are on cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
-}
-
 void log(const char* message) {
   if (LogHook hook = log_hook) hook(message);
 }
@@ -139,13 +129,7 @@ Status store(const ReshapeAndCacheArgs& args, void* stream) {
     Result<StoreProblem> problem = validate_store(args);
     if (!problem) return problem.status();
     const ReshapeAndCacheArgs call = drop_idle_strides(args);
-    if (call.key.device == Device::kCpu) return cpu::reshape_and_cache(call, *problem);
-#if quire_with_cuda
-    return cuda::reshape_and_cache(call, *problem, stream);
-#else
-    (void)stream;
-    return no_cuda();
-#endif
+    return device_ops(call.key.device).store(call, *problem, stream);
   });
 }
 
@@ -155,48 +139,23 @@ Status attend(const UnifiedAttentionArgs& given, const AttentionPlan* plan, void
     Result<AttentionShape> shape = validate_attention(given, decoder);
     if (!shape) return shape.status();
     const UnifiedAttentionArgs args = drop_idle_strides(given);
-    AttentionProblem problem = problem_for(args, *shape);
-    AttentionPlan own_plan;
+    const Result<AttentionProblem> problem = problem_for(args, *shape, plan == nullptr ? nullptr : &plan->problem);
+    if (!problem) return problem.status();
+    const DeviceOps& device = device_ops(args.query.device);
     if (plan == nullptr) {
-      Result<AttentionPlan> made = plan_unified_attention(problem);
-      if (!made) return made.status();
-      own_plan = *std::move(made);
-    } else {
-      if (args.query.device == Device::kCuda) {  // the device holds the lengths; the plan's bounds are what is known
-        if (args.max_query_len == 0) problem.max_query_len = plan->problem.max_query_len;
-        if (args.max_seq_len == 0) problem.max_seq_len = plan->problem.max_seq_len;
-      }
-      if (Status status = check_plan(*plan, problem); !status) return status;
-      if (plan->workspace_bytes > 0 && (workspace == nullptr || workspace_bytes < plan->workspace_bytes)) {
-        return invalid_argument("workspace has " + std::to_string(workspace == nullptr ? 0 : workspace_bytes) +
-                                " bytes; the plan needs " + std::to_string(plan->workspace_bytes));
-      }
-      if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0)
-        return invalid_argument("workspace is not aligned to 16 bytes");
+      const Result<AttentionPlan> own_plan = plan_unified_attention(*problem);
+      if (!own_plan) return own_plan.status();
+      return device.attend(*own_plan, args, *shape, decoder, nullptr, stream);
     }
-    if (args.query.device == Device::kCpu) {
-      std::unique_ptr<std::byte[]> own_workspace;
-      if (plan == nullptr && own_plan.workspace_bytes > 0) {
-        own_workspace.reset(new (std::nothrow) std::byte[own_plan.workspace_bytes]);
-        if (own_workspace == nullptr) {
-          return internal_error("no memory for a workspace of " + std::to_string(own_plan.workspace_bytes) + " bytes");
-        }
-        workspace = own_workspace.get();
-      }
-      return cpu::run(plan == nullptr ? own_plan : *plan, args, *shape, decoder, workspace);
+    if (Status status = check_plan(*plan, *problem); !status) return status;
+    if (plan->workspace_bytes > 0 && (workspace == nullptr || workspace_bytes < plan->workspace_bytes)) {
+      return invalid_argument("workspace has " + std::to_string(workspace == nullptr ? 0 : workspace_bytes) +
+                              " bytes; the plan needs " + std::to_string(plan->workspace_bytes));
     }
-#if quire_with_cuda
-    if (decoder != nullptr) {
-      return unsupported(
-          "decode_row runs on the CPU; on cuda a registered mode must name a read_format or override "
-          "unified_attention");
+    if (reinterpret_cast<std::uintptr_t>(workspace) % 16 != 0) {
+      return invalid_argument("workspace is not aligned to 16 bytes");
     }
-    return plan == nullptr ? cuda::unified_attention_alloc(own_plan, args, *shape, stream)
-                           : cuda::run(*plan, args, *shape, workspace, stream);
-#else
-    (void)stream;
-    return no_cuda();
-#endif
+    return device.attend(*plan, args, *shape, decoder, workspace, stream);
   });
 }
 
@@ -239,7 +198,7 @@ Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args) {
     Result<AttentionShape> shape =
         core::call_backend("row_bytes", args.mode, [&] { return core::validate_attention(args, *backend); });
     if (!shape) return shape.status();
-    return problem_for(core::drop_idle_strides(args), *shape);
+    return problem_for(core::drop_idle_strides(args), *shape, nullptr);
   });
 }
 
@@ -247,16 +206,7 @@ Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
   return core::guarded([&]() -> Status {
     if (Status status = core::validate_merge(args); !status) return status;
     const MergeAttnStatesArgs call = core::drop_idle_strides(args);
-    if (call.prefix_out.device == Device::kCpu) {
-      cpu::merge_attn_states(call);
-      return {};
-    }
-#if quire_with_cuda
-    return cuda::merge_attn_states(call, stream);
-#else
-    (void)stream;
-    return core::no_cuda();
-#endif
+    return core::device_ops(call.prefix_out.device).merge(call, stream);
   });
 }
 

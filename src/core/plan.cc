@@ -1,9 +1,8 @@
 // Planning: bounds in, kernel and workspace out. Pure; the devices choose, this file validates and asks the right one.
+#include "core/device.h"
 #include "core/guard.h"
+#include "core/mode_table.h"
 #include "core/validate.h"
-#include "cpu/cpu.h"
-#include "cuda/cuda.h"
-#include "format/build_config.h"
 #include "quire/ops.h"
 
 namespace quire {
@@ -11,13 +10,10 @@ namespace quire {
 Result<AttentionPlan> plan_unified_attention(const AttentionProblem& problem) {
   return core::guarded([&]() -> Result<AttentionPlan> {
     if (Status status = core::validate_problem(problem); !status) return status;
-    if (problem.device == Device::kCpu) return cpu::plan(problem);
-#if quire_with_cuda
-    return cuda::plan(problem);
-#else
-    return unsupported(
-        "device is cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
-#endif
+    const Result<ModeInfo> mode = mode_info(problem.mode);
+    if (!mode) return mode.status();
+    return core::device_ops(problem.device)
+        .plan(problem, core::formats_of(*mode, problem.cache_dtype, problem.cache_dtype));
   });
 }
 

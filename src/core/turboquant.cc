@@ -10,11 +10,9 @@
 #include <vector>
 
 #include "core/checks.h"
-#include "core/dispatch.h"
 #include "core/guard.h"
 #include "core/validate.h"
 #include "cuda/cuda.h"
-#include "format/build_config.h"
 #include "format/turboquant.h"
 #include "quire/layout.h"
 
@@ -68,11 +66,7 @@ Status check_table(const TableCall& call, const Tensor& table, const core::Expec
                             "; supported: elements without gaps");
   }
   if (!on_cuda) return compare(table);
-#if quire_with_cuda
   return cuda::check_table_once(expect.name, table, call.head_size, compare, call.stream);
-#else
-  return core::no_cuda();
-#endif
 }
 
 // Only the Hadamard matrix over sqrt(block), block-diagonal where head_size is no power of two.
@@ -244,13 +238,7 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
       read.cu_seqlens_q = cu_seqlens_q;
       return unified_attention(read, stream);
     };
-    if (args.query.device == Device::kCuda) {
-#if quire_with_cuda
-      return cuda::with_one_token_each(batch, attend, stream);
-#else
-      return core::no_cuda();
-#endif
-    }
+    if (args.query.device == Device::kCuda) return cuda::with_one_token_each(batch, attend, stream);
     std::vector<std::int32_t> starts(static_cast<std::size_t>(batch) + 1);
     std::iota(starts.begin(), starts.end(), 0);
     return attend(Tensor::contiguous(starts.data(), DType::kInt32, {batch + 1}));

@@ -1,4 +1,4 @@
-// What the attention kernels receive: the bytes and strides of a call, as plain data.
+// What the attention kernels receive: a call as plain data, strides in bytes unless a comment says elements.
 #pragma once
 
 #include <vector_types.h>
@@ -6,23 +6,22 @@
 #include <cstdint>
 
 #include "attention/mask.h"
+#include "attention/paged_rows.h"
 #include "attention/problem.h"
-#include "format/format.h"
+#include "format/formats.h"
+#include "quire/ops.h"
 #include "quire/tensor.h"
 
 namespace quire::cuda {
 
-inline constexpr int kRows = 16;  // of a row tile of few rows
 inline constexpr int kAttentionThreads = 128;
 inline constexpr int kWarps = kAttentionThreads / 32;
+inline constexpr int kChunk = 8;  // elements that a thread unpacks at a time where formats differ at run time
 
-// K or V of the cache. Strides in bytes.
-struct CacheSide {
-  const std::uint8_t* data = nullptr;  // [num_blocks, block_size, num_kv_heads, row bytes]
-  std::int64_t block_stride = 0, slot_stride = 0, head_stride = 0;
-  const std::uint8_t* scales = nullptr;  // [num_blocks, block_size, num_kv_heads] fp32, null where the format has none
-  std::int64_t scale_block_stride = 0, scale_slot_stride = 0, scale_head_stride = 0;
-  int access = 1;      // bytes per load
+// K or V of the cache.
+struct CacheSide : attention::PagedRows {
+  format::FormatId format = format::FormatId::kNone;
+  int access = 1;      // bytes per load of a row's codes by chunks of kChunk elements
   int row_access = 1;  // the power of two, at most 16, that divides every row's address
 };
 
@@ -80,6 +79,9 @@ struct AttentionParams {
   int qq_size = 0;
 
   float softmax_scale = 1.0F;
+  format::Rotation key_rotation = format::Rotation::kNone;
+  float key_unrotate = 1.0F;
+  bool key_level_norm = false, value_level_norm = false;
   ScaleView q_scale, k_scale, v_scale;
 
   std::int64_t num_tokens = 0;
@@ -91,11 +93,18 @@ struct AttentionParams {
   int block_shift = -1;  // log2(block_size) where that is a power of two
   std::int64_t split_size = 0;
   int max_splits = 1;
-  int sequence_tiles = 1;  // decode: row tiles of a sequence in the grid
+
+  // The sequences of this launch have so many rows (query tokens times heads of a group); others are another kernel's.
+  int min_rows = 0, max_rows = 0;
+  int sequence_tiles = 0;  // row tiles of each sequence in the grid; 0: as many as its rows need
 
   OutputRule output;
   Partials partials;                            // used with more than one split
   unsigned long long* error_counter = nullptr;  // [1], may be null
 };
+
+// What is the same for every launch of a call; kernels.cu fills in the rest.
+AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args,
+                                      const AttentionShape& shape);
 
 }  // namespace quire::cuda

@@ -1,11 +1,12 @@
 // The CUDA device as the rest of the library sees it: both ops on device pointers and a stream. No CUDA types appear
-// here; `stream` is a cudaStream_t (null: the default stream). Callers (core/ops.cc, core/plan.cc) have validated the
-// arguments against the public contract and hand over what they found (StoreProblem, AttentionShape); what is checked
-// here is only what depends on the device build: whether the kernels for a pair of formats were compiled, and what the
-// driver answers.
+// here; `stream` is a cudaStream_t (null: the default stream). Callers have validated the arguments against the public
+// contract and hand over what they found (StoreProblem, AttentionShape); what is checked here is only what depends on
+// the device and the build.
 //
-// run and reshape_and_cache allocate nothing, synchronize nothing and read nothing back, so both can be captured in a
-// CUDA graph and replayed with other lengths, tables and slots inside the plan's bounds.
+// attend with a workspace and reshape_and_cache allocate nothing, synchronize nothing and read nothing back, so both can
+// be captured in a CUDA graph and replayed with other lengths, tables and slots inside the plan's bounds.
+//
+// In a build without CUDA no_cuda.cc has these functions, and each refuses.
 #pragma once
 
 #include <cstddef>
@@ -14,26 +15,26 @@
 #include <string_view>
 
 #include "attention/problem.h"
+#include "quire/backend.h"
 #include "quire/ops.h"
 #include "quire/status.h"
 
 namespace quire::cuda {
 
+// The facts of the current device.
+Result<Arch> arch();
+
 // One launch that stores K and V. Tokens with a negative slot are skipped; a slot outside the cache is skipped and
 // counted in args.error_counter where one is given.
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream);
 
-// A pure function of the problem, but for one question to the device where there is one: whether it runs the Hopper
-// kernels. What is refused is refused with and without a device.
-Result<AttentionPlan> plan(const AttentionProblem& problem);
+// A pure function of the problem, whose formats these are (kNone: a registered mode's).
+Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key, format::FormatId value);
 
-// `workspace` holds plan.workspace_bytes on the device (may be null where that is 0).
-Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
-           void* stream);
-
-// run with a workspace allocated and freed in stream order.
-Status unified_attention_alloc(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
-                               void* stream);
+// `workspace` holds plan.workspace_bytes on the device; where it is null one is allocated and freed in stream order. A
+// `decoder` (not null) is refused: decode_row runs on the CPU.
+Status attend(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+              const QuantKVBackend* decoder, void* workspace, void* stream);
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream);
 

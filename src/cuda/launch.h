@@ -1,14 +1,13 @@
-// What the host sides of the kernels share: driver errors as Status, access widths, and the table of the pairs of
-// formats that were compiled (generated from core/modes.def into cuda/pairs.def).
+// What the host sides of the kernels share: driver errors as Status, access widths, and the launch itself.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 
-#include "format/formats.h"
 #include "quire/status.h"
 
 namespace quire::cuda {
@@ -26,44 +25,19 @@ inline int access_bytes(const void* address, std::initializer_list<std::int64_t>
   return static_cast<int>(bits & -bits);
 }
 
-// Whether the current device runs the kernels that are compiled for sm_90a alone, and they were compiled. False where
-// there is no device.
-inline bool runs_sm90_kernels() {
-#ifdef QUIRE_CUDA_SM90A
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
-         minor == 0;
-#else
-  return false;
-#endif
-}
-
-template <class Launch>
-struct PairEntry {
-  format::FormatId key, value;
-  Launch* launch;
-};
-
-template <class Launch, std::size_t kSize>
-Launch* find_pair(const PairEntry<Launch> (&table)[kSize], format::FormatId key, format::FormatId value) {
-  for (const auto& entry : table) {
-    if (entry.key == key && entry.value == value) return entry.launch;
+#ifdef __CUDACC__
+// Launches a kernel of one parameter struct. More than 48 KiB of shared memory have to be asked for.
+template <class Params>
+cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes,
+                          const Params& params, cudaStream_t stream) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
   }
-  return nullptr;
+  kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
+  return cudaGetLastError();
 }
-
-inline Status pair_not_built(format::FormatId key, format::FormatId value) {
-  const auto name = [](format::FormatId id) {
-    return id == format::FormatId::kNone ? std::string("rows of a registered backend")
-                                         : std::string(format::format_info(id).name);
-  };
-  return unsupported("no CUDA kernels for keys in " + name(key) + " with values in " + name(value) +
-                     "; this build has the pairs of its modes: add a QUIRE_MODE line to src/core/modes.def, or build "
-                     "with that mode in QUIRE_MODES");
-}
+#endif
 
 }  // namespace quire::cuda

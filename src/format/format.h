@@ -5,7 +5,7 @@
 // A format is a struct of constants and static host+device functions; docs/formats/README.md shows how to add one.
 // Nothing outside src/format knows how many bytes a row takes, what a code means or where a zero point hides.
 //
-// WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/row.cuh are the two
+// WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/format/encode.cuh are the two
 // drivers):
 //
 //     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree;
@@ -15,9 +15,7 @@
 //     pack(encoder, y, bytes)                      kUnit elements at a time into kUnitBytes bytes
 //     write_meta(encoder, meta)                    kMetaBytes bytes, once per row
 //
-//     On CUDA a format may pack all elements of a lane at once: pack_lane(encoder, y, bytes) overwrites y[kN] and gives
-//     the bytes of kN / kUnit packs, kN 8, 16 or 32. What it computes for an element is pack's arithmetic restated; the
-//     comments there say why the codes are the same. Every lane of the warp calls it.
+//     On CUDA a lane packs all of its elements at once (cuda/format/pack.cuh).
 //
 //   y is x, rotated where kRotation asks for it. kStatsOf says whether the statistics are those of y (kRotated: the
 //   usual case), of x before the rotation (kInput: such a format also has normalize(encoder, x), applied to x before it
@@ -85,6 +83,11 @@ struct FormatDefaults {
   static constexpr bool kTensorScale = false;  // finish() divides by the per-tensor scale it is given
   static constexpr bool kLevelNorm = false;
   static constexpr bool kHasOffset = false;  // read_meta's offset may differ from 0
+  // Whether a product of a query and a key of the format can be infinite. Not where its levels and scales are too small
+  // for it: e4m3, e4b15 and codebook levels with fp16 scales or none.
+  static constexpr bool kLogitsMayBeInfinite = true;
+  // Whether a unit's levels depend on the byte before the unit as well (0 before the row's first).
+  static constexpr bool kHistory = false;
   static constexpr DType kCacheDType = DType::kUInt8;
 
   using Stats = NoStats;

@@ -1,4 +1,4 @@
-// Every format as a type list, and the bridge from a run-time FormatId to a type. Expanded from core/modes.def.
+// Every format as a type list, and the bridge from a run-time FormatId to a type. Expanded from format/modes.def.
 #pragma once
 
 #include <array>
@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "core/modes.def"
 #include "format/build_config.h"
 #include "format/format.h"
+#include "format/modes.def"
 
 namespace quire::format {
 
@@ -28,7 +28,7 @@ struct DropFirst {
 
 #define QUIRE_FORMAT(Type) , Type
 using AllFormats = detail::DropFirst<void
-#include "core/modes.def"
+#include "format/modes.def"
                                      >::type;
 #undef QUIRE_FORMAT
 
@@ -65,6 +65,7 @@ struct FormatInfo {
   int meta_bytes;
   Rotation rotation;
   bool tensor_scale;
+  bool level_norm;
   double max_nmse;
   float (*unrotate)(RowShape);
 
@@ -82,9 +83,17 @@ struct FormatInfo {
 
 template <Format F>
 constexpr FormatInfo make_format_info() {
-  return {
-      F::kName,      F::kCacheDType, F::kUnit,        F::kUnitBytes, F::kMetaPlace,
-      F::kMetaBytes, F::kRotation,   F::kTensorScale, F::kMaxNmse,   [](RowShape shape) { return F::unrotate(shape); }};
+  return {.name = F::kName,
+          .cache_dtype = F::kCacheDType,
+          .unit = F::kUnit,
+          .unit_bytes = F::kUnitBytes,
+          .meta_place = F::kMetaPlace,
+          .meta_bytes = F::kMetaBytes,
+          .rotation = F::kRotation,
+          .tensor_scale = F::kTensorScale,
+          .level_norm = F::kLevelNorm,
+          .max_nmse = F::kMaxNmse,
+          .unrotate = [](RowShape shape) { return F::unrotate(shape); }};
 }
 template <class... Fs>
 constexpr auto make_format_table(TypeList<Fs...>) {
@@ -119,7 +128,7 @@ constexpr bool format_enabled() {
   enabled = enabled ||                                                                    \
             (mode_enabled(name) && (std::is_same_v<Key, F> || std::is_same_v<Value, F> || \
                                     (std::is_same_v<Key, AutoFloat> && std::is_base_of_v<FloatCastDefaults, F>)));
-#include "core/modes.def"
+#include "format/modes.def"
 #undef QUIRE_MODE
   return enabled;
 }

@@ -29,6 +29,7 @@ struct Fp8PerTensorOf : FormatDefaults {
 struct Fp8PerTensor : Fp8PerTensorOf<E4M3> {
   static constexpr std::string_view kName = "fp8";
   static constexpr DType kCacheDType = DType::kFloat8E4M3;
+  static constexpr bool kLogitsMayBeInfinite = false;
   static constexpr double kMaxNmse = 1.5e-3;
 };
 

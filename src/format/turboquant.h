@@ -78,6 +78,7 @@ struct TurboQuantKey : FormatDefaults {
   static constexpr Rotation kRotation = Rotation::kHadamard;
   static constexpr StatsOf kStatsOf = StatsOf::kInput;
   static constexpr bool kLevelNorm = true;
+  static constexpr bool kLogitsMayBeInfinite = false;
 
   using Stats = SquareSum;
   struct Encoder {
@@ -130,6 +131,7 @@ template <class Fp8>
 struct TurboQuantKeyFp8 : FormatDefaults {
   struct Encoder {};
   static constexpr double kMaxNmse = 1.5e-3;
+  static constexpr bool kLogitsMayBeInfinite = false;
   static QUIRE_HD Encoder finish(NoStats, RowShape, float) { return {}; }
   static QUIRE_HD void pack(Encoder, const float* y, std::uint8_t* bytes) { *bytes = Fp8::encode(*y); }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) { *level = Fp8::decode(*bytes); }
@@ -155,6 +157,7 @@ struct TurboQuantValue : FormatDefaults {
   static constexpr MetaPlace kMetaPlace = MetaPlace::kInRow;
   static constexpr int kMetaBytes = 4;
   static constexpr bool kHasOffset = true;
+  static constexpr bool kLogitsMayBeInfinite = false;
   static constexpr StatsOf kStatsOf = StatsOf::kRotated;
   static constexpr float kMaxCode = static_cast<float>((1 << kBits) - 1);
   // Levels are codes - kCenter: attention adds up levels and offsets separately, and centred levels leave little to

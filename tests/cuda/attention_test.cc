@@ -181,34 +181,5 @@ TEST_P(CudaLongPrompt, AloneAndInSplits) {
 INSTANTIATE_TEST_SUITE_P(Modes, CudaLongPrompt, ::testing::ValuesIn(table_modes()),
                          [](const auto& param) { return test_name(param.param); });
 
-// The kernels that must have run.
-TEST(CudaAttention, ThePlanNamesItsKernel) {
-  QUIRE_NEEDS_MODES("int4_per_token_head", "bfloat16");
-  AttentionProblem problem;
-  problem.device = Device::kCuda;
-  problem.mode = mode_of("int4_per_token_head");
-  problem.num_q_heads = 32;
-  problem.num_kv_heads = 8;
-  problem.head_size = problem.head_size_v = 128;
-  problem.block_size = 16;
-  problem.max_num_tokens = problem.max_batch = 64;
-  problem.max_query_len = 1;
-  problem.max_seq_len = 8192;
-  const Result<AttentionPlan> plan = plan_unified_attention(problem);
-  ASSERT_TRUE(plan.ok()) << plan.status().message();
-  EXPECT_NE(plan.value().kernel.find("decode_split<128>"), std::string::npos) << plan.value().kernel;
-  problem.max_query_len = problem.max_num_tokens = 512;
-  problem.max_batch = 1;
-  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("prefill_split"), std::string::npos);
-  problem.query_dtype = DType::kFloat32;
-  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("attend_split"), std::string::npos);
-  problem.query_dtype = DType::kBFloat16;
-  problem.mode = mode_of("bfloat16");
-  problem.row_alignment = 2;
-  EXPECT_NE(plan_unified_attention(problem).value().kernel.find("attend_split"), std::string::npos);
-  EXPECT_GE(plan.value().split_size * plan.value().max_splits, 8192);
-  EXPECT_LT(plan.value().split_size * (plan.value().max_splits - 1), 8192);
-}
-
 }  // namespace
 }  // namespace quire::testing

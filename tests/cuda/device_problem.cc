@@ -36,7 +36,8 @@ Status merge_on_device(const MergeAttnStatesArgs& args) {
 
 void prepare_for_device(AttentionCase& problem) {
   problem.serial_sums = 4.0;
-  if (problem.kernel().find("tensor cores") == std::string::npos) return;
+  const Result<AttentionPlan> plan = problem.plan();
+  if (!plan.ok() || !plan->tensor_cores) return;
   const ModeInfo mode = *mode_info(problem.args.mode);
   const format::FormatId key = format::find_format(mode.key_format);
   const bool rotated = key != format::FormatId::kNone && format::format_info(key).rotation != format::Rotation::kNone;

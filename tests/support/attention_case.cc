@@ -259,7 +259,7 @@ Status AttentionCase::run(int num_splits, bool batch_invariant) {
   return ops.attend(args, num_splits, batch_invariant);
 }
 
-std::string AttentionCase::kernel() const {
+Result<AttentionPlan> AttentionCase::plan() const {
   UnifiedAttentionArgs planned = args;
   for (Tensor* tensor : {&planned.query,
                          &planned.out,
@@ -284,9 +284,8 @@ std::string AttentionCase::kernel() const {
     tensor->device = ops.device;
   }
   const Result<AttentionProblem> problem = problem_of(planned);
-  if (!problem.ok()) return problem.status().message();
-  const Result<AttentionPlan> plan = plan_unified_attention(*problem);
-  return plan.ok() ? plan->kernel : plan.status().message();
+  if (!problem.ok()) return problem.status();
+  return plan_unified_attention(*problem);
 }
 
 void AttentionCase::run_oracle() {

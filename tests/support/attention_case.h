@@ -74,8 +74,8 @@ class AttentionCase {
   // Fills expected_out and expected_lse.
   void run_oracle();
 
-  // The kernel that the tested device plans for the one-call form.
-  std::string kernel() const;
+  // What the tested device plans for the one-call form.
+  Result<AttentionPlan> plan() const;
 
   // run, run_oracle and matches().
   ::testing::AssertionResult check(int num_splits = 0, bool batch_invariant = false);

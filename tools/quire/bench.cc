@@ -159,15 +159,12 @@ std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
     if (!rows->defined()) continue;
     const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
     bench::PageRead read;
-    read.base = rows->data;
-    read.block_stride = rows->strides[0] * element;
-    read.slot_stride = rows->strides[1] * element;
-    read.head_stride = rows->strides[2] * element;
+    attention::set_paged_rows(read, *rows, Tensor());
     read.row_bytes = rows->ndim == 4 ? rows->shape[3] * element : element;
     read.block_size = static_cast<int>(rows->shape[1]);
     read.num_heads = static_cast<int>(rows->shape[2]);
     const auto goes_on = [&](const bench::PageRead& before) {
-      return static_cast<const std::uint8_t*>(before.base) + before.row_bytes == read.base &&
+      return before.row(0, 0, 0) + before.row_bytes == read.row(0, 0, 0) &&
              before.block_stride == read.block_stride && before.slot_stride == read.slot_stride &&
              before.head_stride == read.head_stride;
     };

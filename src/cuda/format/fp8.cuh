@@ -15,6 +15,7 @@
 namespace quire::cuda {
 
 struct LevelsE4M3 {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 8;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll
@@ -27,15 +28,16 @@ struct LevelsE4M3 {
   }
 };
 template <>
-struct Levels16<format::Fp8PerTensor> : LevelsE4M3 {};
+struct Fragment<format::Fp8PerTensor> : LevelsE4M3 {};
 template <>
-struct Levels16<format::Fp8PerTokenHead> : LevelsE4M3 {};
+struct Fragment<format::Fp8PerTokenHead> : LevelsE4M3 {};
 template <>
-struct Levels16<format::TurboQuantK8> : LevelsE4M3 {};
+struct Fragment<format::TurboQuantK8> : LevelsE4M3 {};
 
 // The high byte of fp16.
 template <>
-struct Levels16<format::Fp8E5M2PerTensor> {
+struct Fragment<format::Fp8E5M2PerTensor> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 8;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll
@@ -48,7 +50,8 @@ struct Levels16<format::Fp8E5M2PerTensor> {
 
 // e4b15 is fp16 with three mantissa bits and no exponents above 1: sign, then 7 bits below the top exponent bit.
 template <>
-struct Levels16<format::TurboQuantK8E4B15> {
+struct Fragment<format::TurboQuantK8E4B15> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 8;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll

@@ -1,11 +1,18 @@
-// Codes to 16-bit levels for the tensor cores, a fragment loader per format: Levels16<F> turns the codes of 32
-// elements, already in registers, into 16 packed pairs. fp16 holds every level of the integer and fp8 formats exactly;
-// codebook levels are scaled first, by a unit chosen so that all of them lie next to fp16 values (errors below).
-// bfloat16 caches stay bfloat16.
+// Codes to 16-bit levels for the tensor cores: Fragment<F> turns the codes of a group of elements, already in registers,
+// into packed pairs. bfloat16 and float16 caches are used as they lie (kRaw16); every other format comes through here.
 //
-//   Levels16<F>::kWords                                32-bit words that hold 32 elements' codes
-//   Levels16<F>::convert(words, pairs)                 elements 2 i and 2 i + 1 in pairs[i]
-//   level_unit<F>                                      what is written is level * level_unit<F>
+//   kElements                    of a group: 32, or as many as fill whole words
+//   kWords                       32-bit words that hold their codes
+//   Tables                       optional: what the kernels keep in shared memory for convert, filled by
+//                                fill(tables, thread, num_threads)
+//   convert(words, pairs)        elements 2 i and 2 i + 1, times level_unit<F>, in pairs[i]; words beyond the row's end
+//                                hold anything. A format with kHistory takes the byte before the words too, one with
+//                                Tables these: (words, before, tables, pairs)
+//
+// The primary template is built on the format's own unpack, so a format is one header; its levels should be fp16 values
+// (a level that is not is rounded, 2^-11 of it). A specialization, in the format's file of this folder, gives the same
+// pairs in fewer instructions. fp16 holds every level of the integer and fp8 formats exactly; codebook levels are scaled
+// first, by a unit chosen so that all of them lie next to fp16 values.
 //
 // Small integers become fp16 by placing them in the mantissa of 1024 (0x6400 + n = 1024 + n) and subtracting; codebooks
 // of 4 or 8 levels are looked up four at a time by byte permutes, low and high bytes apart.
@@ -14,6 +21,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/ptx/math.cuh"
@@ -84,8 +92,71 @@ constexpr std::uint32_t constant_half(float x) {
 template <class F>
 inline constexpr float level_unit = 1.0F;
 
+// The smallest group of 32, 64, .. elements that is whole packs and whole words.
 template <class F>
-struct Levels16;
+constexpr int group_elements() {
+  int elements = 32;
+  while (elements % F::kUnit != 0 || elements / F::kUnit * F::kUnitBytes % 4 != 0) elements *= 2;
+  return elements;
+}
+
+template <class F>
+struct Fragment {
+  static constexpr int kElements = group_elements<F>();
+  static constexpr int kWords = kElements / F::kUnit * F::kUnitBytes / 4;
+
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t before,
+                                                 std::uint32_t (&pairs)[kElements / 2]) {
+    // The byte before the codes, for units that see it.
+    std::uint8_t bytes[4 + 4 * kWords];
+    memcpy(bytes, &before, 4);
+    memcpy(bytes + 4, words, sizeof(words));
+    float level[kElements];
+#pragma unroll
+    for (int u = 0; u < kElements / F::kUnit; ++u) F::unpack(bytes + 4 + u * F::kUnitBytes, level + u * F::kUnit);
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      pairs[i] = pair_bits(__floats2half2_rn(level[2 * i] * level_unit<F>, level[2 * i + 1] * level_unit<F>));
+    }
+  }
+};
+
+// Shared memory that a format's fragments use.
+struct NoTables {};
+template <class F>
+struct FragmentTables {
+  using Type = NoTables;
+  static __device__ __forceinline__ void fill(NoTables&, int, int) {}
+};
+template <class F>
+requires requires { typename Fragment<F>::Tables; }
+struct FragmentTables<F> {
+  using Type = typename Fragment<F>::Tables;
+  static __device__ __forceinline__ void fill(Type& tables, int thread, int num_threads) {
+    Fragment<F>::fill(tables, thread, num_threads);
+  }
+};
+template <class F>
+using Tables = typename FragmentTables<F>::Type;
+
+// The codes of one group.
+template <class F>
+struct Codes {
+  std::uint32_t words[Fragment<F>::kWords];
+  std::uint32_t before;  // kHistory: the byte before them is its last; 0 at the row's start
+};
+
+template <class F>
+__device__ __forceinline__ void convert(const Codes<F>& codes, const Tables<F>& tables,
+                                        std::uint32_t (&pairs)[Fragment<F>::kElements / 2]) {
+  if constexpr (requires { Fragment<F>::convert(codes.words, pairs); }) {
+    Fragment<F>::convert(codes.words, pairs);
+  } else if constexpr (requires { Fragment<F>::convert(codes.words, codes.before, pairs); }) {
+    Fragment<F>::convert(codes.words, codes.before, pairs);
+  } else {
+    Fragment<F>::convert(codes.words, codes.before, tables, pairs);
+  }
+}
 
 // Formats whose rows are used as they lie.
 template <class F>

@@ -18,7 +18,8 @@ inline constexpr float level_unit<format::Int2PerTokenHead> = 1.525879F;
 
 // Four 2-bit codes to four nibbles.
 template <>
-struct Levels16<format::Int2PerTokenHead> {
+struct Fragment<format::Int2PerTokenHead> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 2;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
     using F = format::Int2PerTokenHead;

@@ -12,7 +12,7 @@
 namespace quire::cuda {
 
 template <>
-struct Levels16<format::Int4PerTokenHead> : LevelsNibble {};
+struct Fragment<format::Int4PerTokenHead> : LevelsNibble {};
 
 template <>
 struct Packer<format::Int4PerTokenHead> {

@@ -11,7 +11,8 @@
 namespace quire::cuda {
 
 template <>
-struct Levels16<format::Int8PerTokenHead> {
+struct Fragment<format::Int8PerTokenHead> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 8;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll

@@ -14,6 +14,7 @@ __device__ __forceinline__ void nibbles_to_pairs(std::uint32_t word, std::uint32
 }
 
 struct LevelsNibble {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 4;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll

@@ -21,7 +21,7 @@ template <>
 inline constexpr float level_unit<format::TurboQuantK4> = 1.7335825F;
 
 template <>
-struct Levels16<format::TurboQuantV4> : LevelsNibble {};
+struct Fragment<format::TurboQuantV4> : LevelsNibble {};
 
 // Eight 3-bit codes (the low 24 bits) to eight nibbles.
 __device__ __forceinline__ std::uint32_t spread_3_to_4(std::uint32_t codes) {
@@ -45,7 +45,8 @@ __device__ __forceinline__ std::uint32_t three_bytes(const std::uint32_t (&words
 }
 
 template <>
-struct Levels16<format::TurboQuantK3> {
+struct Fragment<format::TurboQuantK3> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 3;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
     constexpr ByteTables kTables = ByteTables::make(
@@ -60,7 +61,8 @@ struct Levels16<format::TurboQuantK3> {
 };
 
 template <>
-struct Levels16<format::TurboQuantV3> {
+struct Fragment<format::TurboQuantV3> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 3;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll
@@ -72,7 +74,8 @@ struct Levels16<format::TurboQuantV3> {
 
 // Sixteen centroids, symmetric: the magnitude is looked up, the sign set apart.
 template <>
-struct Levels16<format::TurboQuantK4> {
+struct Fragment<format::TurboQuantK4> {
+  static constexpr int kElements = 32;
   static constexpr int kWords = 4;
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
     constexpr ByteTables kTables = ByteTables::make(
@@ -156,14 +159,15 @@ __device__ __forceinline__ void nearest_centroids(const float (&y)[kN], std::uin
   }
 }
 
-// Codes of kBits to bytes. In sums of words that hold a code above bits of their float's exponent, kThirdBias is
-// subtracted by the third of eight.
+// Codes of kBits to bytes. A code may have a float's exponent above it; kThirdBias, added to the third of eight codes,
+// takes what the exponents leave in the bytes away.
 template <int kBits>
 struct CodePacker;
 
 template <>
 struct CodePacker<4> {
-  // What a sum of 8 words with 2^23 as their float's exponent, 4 bits apart, is taken away by in the third of them.
+  // Eight words with 2^23's exponent, shifted by 0, 4, .. 28 bits, add 0xfb000000 to their codes (modulo 2^32). This bias
+  // of the third word, which is shifted by 8 bits, adds the 0x05000000 that make it 0.
   static constexpr std::uint32_t kThirdBias = 0x50000U;
   template <int kN>
   static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {

@@ -20,7 +20,7 @@ namespace quire::cuda {
 template <class F>
 __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::int64_t block, int slot, int head,
                                                    int head_size, float (&level)[16], int lane) {
-  const std::uint8_t* row = side.data + block * side.block_stride + slot * side.slot_stride + head * side.head_stride;
+  const std::uint8_t* row = side.row(block, slot, head);
   constexpr int kBytes = 16 / F::kUnit * F::kUnitBytes;
   alignas(16) std::uint8_t bytes[kBytes] = {};
   load_bytes(row + lane * kBytes, bytes, static_cast<int>(format::code_bytes<F>(head_size)) - lane * kBytes,
@@ -33,14 +33,14 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
     if (lane * 16 + j >= head_size) level[j] = 0.0F;
     squares = fmaf(level[j], level[j], squares);
   }
-  const float2 affine = load_affine<F>(side, block, slot, head, format::row_shape(head_size));
-  return {F::kLevelNorm ? affine.x * rsqrtf(warp_sum(squares)) : affine.x, affine.y};
+  const format::Affine affine = load_affine<F>(side, block, slot, head, format::row_shape(head_size));
+  return {F::kLevelNorm ? affine.scale * rsqrtf(warp_sum(squares)) : affine.scale, affine.offset};
 }
 
 // One warp, one row, value by value in fp32: rows that do not see an infinite or NaN value do not meet it. Writes
 // sum p v (times v_scale) to `row` [head_size_v].
 template <class KeyF, class ValueF>
-__device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams& p, const TileRows& tile, int kv_head,
+__device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams& p, const TileRows& tile,
                                                           std::int64_t token, int head, float* row, int lane) {
   const format::RowShape shape = format::row_shape(p.head_size);
   float q[16] = {};
@@ -55,8 +55,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
 #pragma unroll
   for (int j = 0; j < 16; ++j) query_sum += q[j];
   query_sum = warp_sum(query_sum);
-  const float factor =
-      p.softmax_scale * p.q_scale.at(tile.batch, kv_head) * p.k_scale.at(tile.batch, kv_head) * KeyF::unrotate(shape);
+  const float factor = logit_factor(p, tile);
   const int query_index = static_cast<int>(token - tile.query_begin);
   const int position = tile.sequence.context_len + query_index;
 
@@ -66,10 +65,10 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
   float offset = 0.0F;
   for (int key = tile.begin; key < tile.end; ++key) {
     if (!attention::visible(p.mask, tile.sequence, position, key)) continue;
-    const KeyPlace place = find_key(p, tile.batch, key, tile.begin, tile.end, false);
+    const KeyPlace place = find_key(p, tile, key, false);
     if (place.block < 0) continue;
     float level[16];
-    const format::Affine k = read_row<KeyF>(p.key, place.block, place.slot, kv_head, p.head_size, level, lane);
+    const format::Affine k = read_row<KeyF>(p.key, place.block, place.slot, tile.kv_head, p.head_size, level, lane);
     float dot = 0.0F;
 #pragma unroll
     for (int j = 0; j < 16; ++j) dot = fmaf(q[j], level[j], dot);
@@ -81,12 +80,13 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
     const float weight = expf(s - next);
     state.max = next;
     state.sum = fmaf(state.sum, correction, weight);
-    const format::Affine v = read_row<ValueF>(p.value, place.block, place.slot, kv_head, p.head_size_v, level, lane);
+    const format::Affine v =
+        read_row<ValueF>(p.value, place.block, place.slot, tile.kv_head, p.head_size_v, level, lane);
     offset = fmaf(offset, correction, weight * v.offset);
 #pragma unroll
     for (int j = 0; j < 16; ++j) acc[j] = fmaf(acc[j], correction, weight * v.scale * level[j]);
   }
-  const float value_factor = p.v_scale.at(tile.batch, kv_head);
+  const float value_factor = p.v_scale.at(tile.batch, tile.kv_head);
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     const int i = lane * 16 + j;

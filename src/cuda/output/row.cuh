@@ -71,14 +71,14 @@ __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* 
 // The lanes of a Map: a row's result as the output, or as this split's partial, where it `exists`. All of a warp call.
 template <class Map>
 __device__ __forceinline__ void write_row(const AttentionParams& p, const float* row,
-                                          const attention::SoftmaxState& state, std::int64_t token, int head, int lane,
-                                          bool exists = true) {
+                                          const attention::SoftmaxState& state, std::int64_t token, int head, int split,
+                                          int lane, bool exists = true) {
   if (p.max_splits == 1) {
     finish_row<Map>(p.output, row, state, token, head, lane, exists);
     return;
   }
   if (!exists) return;
-  const std::int64_t at = (token * p.num_q_heads + head) * p.max_splits + blockIdx.z;
+  const std::int64_t at = (token * p.num_q_heads + head) * p.max_splits + split;
   float* to = p.partials.acc + at * p.head_size_v;
   for (int c = lane; c < p.head_size_v; c += Map::kLanes) to[c] = row[c];
   if (lane == 0) p.partials.state[at] = make_float2(state.max, state.sum);

@@ -15,27 +15,25 @@ namespace quire::cuda {
 // One warp: its rows, first_row on, from accumulators to the output or the split's partials, through `rows` in shared
 // memory.
 template <class KeyF, class ValueF, int kTiles, int kFragments>
-__device__ __forceinline__ void finish_rows(const AttentionParams& p, const TileRows& tile, int kv_head,
-                                            const float (&acc)[kTiles][kFragments][4], RunningSoftmax<kTiles>& softmax,
-                                            bool biased, float (*rows)[8 * kFragments + 4], const RowInfo* row_infos,
-                                            int first_row, int lane) {
-  const int quad = lane / 4;
-  const int pair = lane % 4 * 2;
-  const float value_factor = p.v_scale.at(tile.batch, kv_head);
-  softmax.finish(biased);
+__device__ __forceinline__ void finish_rows(const AttentionParams& p, const TileRows& tile,
+                                            const float (&acc)[kTiles][kFragments][4],
+                                            RunningSoftmax<RowsOnM, kTiles>& softmax, float (*rows)[8 * kFragments + 4],
+                                            const RowInfo* row_infos, int first_row, int lane) {
+  const float value_factor = p.v_scale.at(tile.batch, tile.kv_head);
+  softmax.finish();
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float* row = rows[first_row + 16 * m + 8 * r + quad];
+      float* row = rows[first_row + softmax.at.row(m, r)];
 #pragma unroll
       for (int n = 0; n < kFragments; ++n) {
-        *reinterpret_cast<float2*>(&row[8 * n + pair]) =
-            make_float2((acc[m][n][2 * r] * softmax.unit + softmax.offset[m][r]) * value_factor,
-                        (acc[m][n][2 * r + 1] * softmax.unit + softmax.offset[m][r]) * value_factor);
+        *reinterpret_cast<float2*>(&row[softmax.at.key(n, 0)]) =
+            make_float2(softmax.output(acc[m][n][2 * r], m, 2 * r) * value_factor,
+                        softmax.output(acc[m][n][2 * r + 1], m, 2 * r + 1) * value_factor);
       }
       // The row's state rides in its padding.
-      if (pair == 0) {
+      if (softmax.at.leads()) {
         *reinterpret_cast<float2*>(&row[8 * kFragments]) = make_float2(softmax.max[m][r], softmax.sum[m][r]);
       }
     }
@@ -59,17 +57,17 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const Tile
       if (odd != 0) {
         for (int i = 0; i < kRowsAtOnce; ++i) {
           if ((odd >> (i * Map::kLanes) & (0xffffffffU >> (32 - Map::kLanes))) == 0) continue;
-          const TileRows same_tile = tile;  // so that no one else's lives in memory
+          const TileRows same_tile = tile;  // a copy, so that the call does not force the caller's out of registers
           const RowInfo& again = row_infos[r + i];
-          const attention::SoftmaxState state = exact_row<KeyF, ValueF>(
-              p, same_tile, kv_head, tile.query_begin + again.query, again.head, rows[r + i], lane);
+          const attention::SoftmaxState state =
+              exact_row<KeyF, ValueF>(p, same_tile, tile.query_begin + again.query, again.head, rows[r + i], lane);
           if (lane == 0) *reinterpret_cast<float2*>(&rows[r + i][8 * kFragments]) = make_float2(state.max, state.sum);
         }
         __syncwarp();
       }
     }
     const attention::SoftmaxState state{row[8 * kFragments], row[8 * kFragments + 1]};
-    write_row<Map>(p, row, state, tile.query_begin + info.query, info.head, row_lane, exists);
+    write_row<Map>(p, row, state, tile.query_begin + info.query, info.head, tile.split, row_lane, exists);
   }
 }
 

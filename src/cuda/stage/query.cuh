@@ -23,10 +23,9 @@ struct QueryRow {
 };
 
 // One warp: query row `row` of the tile; zeros for a row past the end.
-__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, int kv_head, int row,
-                                                int lane) {
+__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, int row, int lane) {
   constexpr int kPer = QueryRow::kPer;
-  QueryRow query{row_info(p, tile, kv_head, row), {}};
+  QueryRow query{row_info(p, tile, row), {}};
   if (query.info.query < 0) return query;
   const std::int64_t token = tile.query_begin + query.info.query;
   const std::uint8_t* from = p.query + token * p.query_token_stride + query.info.head * p.query_head_stride +
@@ -100,14 +99,14 @@ __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& qu
 
 // One warp: its query rows, first_row on, to place(row) in shared memory; several loads under way at a time.
 template <class KeyF, int kHead, int kNumRows, class PlaceOfRow>
-__device__ __forceinline__ void load_queries(const AttentionParams& p, const TileRows& tile, int kv_head, int first_row,
+__device__ __forceinline__ void load_queries(const AttentionParams& p, const TileRows& tile, int first_row,
                                              PlaceOfRow&& place, RowInfo* row_infos, int lane) {
   constexpr int kAtOnce = 4;
 #pragma unroll 1
   for (int r = first_row; r < first_row + kNumRows; r += kAtOnce) {
     QueryRow query[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, kv_head, r + i, lane);
+    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, r + i, lane);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       put_query<KeyF, kHead>(p, query[i], place(r + i), row_infos[r + i], lane);

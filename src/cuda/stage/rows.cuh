@@ -29,9 +29,7 @@ struct RawRow {
 
 // Starts the copy of a scale to `to`; zeros for a key that is not read.
 __device__ __forceinline__ void copy_scale(const CacheSide& side, KeyPlace place, int head, float* to) {
-  const std::int64_t at = place.block < 0 ? 0
-                                          : place.block * side.scale_block_stride +
-                                                place.slot * side.scale_slot_stride + head * side.scale_head_stride;
+  const std::int64_t at = place.block < 0 ? 0 : side.scale_offset(place.block, place.slot, head);
   ptx::cp_async_4(ptx::shared_address(to), side.scales + at, place.block < 0 ? 0 : 4);
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/attention_params.h"
+#include "cuda/work/rows.cuh"
 
 namespace quire::cuda {
 
@@ -12,12 +13,12 @@ struct KeyPlace {
   std::int32_t block;  // -1: the key is not read
   int slot;
 };
-__device__ __forceinline__ KeyPlace find_key(const AttentionParams& p, int batch, int key, int begin, int end,
+__device__ __forceinline__ KeyPlace find_key(const AttentionParams& p, const TileRows& tile, int key,
                                              bool counts_errors) {
   const int entry = p.block_shift >= 0 ? key >> p.block_shift : key / p.block_size;
   KeyPlace place{-1, key - entry * p.block_size};
-  if (key < begin || key >= end || entry >= p.max_blocks) return place;
-  place.block = p.block_table[batch * p.table_batch_stride + entry * p.table_block_stride];
+  if (key < tile.begin || key >= tile.end || entry >= p.max_blocks) return place;
+  place.block = p.block_table[tile.batch * p.table_batch_stride + entry * p.table_block_stride];
   if (place.block < 0 || place.block >= p.num_blocks) {
     place.block = -1;
     if (counts_errors && p.error_counter != nullptr) atomicAdd(p.error_counter, 1ULL);
@@ -27,8 +28,7 @@ __device__ __forceinline__ KeyPlace find_key(const AttentionParams& p, int batch
 
 // Bytes from the cache's start to a row; -1 for a key that is not read.
 __device__ __forceinline__ std::int64_t row_offset(const CacheSide& side, KeyPlace place, int head) {
-  return place.block < 0 ? -1
-                         : place.block * side.block_stride + place.slot * side.slot_stride + head * side.head_stride;
+  return place.block < 0 ? -1 : side.offset(place.block, place.slot, head);
 }
 
 // Bytes from the start of a row's aligned cover to the row.

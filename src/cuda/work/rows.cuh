@@ -9,15 +9,21 @@
 
 namespace quire::cuda {
 
+// A thread's place in the grid, which only the __global__ function reads.
+struct BlockIndex {
+  std::int64_t tile;  // of rows
+  int kv_head, split, thread;
+};
+
 // Start of a sequence's row tiles in the grid: every sequence gets at least as many as its rows fill, whatever the
 // lengths, from cu_seqlens_q alone.
 __host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence,
-                                                            int tile_rows = kRows) {
+                                                            int tile_rows) {
   return rows_before / tile_rows + sequence;
 }
 
 // The sequence a row tile belongs to.
-__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile, int tile_rows = kRows) {
+__device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int64_t tile, int tile_rows) {
   int low = 0;
   int high = p.batch - 1;
   while (low < high) {
@@ -32,13 +38,9 @@ __device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int6
   return low;
 }
 
-// Rows of a prefill tile: as many as have room for their accumulators.
-template <int kHead>
-inline constexpr int kPrefillRows = kHead <= 128 ? 128 : 64;
-
-// The rows of this block and the keys they see.
+// The rows of a block, all of one KV head of one sequence, and the keys they see.
 struct TileRows {
-  int batch;
+  int batch, kv_head, split;
   int query_begin;  // first query token of the sequence
   int row_begin;    // first row of the tile, within the sequence
   int num_rows;     // rows of the sequence (the plan bounds all rows by 2^31)
@@ -47,16 +49,12 @@ struct TileRows {
   int full_begin, full_end;  // keys that every row sees
 };
 
-// Sequences of at most this many rows are the decode kernel's, longer ones the prefill kernel's, whatever else is in
-// the batch.
-inline constexpr int kDecodeRows = 2 * kRows;
-
-// Fills in a tile whose batch and row_begin are set; false where it has no rows.
-__device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, bool few_rows, TileRows& tile) {
+// Fills in a tile whose batch, KV head, split and row_begin are set; false where it has no rows of this launch.
+__device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, TileRows& tile) {
   tile.query_begin = p.cu_seqlens_q[tile.batch * p.cu_stride];
   const int query_len = p.cu_seqlens_q[(tile.batch + 1) * p.cu_stride] - tile.query_begin;
   tile.num_rows = query_len * p.group_size;
-  if (tile.row_begin >= tile.num_rows || (tile.num_rows <= kDecodeRows) != few_rows) return false;
+  if (tile.row_begin >= tile.num_rows || tile.num_rows < p.min_rows || tile.num_rows > p.max_rows) return false;
 
   attention::SequenceMask& sequence = tile.sequence;
   sequence.seq_len = p.seq_lens[tile.batch * p.seq_stride];
@@ -71,7 +69,7 @@ __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile
   const int first = sequence.context_len + tile.row_begin / p.group_size;
   const int last = sequence.context_len + last_row / p.group_size;
   const attention::KeyRange range = attention::visible_range(p.mask, sequence, first, last);
-  const auto split = static_cast<std::int64_t>(blockIdx.z);
+  const auto split = static_cast<std::int64_t>(tile.split);
   tile.begin = static_cast<int>(max(static_cast<std::int64_t>(range.begin), split * p.split_size));
   tile.end = range.end;
   if (split + 1 < p.max_splits) {
@@ -97,13 +95,13 @@ struct RowInfo {
   float scale, sum;  // its 16-bit query times `scale` is the rotated query; `sum` adds up the 16-bit one
 };
 
-__device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const TileRows& tile, int kv_head, int row) {
+__device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const TileRows& tile, int row) {
   const int index = tile.row_begin + row;
   const int query = index / p.group_size;
   RowInfo info{};
   info.query = index < tile.num_rows && tile.query_begin + query < p.num_tokens ? query : -1;
   info.position = info.query < 0 ? -1 : tile.sequence.context_len + query;
-  info.head = kv_head * p.group_size + (index - query * p.group_size);
+  info.head = tile.kv_head * p.group_size + (index - query * p.group_size);
   if (info.position >= 0) {
     const attention::KeyRange range = attention::visible_range(p.mask, tile.sequence, info.position, info.position);
     info.begin = range.begin;
@@ -112,20 +110,27 @@ __device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const Tile
   return info;
 }
 
-// Decode: tile `index` of the grid, p.sequence_tiles tiles a sequence.
-__device__ __forceinline__ bool find_sequence_rows(const AttentionParams& p, int index, TileRows& tile) {
-  tile.batch = index / p.sequence_tiles;
-  tile.row_begin = index % p.sequence_tiles * kRows;
-  return complete_rows(p, kRows, true, tile);
+// The rows of a block; false where it has none of this launch's.
+__device__ __forceinline__ bool find_rows(const AttentionParams& p, const BlockIndex& block, int tile_rows,
+                                          TileRows& tile) {
+  tile.kv_head = block.kv_head;
+  tile.split = block.split;
+  if (p.sequence_tiles > 0) {
+    const int index = static_cast<int>(block.tile);
+    tile.batch = index / p.sequence_tiles;
+    tile.row_begin = index % p.sequence_tiles * tile_rows;
+  } else {
+    tile.batch = find_sequence(p, block.tile, tile_rows);
+    const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[tile.batch * p.cu_stride]) * p.group_size;
+    tile.row_begin = static_cast<int>(block.tile - first_tile(rows_before, tile.batch, tile_rows)) * tile_rows;
+  }
+  return complete_rows(p, tile_rows, tile);
 }
 
-// Prefill: tile `index` of the grid, as many tiles a sequence as its rows need.
-__device__ __forceinline__ bool find_tile_rows(const AttentionParams& p, std::int64_t index, int tile_rows,
-                                               TileRows& tile) {
-  tile.batch = find_sequence(p, index, tile_rows);
-  const std::int64_t rows_before = static_cast<std::int64_t>(p.cu_seqlens_q[tile.batch * p.cu_stride]) * p.group_size;
-  tile.row_begin = static_cast<int>(index - first_tile(rows_before, tile.batch, tile_rows)) * tile_rows;
-  return complete_rows(p, tile_rows, false, tile);
+// softmax_scale, the per-tensor scales and the rotation's norm: what a query's product with a key is multiplied by.
+__device__ __forceinline__ float logit_factor(const AttentionParams& p, const TileRows& tile) {
+  return p.softmax_scale * p.q_scale.at(tile.batch, tile.kv_head) * p.k_scale.at(tile.batch, tile.kv_head) *
+         p.key_unrotate;
 }
 
 }  // namespace quire::cuda

@@ -1,0 +1,27 @@
+# quire_cuda_architectures(out): QUIRE_CUDA_ARCHITECTURES or, where that is AUTO, the architectures of the GPUs of this
+# machine. Where it has none: code for sm_80 and sm_90a, and PTX of sm_80, which newer GPUs compile when they load it.
+function(quire_cuda_architectures out)
+  set(architectures ${QUIRE_CUDA_ARCHITECTURES})
+  if(architectures STREQUAL "AUTO")
+    set(architectures "")
+    find_program(QUIRE_NVIDIA_SMI nvidia-smi)
+    mark_as_advanced(QUIRE_NVIDIA_SMI)
+    if(QUIRE_NVIDIA_SMI)
+      execute_process(COMMAND ${QUIRE_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+        OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
+      foreach(capability IN LISTS found)
+        string(REPLACE "." "" capability ${capability})
+        if(capability STREQUAL "90")
+          set(capability 90a)  # wgmma
+        endif()
+        list(APPEND architectures ${capability}-real)
+      endforeach()
+      list(REMOVE_DUPLICATES architectures)
+    endif()
+    if(NOT architectures)
+      set(architectures 80 90a-real)
+    endif()
+  endif()
+  set(${out} ${architectures} PARENT_SCOPE)
+endfunction()

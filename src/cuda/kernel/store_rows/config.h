@@ -1,0 +1,58 @@
+// Sizes and shared memory of store_rows.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/lane/map.cuh"
+#include "format/format.h"
+
+namespace quire::cuda {
+
+// Whether a lane's part of a row takes so many registers that it holds one row at a time.
+template <class Map>
+inline constexpr bool kRowByRow = Map::kElements >= 32;
+
+// Threads of a block of store_rows, and how many blocks are to share a multiprocessor (0: the compiler's choice). Long-
+// lived warps come in small blocks: the launch ends sooner after the last one starts.
+template <class Map>
+inline constexpr int kMapThreads = Map::kElements >= 64 ? 64 : 128;
+template <class Map>
+inline constexpr int kMinBlocks = kRowByRow<Map> ? 8 : 0;
+
+// Rows with metadata inside lie at odd addresses. Such pairs of formats are assembled in shared memory, K row and V row
+// of a token head one behind the other, and copied from there: whole runs of slots where they adjoin, 16 bytes at a
+// time, so that no sector is written in parts.
+template <format::Format KeyF, format::Format ValueF>
+inline constexpr bool kStaged =
+    KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
+
+// Bytes per access to a row in the stage.
+template <format::Format KeyF, format::Format ValueF>
+constexpr int stage_access(int head_size, int head_size_v) {
+  const std::int64_t bits = 16 | format::row_bytes<KeyF>(head_size) | format::code_bytes<KeyF>(head_size) |
+                            format::row_bytes<ValueF>(head_size_v) | format::code_bytes<ValueF>(head_size_v);
+  return static_cast<int>(bits & -bits);
+}
+
+template <format::Format KeyF, format::Format ValueF, class Map>
+struct StoreStage {
+  static constexpr int kWarpRows = 32 / Map::kLanes;
+  static constexpr int kHeadSize = Map::kElements * Map::kLanes;
+  static constexpr int kBytes =
+      kStaged<KeyF, ValueF>
+          ? static_cast<int>(kWarpRows * (format::row_bytes<KeyF>(kHeadSize) + format::row_bytes<ValueF>(kHeadSize)))
+          : 1;
+  struct alignas(16) Warp {
+    std::uint8_t bytes[kBytes];
+  };
+  Warp warps[kMapThreads<Map> / 32];
+};
+
+// Whether K and V run through one body: half the instructions to fetch, and half the library's. Not where both rows are
+// to be on their way at once.
+template <format::Format KeyF, format::Format ValueF, class Map>
+inline constexpr bool kOneBody =
+    std::is_same_v<KeyF, ValueF> && !kStaged<KeyF, ValueF> && (kRowByRow<Map> || !Map::kExact);
+
+}  // namespace quire::cuda

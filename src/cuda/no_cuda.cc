@@ -1,0 +1,33 @@
+// cuda.h in a build without CUDA: every call says so.
+#include "cuda/cuda.h"
+
+namespace quire::cuda {
+namespace {
+
+Status no_cuda() {
+  return unsupported(
+      "device is cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
+}
+
+}  // namespace
+
+Result<Arch> arch() { return no_cuda(); }
+
+Result<AttentionPlan> plan(const AttentionProblem&, format::FormatId, format::FormatId) { return no_cuda(); }
+
+Status reshape_and_cache(const ReshapeAndCacheArgs&, const StoreProblem&, void*) { return no_cuda(); }
+
+Status attend(const AttentionPlan&, const UnifiedAttentionArgs&, const AttentionShape&, const QuantKVBackend*, void*,
+              void*) {
+  return no_cuda();
+}
+
+Status merge_attn_states(const MergeAttnStatesArgs&, void*) { return no_cuda(); }
+
+Status with_one_token_each(std::int64_t, const std::function<Status(const Tensor&)>&, void*) { return no_cuda(); }
+
+Status check_table_once(std::string_view, const Tensor&, int, const std::function<Status(const Tensor&)>&, void*) {
+  return no_cuda();
+}
+
+}  // namespace quire::cuda
