@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/kernel/decode_split/launch.h"
 #include "cuda/kernel/prefill_sm90/launch.h"
 #include "cuda/kernel/prefill_split/launch.h"
 #include "cuda/kernels.h"
@@ -11,7 +12,8 @@
 
 namespace quire::cuda {
 
-using PairKernels = format::TypeList<PrefillSplit,  //
+using PairKernels = format::TypeList<DecodeSplit,   //
+                                     PrefillSplit,  //
                                      PrefillSm90>;
 
 // The rows of a pair and a class of head sizes (up to kHead). A float32 cache has none: 16-bit products would round it.
