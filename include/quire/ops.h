@@ -28,6 +28,10 @@ struct ReshapeAndCacheArgs {
   Tensor slot_mapping;
   Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, Hk] float32: *_per_token_head modes, else not given
   Tensor k_scale, v_scale;              // float32, one element or [Hk]: fp8 per tensor only; not given means 1
+  // For formats whose rows are stored less a centre, optional, read: [num_blocks, Hk, page bytes] uint8 or, where the
+  // centre is the same for all pages, [Hk, d] ([Hk, dv]) float32. No format of this version has one.
+  Tensor k_page_meta, v_page_meta;
+  Tensor k_head_vector, v_head_vector;
   // Optional, CUDA: int64[1] device counter, incremented for each slot outside the cache (the token is skipped).
   Tensor error_counter;
 };
@@ -42,6 +46,8 @@ struct UnifiedAttentionArgs {
   Tensor out;                           // [N, Hq, dv] Float, or float8_e4m3fn with output_scale; last stride 1
   Tensor key_cache, value_cache;        // as in ReshapeAndCacheArgs (not head-major)
   Tensor k_scale_cache, v_scale_cache;  // as in ReshapeAndCacheArgs
+  Tensor k_page_meta, v_page_meta;      // as in ReshapeAndCacheArgs
+  Tensor k_head_vector, v_head_vector;  // as in ReshapeAndCacheArgs
   Tensor cu_seqlens_q;                  // [B+1] int32, ascending from 0; rows past the last entry are not touched
   Tensor seq_lens;                      // [B] int32, keys of each sequence, the new tokens included
   Tensor block_table;  // [B, max_blocks] int32; entries past a sequence, or out of its window, are not read
@@ -98,6 +104,7 @@ struct AttentionProblem {
   DType query_dtype = DType::kBFloat16;
   DType cache_dtype = DType::kBFloat16;  // what an "auto" cache holds
   int row_alignment = 16;        // the power of two, at most 16, that divides the address of every row of both caches
+  bool has_centre = false;       // rows of a cache have a centre (UnifiedAttentionArgs::k_page_meta, k_head_vector, ..)
   int num_splits = 0;            // hint: how many ways to split the keys; 0: the plan chooses
   bool batch_invariant = false;  // fixed split size: a sequence's bits do not depend on the rest of the batch
 };

@@ -201,6 +201,28 @@ Status check_cache(const char* name, const Tensor& cache, const char* scale_name
   return {};
 }
 
+Status check_centre(const char* page_name, const Tensor& page_meta, const char* vector_name, const Tensor& head_vector,
+                    const FormatInfo& info, std::int64_t num_blocks, std::int64_t num_kv_heads, int head_size) {
+  const auto unwanted = [&info](const char* name, const char* what) {
+    return invalid_argument(std::string(name) + " is given, but rows of format " + std::string(info.name) +
+                            " have no " + what + "; leave it out");
+  };
+  if (page_meta.defined() && info.centre != format::Centre::kPage) return unwanted(page_name, "metadata per page");
+  if (head_vector.defined() && info.centre != format::Centre::kHead) return unwanted(vector_name, "vector per head");
+  QUIRE_RETURN_IF_ERROR(check(page_meta, {.name = page_name,
+                                          .dtypes = {DType::kUInt8},
+                                          .shape = {num_blocks, num_kv_heads, info.page_bytes(head_size)},
+                                          .shape_text = "[num_blocks, num_kv_heads, page bytes]",
+                                          .optional = true,
+                                          .dense_rows = true}));
+  return check(head_vector, {.name = vector_name,
+                             .dtypes = {DType::kFloat32},
+                             .shape = {num_kv_heads, head_size},
+                             .shape_text = "[num_kv_heads, head_size]",
+                             .optional = true,
+                             .dense_rows = true});
+}
+
 Status check_counter(const Tensor& counter, Device device) {
   if (!counter.defined()) return {};
   if (device == Device::kCpu) {

@@ -78,6 +78,10 @@ Status check_cache(const char* name, const Tensor& cache, const char* scale_name
                    const format::FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size,
                    std::int64_t num_blocks, std::int64_t block_size);
 
+// What a side's rows may be stored less of: only a format with a centre takes one. Both tensors are optional.
+Status check_centre(const char* page_name, const Tensor& page_meta, const char* vector_name, const Tensor& head_vector,
+                    const format::FormatInfo& info, std::int64_t num_blocks, std::int64_t num_kv_heads, int head_size);
+
 // error_counter, int64 [1], on CUDA only.
 Status check_counter(const Tensor& counter, Device device);
 

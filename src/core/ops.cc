@@ -53,6 +53,9 @@ Result<AttentionProblem> problem_for(const UnifiedAttentionArgs& args, const Att
   problem.block_size = shape.block_size;
   problem.query_dtype = args.query.dtype;
   problem.cache_dtype = args.key_cache.dtype;
+  for (const Tensor* side : {&args.k_page_meta, &args.v_page_meta, &args.k_head_vector, &args.v_head_vector}) {
+    problem.has_centre = problem.has_centre || side->defined();
+  }
   problem.row_alignment = std::min(row_alignment(args.key_cache), row_alignment(args.value_cache));
   problem.max_num_tokens = shape.num_tokens;
   problem.max_batch = shape.batch;
@@ -96,6 +99,7 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
                 {"head_size", p.head_size, actual.head_size, false},
                 {"head_size_v", p.head_size_v, actual.head_size_v, false},
                 {"block_size", p.block_size, actual.block_size, false},
+                {"has_centre", p.has_centre ? 1 : 0, actual.has_centre ? 1 : 0, false},
                 {"num_tokens", p.max_num_tokens, actual.max_num_tokens, true},
                 {"batch", p.max_batch, actual.max_batch, true},
                 {"query_len", p.max_query_len, actual.max_query_len, true},

@@ -18,6 +18,10 @@ constexpr TensorField<UnifiedAttentionArgs> kTensors[] = {{"query", &UnifiedAtte
                                                           {"value_cache", &UnifiedAttentionArgs::value_cache},
                                                           {"k_scale_cache", &UnifiedAttentionArgs::k_scale_cache},
                                                           {"v_scale_cache", &UnifiedAttentionArgs::v_scale_cache},
+                                                          {"k_page_meta", &UnifiedAttentionArgs::k_page_meta},
+                                                          {"v_page_meta", &UnifiedAttentionArgs::v_page_meta},
+                                                          {"k_head_vector", &UnifiedAttentionArgs::k_head_vector},
+                                                          {"v_head_vector", &UnifiedAttentionArgs::v_head_vector},
                                                           {"cu_seqlens_q", &UnifiedAttentionArgs::cu_seqlens_q},
                                                           {"seq_lens", &UnifiedAttentionArgs::seq_lens},
                                                           {"block_table", &UnifiedAttentionArgs::block_table},
@@ -114,6 +118,10 @@ Status check_caches(const UnifiedAttentionArgs& args, const QuantKVBackend* own_
     QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.value_cache, "v_scale_cache", args.v_scale_cache,
                                       value_format, shape.num_kv_heads, shape.head_size_v, shape.num_blocks,
                                       shape.block_size));
+    QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.k_page_meta, "k_head_vector", args.k_head_vector, key_format,
+                                       shape.num_blocks, shape.num_kv_heads, shape.head_size));
+    QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.v_page_meta, "v_head_vector", args.v_head_vector,
+                                       value_format, shape.num_blocks, shape.num_kv_heads, shape.head_size_v));
   } else {
     QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.key_cache, "k_scale_cache", args.k_scale_cache, *own_rows,
                                          false, shape.head_size, shape));

@@ -20,6 +20,10 @@ constexpr TensorField<ReshapeAndCacheArgs> kTensors[] = {{"key", &ReshapeAndCach
                                                          {"slot_mapping", &ReshapeAndCacheArgs::slot_mapping},
                                                          {"k_scale_cache", &ReshapeAndCacheArgs::k_scale_cache},
                                                          {"v_scale_cache", &ReshapeAndCacheArgs::v_scale_cache},
+                                                         {"k_page_meta", &ReshapeAndCacheArgs::k_page_meta},
+                                                         {"v_page_meta", &ReshapeAndCacheArgs::v_page_meta},
+                                                         {"k_head_vector", &ReshapeAndCacheArgs::k_head_vector},
+                                                         {"v_head_vector", &ReshapeAndCacheArgs::v_head_vector},
                                                          {"k_scale", &ReshapeAndCacheArgs::k_scale},
                                                          {"v_scale", &ReshapeAndCacheArgs::v_scale},
                                                          {"error_counter", &ReshapeAndCacheArgs::error_counter}};
@@ -102,6 +106,13 @@ Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo
     return invalid_argument(
         "k_scale_cache or v_scale_cache is given, but the head-major layout has none; leave them out");
   }
+  for (const Tensor* side : {&args.k_page_meta, &args.v_page_meta, &args.k_head_vector, &args.v_head_vector}) {
+    if (side->defined()) {
+      return invalid_argument(
+          "k_page_meta, v_page_meta, k_head_vector or v_head_vector is given, but rows of the "
+          "head-major layout have no centre; leave them out");
+    }
+  }
   problem.head_major_x = static_cast<int>(x);
   return {};
 }
@@ -168,6 +179,10 @@ Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args) {
     QUIRE_RETURN_IF_ERROR(check_apart(name, *written));
   }
   QUIRE_RETURN_IF_ERROR(check_tensor_scales(args, key_format, value_format, problem.num_kv_heads));
+  QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.k_page_meta, "k_head_vector", args.k_head_vector, key_format,
+                                     problem.num_blocks, problem.num_kv_heads, problem.head_size));
+  QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.v_page_meta, "v_head_vector", args.v_head_vector, value_format,
+                                     problem.num_blocks, problem.num_kv_heads, problem.head_size_v));
   QUIRE_RETURN_IF_ERROR(check_counter(args.error_counter, args.key.device));
   if (args.key.device == Device::kCpu) QUIRE_RETURN_IF_ERROR(check_slots(args.slot_mapping, problem));
   return problem;

@@ -145,10 +145,10 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
       const int key = first_key + n;
       const std::int64_t block = call.block_of(tile.batch, key);
       const int slot = key % call.shape.block_size;
-      k_rows[n] = call.key.row(block, slot, rows.kv_head);
-      v_rows[n] = call.value.row(block, slot, rows.kv_head);
+      k_rows[n] = call.key.address(block, slot, rows.kv_head);
+      v_rows[n] = call.value.address(block, slot, rows.kv_head);
     }
-    call.key.load_tile(k_rows, num_keys, scratch.k_tile);
+    call.key.load_tile(k_rows, num_keys, rows.kv_head, scratch.k_tile);
     call.k.dot_tile(scratch.q, num_rows, scratch.k_tile, num_keys, scratch.scores);
     make_logits(call, tile, sequence, rows, first_key, num_keys, scratch);
 
@@ -168,7 +168,7 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
       state.sum += sum;
     }
 
-    call.value.load_tile(v_rows, num_keys, scratch.v_tile);
+    call.value.load_tile(v_rows, num_keys, rows.kv_head, scratch.v_tile);
     const LevelTile& v = scratch.v_tile;
     if (!v.all_finite) {
       accumulate_visible(call, tile, sequence, rows, first_key, num_keys, scratch);

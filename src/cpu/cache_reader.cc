@@ -8,8 +8,8 @@ namespace quire::cpu {
 using format::FormatInfo;
 using format::MetaPlace;
 
-void CacheReader::load_tile(const RowAddress* rows, int num_rows, LevelTile& tile) const {
-  if (load != nullptr) return load(rows, num_rows, shape, tile);
+void CacheReader::load_tile(const RowAddress* rows, int num_rows, int kv_head, LevelTile& tile) const {
+  if (load != nullptr) return load(rows, num_rows, shape, side(0, kv_head).head_vector, tile);
   tile.any_offset = false;
   tile.all_finite = false;  // unknown: take the careful path
   for (int n = 0; n < num_rows; ++n) {
@@ -32,32 +32,17 @@ bool CacheReader::decode(const CacheRow& cache_row, float* levels) const {
   }
 }
 
-CacheReader make_reader(const Tensor& cache, const Tensor& scale_cache, format::FormatId id, int head_size,
+CacheReader make_reader(const Tensor& cache, const attention::SideTensors& side, format::FormatId id, int head_size,
                         const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value) {
   CacheReader reader;
-  const auto element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
-  reader.base = cache.ptr<const std::uint8_t>();
-  reader.block_stride = cache.strides[0] * element;
-  reader.slot_stride = cache.strides[1] * element;
-  reader.head_stride = cache.strides[2] * element;
+  attention::set_paged_rows(reader, cache, side);
   reader.shape = format::row_shape(head_size);
   reader.backend = backend;
   reader.decode_threw = decode_threw;
   reader.is_value = is_value;
-  if (scale_cache.defined()) {
-    reader.meta_base = scale_cache.ptr<const std::uint8_t>();
-    reader.meta_block_stride = scale_cache.strides[0] * 4;
-    reader.meta_slot_stride = scale_cache.strides[1] * 4;
-    reader.meta_head_stride = scale_cache.strides[2] * 4;
-  }
   if (id == format::FormatId::kNone) return reader;
   const FormatInfo& info = format::format_info(id);
-  if (info.meta_place == MetaPlace::kInRow) {
-    reader.meta_base = reader.base + info.code_bytes(head_size);
-    reader.meta_block_stride = reader.block_stride;
-    reader.meta_slot_stride = reader.slot_stride;
-    reader.meta_head_stride = reader.head_stride;
-  }
+  if (info.meta_place == MetaPlace::kInRow) reader.in_row_meta = info.code_bytes(head_size);
   reader.rotation = info.rotation;
   reader.unrotate = info.unrotate(reader.shape);
   reader.load = kernels().load_tile[static_cast<std::size_t>(id)];

@@ -8,16 +8,14 @@
 #include <atomic>
 #include <cstdint>
 
+#include "attention/paged_rows.h"
 #include "cpu/kernels.h"
 #include "quire/backend.h"
 
 namespace quire::cpu {
 
-struct CacheReader {
-  const std::uint8_t* base = nullptr;
-  std::int64_t block_stride = 0, slot_stride = 0, head_stride = 0;  // bytes
-  const std::uint8_t* meta_base = nullptr;
-  std::int64_t meta_block_stride = 0, meta_slot_stride = 0, meta_head_stride = 0;  // bytes
+struct CacheReader : attention::PagedRows {
+  std::int64_t in_row_meta = 0;  // bytes from a row to its metadata, where that is in the row
   format::RowShape shape{};
   format::Rotation rotation = format::Rotation::kNone;
   float unrotate = 1.0F;
@@ -26,22 +24,21 @@ struct CacheReader {
   std::atomic<bool>* decode_threw = nullptr;  // set where it threw
   bool is_value = false;
 
-  RowAddress row(std::int64_t block, std::int64_t slot, std::int64_t head) const {
-    return {base + block * block_stride + slot * slot_stride + head * head_stride,
-            meta_base == nullptr
-                ? nullptr
-                : meta_base + block * meta_block_stride + slot * meta_slot_stride + head * meta_head_stride};
+  RowAddress address(std::int64_t block, std::int64_t slot, std::int64_t head) const {
+    const std::uint8_t* codes = row(block, slot, head);
+    const std::uint8_t* meta = scales != nullptr ? scale(block, slot, head) : nullptr;
+    return {codes, in_row_meta > 0 ? codes + in_row_meta : meta, side(block, head).page};
   }
 
-  void load_tile(const RowAddress* rows, int num_rows, LevelTile& tile) const;
+  // Rows of one KV head.
+  void load_tile(const RowAddress* rows, int num_rows, int kv_head, LevelTile& tile) const;
 
  private:
   bool decode(const CacheRow& cache_row, float* levels) const;
 };
 
-// `cache` [num_blocks, block_size, Hk, row], `scale_cache` [num_blocks, block_size, Hk] or not given; `id` is kNone
-// where `backend` decodes rows.
-CacheReader make_reader(const Tensor& cache, const Tensor& scale_cache, format::FormatId id, int head_size,
+// `cache` [num_blocks, block_size, Hk, row]; `id` is kNone where `backend` decodes rows.
+CacheReader make_reader(const Tensor& cache, const attention::SideTensors& side, format::FormatId id, int head_size,
                         const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value);
 
 }  // namespace quire::cpu

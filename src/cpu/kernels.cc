@@ -25,8 +25,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 using F32 = hn::CappedTag<float, kLaneAlign>;
 
 template <class F>
-void encode_row(float* y, format::RowShape shape, float tensor_scale, std::uint8_t* data, std::uint8_t* meta) {
-  format::encode_row<F>(y, shape, tensor_scale, data, meta);
+void encode_row(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
+                std::uint8_t* meta) {
+  format::encode_row<F>(y, shape, side, data, meta);
 }
 
 // True where every float is finite: an OR over exponent tests, which vectorizes.
@@ -36,17 +37,19 @@ bool all_finite(const float* x, int size) {
   return bad == 0;
 }
 
-// Only the float casts and fp8 have codes that are not finite levels.
+// Only the float casts and fp8 have codes that are not finite levels; a centre may hold anything.
 template <class F>
-constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing;
+constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing || F::kCentre != format::Centre::kNone;
 
 template <class F>
-void load_tile(const RowAddress* rows, int num_rows, format::RowShape shape, LevelTile& tile) {
+void load_tile(const RowAddress* rows, int num_rows, format::RowShape shape, const float* head_vector,
+               LevelTile& tile) {
   tile.any_offset = false;
   tile.all_finite = true;
   for (int n = 0; n < num_rows; ++n) {
     float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
-    const format::Affine affine = format::decode_levels<F>(rows[n].data, rows[n].meta, shape, levels);
+    format::Affine affine = format::decode_levels<F>(rows[n].data, rows[n].meta, shape, levels);
+    format::add_centre<F>({.head_vector = head_vector, .page = rows[n].page}, shape, levels, affine);
     for (int i = shape.head_size; i < tile.stride; ++i) levels[i] = 0.0F;
     tile.scale[n] = affine.scale;
     tile.offset[n] = affine.offset;

@@ -17,6 +17,7 @@ constexpr int padded(int head_size) { return (head_size + kLaneAlign - 1) / kLan
 struct RowAddress {
   const std::uint8_t* data;
   const std::uint8_t* meta;  // fp32 scale, or the end of the row's codes; null where the format has no metadata
+  const std::uint8_t* page;  // metadata of the page and KV head; null where there is none
 };
 
 // Keys (or values) handled together.
@@ -36,12 +37,13 @@ struct Kernels {
   const char* target;
 
   // y [head_size] is overwritten; data receives the codes, meta the metadata.
-  using EncodeRow = void (*)(float* y, format::RowShape shape, float tensor_scale, std::uint8_t* data,
+  using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
                              std::uint8_t* meta);
   std::array<EncodeRow, format::AllFormats::kSize> encode_row;
 
-  // Decodes num_rows <= kKeyTile rows into the tile, padding included.
-  using LoadTile = void (*)(const RowAddress* rows, int num_rows, format::RowShape shape, LevelTile& tile);
+  // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be null.
+  using LoadTile = void (*)(const RowAddress* rows, int num_rows, format::RowShape shape, const float* head_vector,
+                            LevelTile& tile);
   std::array<LoadTile, format::AllFormats::kSize> load_tile;
 
   // scores[m * kKeyTile + n] = sum_i q[m][i] * levels[n][i]; q rows have the tile's stride.

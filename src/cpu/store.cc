@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "attention/paged_rows.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 #include "cpu/load.h"
@@ -17,7 +18,7 @@ using format::MetaPlace;
 struct Side {
   const Tensor& input;
   const Tensor& cache;
-  const Tensor& scale_cache;
+  attention::WritablePagedRows rows;
   ScaleView tensor_scale;
   const FormatInfo& format;
   Kernels::EncodeRow encode;
@@ -31,7 +32,8 @@ struct Side {
   bool copies() const { return dtype_bytes(input.dtype) == 1; }
 };
 
-void store_row(const Side& side, std::int64_t token, std::int64_t head, std::uint8_t* data, std::uint8_t* meta) {
+void store_row(const Side& side, std::int64_t token, std::int64_t block, std::int64_t head, std::uint8_t* data,
+               std::uint8_t* meta) {
   const std::uint8_t* input = side.input_row(token, head);
   const auto head_size = static_cast<std::size_t>(side.shape.head_size);
   alignas(64) std::uint8_t gathered[format::kMaxHeadSize * sizeof(float)];
@@ -49,24 +51,20 @@ void store_row(const Side& side, std::int64_t token, std::int64_t head, std::uin
   }
   alignas(64) float y[format::kMaxHeadSize];
   load_floats(input, side.input.dtype, side.shape.head_size, y);
-  side.encode(y, side.shape, side.tensor_scale.at(0, head), data, meta);
+  format::SideInputs inputs = side.rows.side(block, head);
+  inputs.tensor_scale = side.tensor_scale.at(0, head);
+  side.encode(y, side.shape, inputs, data, meta);
 }
 
 void store_paged(const Side& side, const StoreProblem& problem, std::int64_t token, std::int64_t slot) {
   const std::int64_t block = slot / problem.block_size;
   const std::int64_t offset = slot % problem.block_size;
-  const auto element = static_cast<std::int64_t>(dtype_bytes(side.cache.dtype));
   for (int head = 0; head < problem.num_kv_heads; ++head) {
-    const std::int64_t* s = side.cache.strides;
-    std::uint8_t* data = side.cache.ptr<std::uint8_t>() + (block * s[0] + offset * s[1] + head * s[2]) * element;
+    std::uint8_t* data = side.rows.row(block, offset, head);
     std::uint8_t* meta = nullptr;
     if (side.format.meta_place == MetaPlace::kInRow) meta = data + side.format.code_bytes(side.shape.head_size);
-    if (side.format.meta_place == MetaPlace::kScaleCache) {
-      const std::int64_t* m = side.scale_cache.strides;
-      meta =
-          reinterpret_cast<std::uint8_t*>(side.scale_cache.ptr<float>() + block * m[0] + offset * m[1] + head * m[2]);
-    }
-    store_row(side, token, head, data, meta);
+    if (side.format.meta_place == MetaPlace::kScaleCache) meta = side.rows.scale(block, offset, head);
+    store_row(side, token, block, head, data, meta);
   }
 }
 
@@ -78,7 +76,7 @@ void store_head_major(const Side& side, const StoreProblem& problem, bool is_key
   const auto element = static_cast<std::int64_t>(dtype_bytes(side.cache.dtype));
   for (int head = 0; head < problem.num_kv_heads; ++head) {
     alignas(64) std::uint8_t row[format::kMaxHeadSize * sizeof(float)];
-    store_row(side, token, head, row, nullptr);
+    store_row(side, token, block, head, row, nullptr);
     const std::int64_t* s = side.cache.strides;
     std::uint8_t* base = side.cache.ptr<std::uint8_t>() + (block * s[0] + head * s[1]) * element;
     for (int i = 0; i < side.shape.head_size; ++i) {
@@ -93,20 +91,23 @@ void store_head_major(const Side& side, const StoreProblem& problem, bool is_key
 
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem) {
   const Kernels& k = kernels();
-  const auto make_side = [&](const Tensor& input, const Tensor& cache, const Tensor& scale_cache,
+  const auto make_side = [&](const Tensor& input, const Tensor& cache, const attention::SideTensors& tensors,
                              const Tensor& tensor_scale, format::FormatId id, int head_size) {
-    return Side{input,
-                cache,
-                scale_cache,
-                make_scale_view(tensor_scale),
-                format::format_info(id),
-                k.encode_row[static_cast<std::size_t>(id)],
-                format::row_shape(head_size)};
+    Side side{input,
+              cache,
+              {},
+              make_scale_view(tensor_scale),
+              format::format_info(id),
+              k.encode_row[static_cast<std::size_t>(id)],
+              format::row_shape(head_size)};
+    attention::set_paged_rows(side.rows, cache, tensors);
+    return side;
   };
   const Side sides[2] = {
-      make_side(args.key, args.key_cache, args.k_scale_cache, args.k_scale, problem.key_format, problem.head_size),
-      make_side(args.value, args.value_cache, args.v_scale_cache, args.v_scale, problem.value_format,
-                problem.head_size_v)};
+      make_side(args.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, args.k_scale,
+                problem.key_format, problem.head_size),
+      make_side(args.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector}, args.v_scale,
+                problem.value_format, problem.head_size_v)};
   const bool wide_slots = args.slot_mapping.dtype == DType::kInt64;
   const std::int64_t slot_stride = args.slot_mapping.strides[0];
 #pragma omp parallel

@@ -9,10 +9,10 @@
 namespace quire::cuda {
 namespace {
 
-void set_cache_side(CacheSide& side, const Tensor& cache, const Tensor& scale_cache, format::FormatId id,
+void set_cache_side(CacheSide& side, const Tensor& cache, const attention::SideTensors& tensors, format::FormatId id,
                     int head_size) {
   const format::FormatInfo& info = format::format_info(id);
-  attention::set_paged_rows(side, cache, scale_cache);
+  attention::set_paged_rows(side, cache, tensors);
   side.format = id;
   side.access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride,
                                           info.code_bytes(head_size), info.code_bytes(kChunk)});
@@ -36,8 +36,10 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.query_token_stride = args.query.strides[0] * p.query_element_bytes;
   p.query_head_stride = args.query.strides[1] * p.query_element_bytes;
   p.query_vectors = whole_vectors(args.query);
-  set_cache_side(p.key, args.key_cache, args.k_scale_cache, shape.key_format, shape.head_size);
-  set_cache_side(p.value, args.value_cache, args.v_scale_cache, shape.value_format, shape.head_size_v);
+  set_cache_side(p.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, shape.key_format,
+                 shape.head_size);
+  set_cache_side(p.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+                 shape.value_format, shape.head_size_v);
 
   p.cu_seqlens_q = args.cu_seqlens_q.ptr<const std::int32_t>();
   p.cu_stride = args.cu_seqlens_q.strides[0];
@@ -78,8 +80,12 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   const format::FormatInfo& value = format::format_info(shape.value_format);
   p.key_rotation = key.rotation;
   p.key_unrotate = key.unrotate(format::row_shape(shape.head_size));
-  p.key_level_norm = key.level_norm;
-  p.value_level_norm = value.level_norm;
+  // attend_any turns rows that have a centre into values, norm and all.
+  const auto divides_later = [](const format::FormatInfo& info, const CacheSide& side) {
+    return info.level_norm && side.pages == nullptr && side.head_vectors == nullptr;
+  };
+  p.key_level_norm = divides_later(key, p.key);
+  p.value_level_norm = divides_later(value, p.value);
   p.q_scale = make_scale_view(args.q_scale);
   p.k_scale = make_scale_view(args.k_scale);
   p.v_scale = make_scale_view(args.v_scale);

@@ -111,6 +111,7 @@ bool runs_sm90a(const Arch& arch) {
 }
 
 const char* refused_by_tensor_cores(const KernelDesc& kernel, const AttentionProblem& problem) {
+  if (problem.has_centre) return "rows have a centre";
   if (problem.query_dtype == DType::kFloat32) return "16-bit products would round a float32 query";
   if (!multiplies_as_it_lies(problem, kernel.key, true) || !multiplies_as_it_lies(problem, kernel.value, false)) {
     return "a 16-bit cache is not aligned to 16 bytes, or its type cannot hold the query";

@@ -9,8 +9,8 @@ namespace {
 
 bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
 
-void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const Tensor& scale_cache, const Tensor& scale,
-              format::FormatId id, int head_size) {
+void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const attention::SideTensors& tensors,
+              const Tensor& scale, format::FormatId id, int head_size) {
   const auto input_bytes = static_cast<std::int64_t>(dtype_bytes(input.dtype));
   const auto cache_bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
   side.format = id;
@@ -25,7 +25,7 @@ void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const T
         access_bytes(input.data, {side.input_token_stride, side.input_head_stride, head_size * input_bytes});
     side.input_access = access >= input_bytes ? access : 0;
   }
-  attention::set_paged_rows(side, cache, scale_cache);
+  attention::set_paged_rows(side, cache, tensors);
   side.element_stride = cache_bytes;
   // The row's own length limits the width too: its last lane may be partly filled.
   side.access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride,
@@ -42,10 +42,10 @@ void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const T
 StoreParams make_store_params(const ReshapeAndCacheArgs& args, const StoreProblem& problem) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   StoreParams params;
-  set_side(params.key, args.key, args.key_cache, args.k_scale_cache, args.k_scale, problem.key_format,
-           problem.head_size);
-  set_side(params.value, args.value, args.value_cache, args.v_scale_cache, args.v_scale, problem.value_format,
-           problem.head_size_v);
+  set_side(params.key, args.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector},
+           args.k_scale, problem.key_format, problem.head_size);
+  set_side(params.value, args.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+           args.v_scale, problem.value_format, problem.head_size_v);
   if (problem.head_major_x > 0) {
     const auto bytes = static_cast<std::int64_t>(dtype_bytes(args.key_cache.dtype));
     const auto bytes_v = static_cast<std::int64_t>(dtype_bytes(args.value_cache.dtype));

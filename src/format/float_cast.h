@@ -9,7 +9,7 @@ namespace quire::format {
 
 struct FloatCastDefaults : FormatDefaults {
   struct Encoder {};
-  static QUIRE_HD Encoder finish(NoStats, RowShape, float) { return {}; }
+  static QUIRE_HD Encoder finish(NoStats, RowShape, const SideInputs&) { return {}; }
 };
 
 struct Float32 : FloatCastDefaults {

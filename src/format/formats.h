@@ -66,8 +66,10 @@ struct FormatInfo {
   Rotation rotation;
   bool tensor_scale;
   bool level_norm;
+  Centre centre;
   double max_nmse;
   float (*unrotate)(RowShape);
+  int (*page_bytes)(int head_size);
 
   constexpr std::int64_t code_bytes(std::int64_t head_size) const { return head_size / unit * unit_bytes; }
   constexpr std::int64_t row_bytes(std::int64_t head_size) const {
@@ -92,8 +94,10 @@ constexpr FormatInfo make_format_info() {
           .rotation = F::kRotation,
           .tensor_scale = F::kTensorScale,
           .level_norm = F::kLevelNorm,
+          .centre = F::kCentre,
           .max_nmse = F::kMaxNmse,
-          .unrotate = [](RowShape shape) { return F::unrotate(shape); }};
+          .unrotate = [](RowShape shape) { return F::unrotate(shape); },
+          .page_bytes = [](int head_size) { return F::page_bytes(head_size); }};
 }
 template <class... Fs>
 constexpr auto make_format_table(TypeList<Fs...>) {

@@ -17,7 +17,7 @@ struct Fp8PerTensorOf : FormatDefaults {
   struct Encoder {
     float tensor_scale;
   };
-  static QUIRE_HD Encoder finish(NoStats, RowShape, float tensor_scale) { return {tensor_scale}; }
+  static QUIRE_HD Encoder finish(NoStats, RowShape, const SideInputs& side) { return {side.tensor_scale}; }
   static QUIRE_HD void pack(Encoder encoder, const float* y, std::uint8_t* bytes) {
     const float scaled = exact::divide(*y, encoder.tensor_scale);
     // A processor may give the NaN of a division either sign: the code is always 0x7f.

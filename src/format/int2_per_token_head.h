@@ -29,7 +29,7 @@ struct Int2PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Stats stat(float y) { return SquareSum::of(y); }
   static QUIRE_HD Stats merge(Stats a, Stats b) { return SquareSum::merge(a, b); }
 
-  static QUIRE_HD Encoder finish(Stats stats, RowShape shape, float) {
+  static QUIRE_HD Encoder finish(Stats stats, RowShape shape, const SideInputs&) {
     const float norm = exact::sqrt(stats.value + 1e-12F);
     if (!exact::is_finite(norm)) return Encoder::poisoned();
     const float root = exact::sqrt(static_cast<float>(shape.head_size));

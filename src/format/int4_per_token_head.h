@@ -39,7 +39,7 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
     const std::uint32_t zero = static_cast<std::uint32_t>(static_cast<std::int32_t>(encoder.zero));
     store_as(meta, (exact::bits_of(encoder.scale) & ~15U) | zero);
   }
-  static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
+  static QUIRE_HD Encoder finish(Stats stats, RowShape, const SideInputs&) {
     if (!stats.finite()) return {ScaledEncoder::poisoned(), false};
     const float low = exact::min(stats.low, 0.0F);
     const float high = exact::max(stats.high, 0.0F);

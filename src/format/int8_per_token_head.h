@@ -20,7 +20,7 @@ struct Int8PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Stats stat(float y) { return AbsMax::of(y); }
   static QUIRE_HD Stats merge(Stats a, Stats b) { return AbsMax::merge(a, b); }
 
-  static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
+  static QUIRE_HD Encoder finish(Stats stats, RowShape, const SideInputs&) {
     if (!stats.finite()) return Encoder::poisoned();
     const float scale = exact::max(stats.value * (1.0F / 127.0F), 1e-6F);
     return {scale, exact::reciprocal(scale), 0.0F};

@@ -61,22 +61,36 @@ QUIRE_HD typename F::Stats row_stats(const float* y, int head_size) {
   return stats[0];
 }
 
+// y less the row's centre.
+template <Format F>
+QUIRE_HD void subtract_centre(const SideInputs& side, float* y, RowShape shape) {
+  if constexpr (F::kCentre != Centre::kNone) {
+    if (!has_centre<F>(side)) return;
+    for (int i = 0; i < shape.head_size; ++i) y[i] -= F::centre(side, shape, i);
+  }
+}
+
 // Encodes y[0 .. head_size), which is overwritten. `data` receives code_bytes, `meta` kMetaBytes.
 template <Format F>
-QUIRE_HD void encode_row(float* y, RowShape shape, float tensor_scale, std::uint8_t* data, std::uint8_t* meta) {
+QUIRE_HD void encode_row(float* y, RowShape shape, const SideInputs& side, std::uint8_t* data, std::uint8_t* meta) {
   typename F::Stats stats{};
   if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F>(y, shape.head_size);
   if constexpr (F::kStatsOf != StatsOf::kInput) {
     rotate(F::kRotation, y, shape);
+    subtract_centre<F>(side, y, shape);
     if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F>(y, shape.head_size);
   }
-  const typename F::Encoder encoder = F::finish(stats, shape, tensor_scale);
+  const typename F::Encoder encoder = F::finish(stats, shape, side);
   if constexpr (F::kStatsOf == StatsOf::kInput) {
     for (int i = 0; i < shape.head_size; ++i) y[i] = F::normalize(encoder, y[i]);
     rotate(F::kRotation, y, shape);
   }
-  const int num_units = shape.head_size / F::kUnit;
-  for (int u = 0; u < num_units; ++u) F::pack(encoder, y + u * F::kUnit, data + u * F::kUnitBytes);
+  if constexpr (F::kWholeRow) {
+    F::encode_row(encoder, y, shape, data);
+  } else {
+    const int num_units = shape.head_size / F::kUnit;
+    for (int u = 0; u < num_units; ++u) F::pack(encoder, y + u * F::kUnit, data + u * F::kUnitBytes);
+  }
   F::write_meta(encoder, meta);
 }
 
@@ -84,7 +98,14 @@ QUIRE_HD void encode_row(float* y, RowShape shape, float tensor_scale, std::uint
 template <Format F>
 QUIRE_HD Affine decode_levels(const std::uint8_t* data, const std::uint8_t* meta, RowShape shape, float* levels) {
   const int num_units = shape.head_size / F::kUnit;
-  for (int u = 0; u < num_units; ++u) F::unpack(data + u * F::kUnitBytes, levels + u * F::kUnit);
+  int u = 0;
+  if constexpr (F::kHistory) {  // the first unit sees a 0 before it, whatever lies there
+    std::uint8_t first[1 + F::kUnitBytes] = {};
+    memcpy(first + 1, data, F::kUnitBytes);
+    F::unpack(first + 1, levels);
+    u = 1;
+  }
+  for (; u < num_units; ++u) F::unpack(data + u * F::kUnitBytes, levels + u * F::kUnit);
   Affine affine = F::read_meta(meta, shape);
   if constexpr (F::kLevelNorm) {
     float squares = 0.0F;
@@ -92,6 +113,18 @@ QUIRE_HD Affine decode_levels(const std::uint8_t* data, const std::uint8_t* meta
     affine.scale = exact::divide(affine.scale, exact::sqrt(squares));
   }
   return affine;
+}
+
+// Levels of a row to values, in place, where the format has a centre in this call: the affine map is then (1, 0).
+template <Format F>
+QUIRE_HD void add_centre(const SideInputs& side, RowShape shape, float* levels, Affine& affine) {
+  if constexpr (F::kCentre != Centre::kNone) {
+    if (!has_centre<F>(side)) return;
+    for (int i = 0; i < shape.head_size; ++i) {
+      levels[i] = affine.scale * levels[i] + affine.offset + F::centre(side, shape, i);
+    }
+    affine = {1.0F, 0.0F};
+  }
 }
 
 }  // namespace quire::format

@@ -88,7 +88,7 @@ struct TurboQuantKey : FormatDefaults {
   };
   static QUIRE_HD Stats stat(float x) { return SquareSum::of(x); }
   static QUIRE_HD Stats merge(Stats a, Stats b) { return SquareSum::merge(a, b); }
-  static QUIRE_HD Encoder finish(Stats stats, RowShape shape, float) {
+  static QUIRE_HD Encoder finish(Stats stats, RowShape shape, const SideInputs&) {
     const float norm = exact::sqrt(stats.value);
     if (!exact::is_finite(norm)) return {exact::quiet_nan(), exact::quiet_nan(), 1.0F};
     // A power of two is one block: 1, known when the size is.
@@ -132,7 +132,7 @@ struct TurboQuantKeyFp8 : FormatDefaults {
   struct Encoder {};
   static constexpr double kMaxNmse = 1.5e-3;
   static constexpr bool kLogitsMayBeInfinite = false;
-  static QUIRE_HD Encoder finish(NoStats, RowShape, float) { return {}; }
+  static QUIRE_HD Encoder finish(NoStats, RowShape, const SideInputs&) { return {}; }
   static QUIRE_HD void pack(Encoder, const float* y, std::uint8_t* bytes) { *bytes = Fp8::encode(*y); }
   static QUIRE_HD void unpack(const std::uint8_t* bytes, float* level) { *level = Fp8::decode(*bytes); }
 };
@@ -172,7 +172,7 @@ struct TurboQuantValue : FormatDefaults {
   };
   static QUIRE_HD Stats stat(float y) { return Range::of(y); }
   static QUIRE_HD Stats merge(Stats a, Stats b) { return Range::merge(a, b); }
-  static QUIRE_HD Encoder finish(Stats stats, RowShape, float) {
+  static QUIRE_HD Encoder finish(Stats stats, RowShape, const SideInputs&) {
     if (!stats.finite()) return {exact::quiet_nan(), exact::quiet_nan(), exact::quiet_nan()};
     const float scale = exact::max((stats.high - stats.low) * (1.0F / kMaxCode), 1e-8F);
     return {scale, stats.low + 0.0F, exact::reciprocal(scale)};  // + 0: a minimum of -0 is stored as 0

@@ -138,14 +138,22 @@ double adjust_logit(const UnifiedAttentionArgs& args, const Sequence& sequence, 
   return logit;
 }
 
+// What a format is given of a page and KV head besides the row.
+format::SideInputs side_inputs(const Tensor& page_meta, const Tensor& head_vector, std::int64_t block,
+                               std::int64_t head) {
+  format::SideInputs side;
+  if (page_meta.defined()) side.page = address(page_meta, block, head);
+  if (head_vector.defined()) side.head_vector = reinterpret_cast<const float*>(address(head_vector, head));
+  return side;
+}
+
 // The rows of one (sequence, KV head), decoded on first use.
 class DecodedRows {
  public:
-  DecodedRows(format::FormatId format, const Tensor& cache, const Tensor& scale_cache, const Tensor& block_table,
-              std::int64_t sequence, std::int64_t kv_head, int head_size, std::int64_t seq_len)
+  DecodedRows(format::FormatId format, const StoredRows& rows, const Tensor& block_table, std::int64_t sequence,
+              std::int64_t kv_head, int head_size, std::int64_t seq_len)
       : format_(format),
-        cache_(cache),
-        scale_cache_(scale_cache),
+        rows_(rows),
         block_table_(block_table),
         sequence_(sequence),
         kv_head_(kv_head),
@@ -157,10 +165,9 @@ class DecodedRows {
   const double* row(std::int64_t j) {
     double* x = values_.data() + j * head_size_;
     if (!present_[static_cast<std::size_t>(j)]) {
-      const std::int64_t block_size = cache_.shape[1];
+      const std::int64_t block_size = rows_.cache.shape[1];
       const std::int64_t block = integer(block_table_, sequence_, j / block_size);
-      const Status status =
-          decode_cache_row(format_, cache_, scale_cache_, block, j % block_size, kv_head_, head_size_, x);
+      const Status status = decode_cache_row(format_, rows_, block, j % block_size, kv_head_, head_size_, x);
       if (!status.ok()) return nullptr;
       present_[static_cast<std::size_t>(j)] = true;
     }
@@ -169,8 +176,7 @@ class DecodedRows {
 
  private:
   format::FormatId format_;
-  const Tensor& cache_;
-  const Tensor& scale_cache_;
+  const StoredRows rows_;
   const Tensor& block_table_;
   std::int64_t sequence_, kv_head_;
   int head_size_;
@@ -188,12 +194,18 @@ format::FormatId resolve_format(std::string_view name, DType cache_dtype) {
   return format::find_format(name == format::AutoFloat::kName ? dtype_name(cache_dtype) : name);
 }
 
-void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta, int head_size, double* x) {
+void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta,
+                const format::SideInputs& side, int head_size, double* x) {
   with_format(format, [&]<class F>() {
     const format::RowShape shape = format::row_shape(head_size);
     for (int i = 0; i < head_size; i += F::kUnit) {
       float levels[F::kUnit];
-      F::unpack(data + i / F::kUnit * F::kUnitBytes, levels);
+      // The byte before the unit, 0 before the first: for formats whose codes walk along the row.
+      std::uint8_t bytes[1 + F::kUnitBytes] = {};
+      const std::uint8_t* unit = data + i / F::kUnit * F::kUnitBytes;
+      if (i > 0) bytes[0] = unit[-1];
+      std::memcpy(bytes + 1, unit, F::kUnitBytes);
+      F::unpack(bytes + 1, levels);
       std::copy(levels, levels + F::kUnit, x + i);
     }
     if (F::kMetaPlace == format::MetaPlace::kInRow) meta = data + format::code_bytes<F>(head_size);
@@ -205,6 +217,9 @@ void decode_row(format::FormatId format, const std::uint8_t* data, const std::ui
       norm = std::sqrt(squares);
     }
     for (int i = 0; i < head_size; ++i) x[i] = affine.scale / norm * x[i] + affine.offset;
+    if (format::has_centre<F>(side)) {
+      for (int i = 0; i < head_size; ++i) x[i] += F::centre(side, shape, i);
+    }
 
     // x = unrotate * s .* (H y'). H is symmetric: stage h pairs i with i + h inside blocks of shape.block.
     if (F::kRotation == format::Rotation::kNone) return;
@@ -226,14 +241,15 @@ void decode_row(format::FormatId format, const std::uint8_t* data, const std::ui
   });
 }
 
-Status decode_cache_row(format::FormatId format, const Tensor& cache, const Tensor& scale_cache, std::int64_t block,
-                        std::int64_t slot, std::int64_t head, int head_size, double* x) {
-  if (block < 0 || block >= cache.shape[0]) {
+Status decode_cache_row(format::FormatId format, const StoredRows& rows, std::int64_t block, std::int64_t slot,
+                        std::int64_t head, int head_size, double* x) {
+  if (block < 0 || block >= rows.cache.shape[0]) {
     return out_of_range("reference: block " + std::to_string(block) + " is outside a cache of " +
-                        std::to_string(cache.shape[0]) + " blocks");
+                        std::to_string(rows.cache.shape[0]) + " blocks");
   }
-  const std::uint8_t* meta = scale_cache.defined() ? address(scale_cache, block, slot, head) : nullptr;
-  decode_row(format, address(cache, block, slot, head), meta, head_size, x);
+  const std::uint8_t* meta = rows.scale_cache.defined() ? address(rows.scale_cache, block, slot, head) : nullptr;
+  decode_row(format, address(rows.cache, block, slot, head), meta,
+             side_inputs(rows.page_meta, rows.head_vector, block, head), head_size, x);
   return {};
 }
 
@@ -262,10 +278,10 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
     sequence.causal = args.causal_per_seq.defined() ? integer(args.causal_per_seq, b) != 0 : args.causal;
 
     for (std::int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
-      DecodedRows keys(key_format, args.key_cache, args.k_scale_cache, args.block_table, b, kv_head, head_size,
-                       sequence.seq_len);
-      DecodedRows values(value_format, args.value_cache, args.v_scale_cache, args.block_table, b, kv_head, head_size_v,
-                         sequence.seq_len);
+      DecodedRows keys(key_format, {args.key_cache, args.k_scale_cache, args.k_page_meta, args.k_head_vector},
+                       args.block_table, b, kv_head, head_size, sequence.seq_len);
+      DecodedRows values(value_format, {args.value_cache, args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+                         args.block_table, b, kv_head, head_size_v, sequence.seq_len);
       const bool fp8_query = dtype_bytes(args.query.dtype) == 1;
       const double q_scale = fp8_query ? scale_of(args.q_scale, b, kv_head) : 1.0;
       const double k_scale = scale_of(args.k_scale, b, kv_head);
@@ -335,8 +351,10 @@ namespace {
 
 // Writes the rows of one input into one cache. Head-major caches are [num_blocks, Hk, d/x, block_size, x] for keys and
 // [num_blocks, Hk, d, block_size] for values.
-void store_rows(format::FormatId format, const Tensor& input, const Tensor& slots, const Tensor& cache,
-                const Tensor& scale_cache, const Tensor& tensor_scale, bool head_major) {
+void store_rows(format::FormatId format, const Tensor& input, const Tensor& slots, const StoredRows& rows,
+                const Tensor& tensor_scale, bool head_major) {
+  const Tensor& cache = rows.cache;
+  const Tensor& scale_cache = rows.scale_cache;
   const int head_size = static_cast<int>(input.shape[2]);
   const std::int64_t block_size = head_major ? cache.shape[3] : cache.shape[1];
   const std::size_t element_bytes = dtype_bytes(cache.dtype);
@@ -355,10 +373,11 @@ void store_rows(format::FormatId format, const Tensor& input, const Tensor& slot
       std::vector<std::uint8_t> row(static_cast<std::size_t>(format::format_info(format).row_bytes(head_size)));
       std::uint8_t unused_meta[16];
       std::uint8_t* meta = scale_cache.defined() ? address(scale_cache, block, offset, head) : unused_meta;
-      const double scale = scale_of(tensor_scale, 0, head);
+      format::SideInputs side = side_inputs(rows.page_meta, rows.head_vector, block, head);
+      side.tensor_scale = static_cast<float>(scale_of(tensor_scale, 0, head));
       with_format(format, [&]<class F>() {
         if (F::kMetaPlace == format::MetaPlace::kInRow) meta = row.data() + format::code_bytes<F>(head_size);
-        format::encode_row<F>(x.data(), format::row_shape(head_size), static_cast<float>(scale), row.data(), meta);
+        format::encode_row<F>(x.data(), format::row_shape(head_size), side, row.data(), meta);
       });
       if (input.dtype == cache.dtype) {  // a copy: every bit, fp8 NaNs included
         for (int i = 0; i < head_size; ++i) {
@@ -392,9 +411,10 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args) {
     return unsupported("reference: mode \"" + mode->name + "\" has no format of the table");
   }
   const bool head_major = args.key_cache.ndim == 5;
-  store_rows(key_format, args.key, args.slot_mapping, args.key_cache, args.k_scale_cache, args.k_scale, head_major);
-  store_rows(value_format, args.value, args.slot_mapping, args.value_cache, args.v_scale_cache, args.v_scale,
-             head_major);
+  store_rows(key_format, args.key, args.slot_mapping,
+             {args.key_cache, args.k_scale_cache, args.k_page_meta, args.k_head_vector}, args.k_scale, head_major);
+  store_rows(value_format, args.value, args.slot_mapping,
+             {args.value_cache, args.v_scale_cache, args.v_page_meta, args.v_head_vector}, args.v_scale, head_major);
   return {};
 }
 

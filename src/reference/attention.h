@@ -26,12 +26,20 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args);
 format::FormatId resolve_format(std::string_view name, DType cache_dtype);
 
 // The values of one stored row, rotated back: x[0 .. head_size). `meta` is null for formats without a scale cache.
-void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta, int head_size, double* x);
+void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta,
+                const format::SideInputs& side, int head_size, double* x);
 
-// The same, found in a cache: row (block, slot, head) of `cache` [num_blocks, block_size, Hk, row]; its metadata, where
-// the format keeps it outside the row, in `scale_cache` [num_blocks, block_size, Hk]. k_scale and v_scale not applied.
-Status decode_cache_row(format::FormatId format, const Tensor& cache, const Tensor& scale_cache, std::int64_t block,
-                        std::int64_t slot, std::int64_t head, int head_size, double* x);
+// The tensors of K or of V; all but the first may be undefined.
+struct StoredRows {
+  const Tensor& cache;        // [num_blocks, block_size, Hk, row]
+  const Tensor& scale_cache;  // [num_blocks, block_size, Hk]
+  const Tensor& page_meta;    // [num_blocks, Hk, page bytes]
+  const Tensor& head_vector;  // [Hk, head_size]
+};
+
+// The same, found in a cache: row (block, slot, head). k_scale and v_scale are not applied.
+Status decode_cache_row(format::FormatId format, const StoredRows& rows, std::int64_t block, std::int64_t slot,
+                        std::int64_t head, int head_size, double* x);
 
 // Element [i], [i, j] or [i, j, k] of a float tensor of any dtype and strides.
 double element(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0);

@@ -159,14 +159,13 @@ std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
     if (!rows->defined()) continue;
     const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
     bench::PageRead read;
-    attention::set_paged_rows(read, *rows, Tensor());
+    attention::set_paged_rows(read, *rows, {Tensor(), Tensor(), Tensor()});
     read.row_bytes = rows->ndim == 4 ? rows->shape[3] * element : element;
     read.block_size = static_cast<int>(rows->shape[1]);
     read.num_heads = static_cast<int>(rows->shape[2]);
     const auto goes_on = [&](const bench::PageRead& before) {
-      return before.row(0, 0, 0) + before.row_bytes == read.row(0, 0, 0) &&
-             before.block_stride == read.block_stride && before.slot_stride == read.slot_stride &&
-             before.head_stride == read.head_stride;
+      return before.row(0, 0, 0) + before.row_bytes == read.row(0, 0, 0) && before.block_stride == read.block_stride &&
+             before.slot_stride == read.slot_stride && before.head_stride == read.head_stride;
     };
     if (!reads.empty() && goes_on(reads.back())) {
       reads.back().row_bytes += read.row_bytes;

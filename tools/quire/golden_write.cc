@@ -116,9 +116,10 @@ Status compare_rows(Replay& replay, const Side& side, const WriteGate& gate) {
       std::vector<double> errors[2] = {std::vector<double>(input.size()), std::vector<double>(input.size())};
       double squares[2] = {0.0, 0.0};
       const Tensor* stored[2][2] = {{&side.mine, &side.my_scales}, {&side.theirs, &side.their_scales}};
+      const Tensor none;
       for (int which = 0; which < 2; ++which) {
-        if (Status status = reference::decode_cache_row(side.format, *stored[which][0], *stored[which][1], block,
-                                                        offset, head, head_size, errors[which].data());
+        if (Status status = reference::decode_cache_row(side.format, {*stored[which][0], *stored[which][1], none, none},
+                                                        block, offset, head, head_size, errors[which].data());
             !status) {
           return status;
         }

@@ -56,28 +56,25 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Map::kEl
   return stats[0];
 }
 
-// Encodes the row whose lane `lane` holds y as LaneInput::widen gave it, which is overwritten, and writes it where
-// `store` is set. `access` divides the row's address and its bytes of codes; store_bytes heeds the distance of lanes.
-// The bits are those of format::encode_row.
+// y less the row's centre; elements past the head size stay zeros.
 template <format::Format F, class Map>
-__device__ __forceinline__ void encode_row(float (&y)[Map::kElements], int lane, format::RowShape shape,
-                                           float tensor_scale, bool store, std::uint8_t* data, int access,
-                                           std::uint8_t* meta) {
-  constexpr int kE = Map::kElements;
-  constexpr format::Rotation kRotation = kFlipsInput<F> ? format::Rotation::kHadamard : F::kRotation;
-  using format::StatsOf;
-  typename F::Stats stats{};
-  if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F, Map>(y, lane, shape.head_size);
-  if constexpr (F::kStatsOf != StatsOf::kInput) {
-    rotate<Map>(kRotation, y, lane, shape.block);
-    if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F, Map>(y, lane, shape.head_size);
-  }
-  const typename F::Encoder encoder = F::finish(stats, shape, tensor_scale);
-  if constexpr (F::kStatsOf == StatsOf::kInput) {
+__device__ __forceinline__ void subtract_centre(const format::SideInputs& side, float (&y)[Map::kElements], int lane,
+                                                format::RowShape shape) {
+  if constexpr (F::kCentre != format::Centre::kNone) {
+    if (!format::has_centre<F>(side)) return;
 #pragma unroll
-    for (int j = 0; j < kE; ++j) y[j] = F::normalize(encoder, y[j]);
-    rotate<Map>(kRotation, y, lane, shape.block);
+    for (int j = 0; j < Map::kElements; ++j) {
+      const int i = Map::element(lane, j);
+      if (i < shape.head_size) y[j] -= F::centre(side, shape, i);
+    }
   }
+}
+
+// The codes of a lane's elements to its place in the row.
+template <format::Format F, class Map>
+__device__ __forceinline__ void store_codes(const typename F::Encoder& encoder, float (&y)[Map::kElements], int lane,
+                                            format::RowShape shape, bool store, std::uint8_t* data, int access) {
+  constexpr int kE = Map::kElements;
   constexpr int kChunkBytes = Map::kChunk / F::kUnit * F::kUnitBytes;
   alignas(16) std::uint8_t bytes[kE / F::kUnit * F::kUnitBytes];
   Packer<F>::pack(encoder, y, bytes);
@@ -91,6 +88,55 @@ __device__ __forceinline__ void encode_row(float (&y)[Map::kElements], int lane,
     memcpy(chunk, bytes + c * kChunkBytes, kChunkBytes);
     store_bytes(chunk, data + at, count, access);
   }
+}
+
+// The codes of a row that is encoded as a whole (kWholeRow): by its first lane, which gathers the others' elements.
+template <format::Format F, class Map>
+__device__ __forceinline__ void store_whole_row(const typename F::Encoder& encoder, const float (&y)[Map::kElements],
+                                                int lane, format::RowShape shape, bool store, std::uint8_t* data) {
+  float row[Map::kElements * Map::kLanes];
+#pragma unroll 1
+  for (int source = 0; source < Map::kLanes; ++source) {
+#pragma unroll
+    for (int j = 0; j < Map::kElements; ++j) {
+      row[Map::element(source, j)] = __shfl_sync(kFullWarp, y[j], source, Map::kLanes);
+    }
+  }
+  if (!store || lane != 0) return;
+  std::uint8_t codes[format::code_bytes<F>(Map::kElements * Map::kLanes)];
+  F::encode_row(encoder, row, shape, codes);
+  const auto bytes = static_cast<int>(format::code_bytes<F>(shape.head_size));
+  for (int i = 0; i < bytes; ++i) data[i] = codes[i];
+}
+
+// Encodes the row whose lane `lane` holds y as LaneInput::widen gave it, which is overwritten, and writes it where
+// `store` is set. `access` divides the row's address and its bytes of codes; store_bytes heeds the distance of lanes.
+// The bits are those of format::encode_row.
+template <format::Format F, class Map>
+__device__ __forceinline__ void encode_row(float (&y)[Map::kElements], int lane, format::RowShape shape,
+                                           const format::SideInputs& side, bool store, std::uint8_t* data, int access,
+                                           std::uint8_t* meta) {
+  constexpr format::Rotation kRotation = kFlipsInput<F> ? format::Rotation::kHadamard : F::kRotation;
+  using format::StatsOf;
+  typename F::Stats stats{};
+  if constexpr (F::kStatsOf == StatsOf::kInput) stats = row_stats<F, Map>(y, lane, shape.head_size);
+  if constexpr (F::kStatsOf != StatsOf::kInput) {
+    rotate<Map>(kRotation, y, lane, shape.block);
+    subtract_centre<F, Map>(side, y, lane, shape);
+    if constexpr (F::kStatsOf == StatsOf::kRotated) stats = row_stats<F, Map>(y, lane, shape.head_size);
+  }
+  const typename F::Encoder encoder = F::finish(stats, shape, side);
+  if constexpr (F::kStatsOf == StatsOf::kInput) {
+#pragma unroll
+    for (int j = 0; j < Map::kElements; ++j) y[j] = F::normalize(encoder, y[j]);
+    rotate<Map>(kRotation, y, lane, shape.block);
+  }
+  if constexpr (F::kWholeRow) {
+    store_whole_row<F, Map>(encoder, y, lane, shape, store, data);
+  } else {
+    store_codes<F, Map>(encoder, y, lane, shape, store, data, access);
+  }
+  if (!store) return;
   if constexpr (F::kMetaBytes > 0) {
     if (lane == 0) {
       alignas(4) std::uint8_t meta_bytes[F::kMetaBytes];

@@ -44,6 +44,10 @@ struct LaneMap {
     if (kExact) return head_size == kElements * kLanes;
     return head_size <= kElements * kLanes && (kRagged || head_size % kElements == 0);
   }
+  // Where element j of a lane stands in the row.
+  static __device__ constexpr int element(int lane, int j) {
+    return (j / kChunk * kLanes + lane) * kChunk + j % kChunk;
+  }
   // The head size, a constant where it is known.
   static __device__ constexpr int head_size(int given) { return kExact ? kElements * kLanes : given; }
 };

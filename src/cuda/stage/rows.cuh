@@ -19,8 +19,7 @@ inline constexpr int kPitch16 = kHead * 2 + 16;
 // A row of a format as it lies in the cache, in shared memory.
 template <class F, int kHead>
 struct RawRow {
-  static constexpr int kBytes =
-      kHead / F::kUnit * F::kUnitBytes + (F::kMetaPlace == format::MetaPlace::kInRow ? F::kMetaBytes : 0);
+  static constexpr int kBytes = static_cast<int>(format::row_bytes<F>(kHead));
   // Rows used in place are aligned; others may start up to 15 bytes into their cover.
   static constexpr int kCover = kRaw16<F> ? kBytes : (kBytes + 15 + 15) / 16 * 16;
   static constexpr int kChunks = kCover / 16;
@@ -40,9 +39,8 @@ template <class F, int kHead, int kNumRows, int kThreads, class Place>
 __device__ __forceinline__ void copy_rows(const CacheSide& side, const std::int64_t* offsets, bool dense, int row_bytes,
                                           Place&& place, int thread) {
   using Row = RawRow<F, kHead>;
-  if (Row::kBytes % 16 == 0 && dense) {
+  if (Row::kBytes % 16 == 0 && kThreads % (Row::kBytes / 16) == 0 && dense) {
     constexpr int kChunks = Row::kBytes / 16;
-    static_assert(Row::kBytes % 16 != 0 || kThreads % kChunks == 0);
     constexpr int kRowsAtOnce = kThreads / kChunks;
     const int first_row = thread / kChunks;
     const int chunk = thread % kChunks;

@@ -66,16 +66,18 @@ template <format::Format F, class Map>
 __device__ __forceinline__ void store_row(const StoreSide& side, float (&y)[Map::kElements], const SlotAddress& slot,
                                           std::uint32_t head, int lane, std::uint8_t* data, int access) {
   const int head_size = Map::head_size(side.head_size);
-  float tensor_scale = 1.0F;
-  if (F::kTensorScale && side.tensor_scale != nullptr)
-    tensor_scale = side.tensor_scale[head * side.tensor_scale_stride];
+  format::SideInputs inputs;
+  if constexpr (F::kCentre != format::Centre::kNone) inputs = side.side(slot.stored ? slot.block : 0, head);
+  if (F::kTensorScale && side.tensor_scale != nullptr) {
+    inputs.tensor_scale = side.tensor_scale[head * side.tensor_scale_stride];
+  }
   std::uint8_t* meta = nullptr;
   if constexpr (F::kMetaPlace == format::MetaPlace::kScaleCache) {
     meta = scale_address<Map>(side, slot, head);
   } else if constexpr (F::kMetaPlace == format::MetaPlace::kInRow) {
     meta = data + format::code_bytes<F>(head_size);
   }
-  encode_row<F, Map>(y, lane, format::row_shape(head_size), tensor_scale, slot.stored, data, access, meta);
+  encode_row<F, Map>(y, lane, format::row_shape(head_size), inputs, slot.stored, data, access, meta);
 }
 
 // A warp copies `bytes` bytes, `access` of them at a time, 16-byte aligned in shared memory or as `to` is.

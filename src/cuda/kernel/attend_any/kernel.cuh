@@ -45,7 +45,7 @@ inline constexpr int kUnpacked = F::kUnit > kChunk ? F::kUnit : kChunk;
 // their (scale, offset). Returns whether this thread met a level that is not finite.
 template <format::Format F>
 __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendAnyConfig::Storage& shared, int kv_head,
-                                         int head_size, float* levels, float2* affine, int thread) {
+                                            int head_size, float* levels, float2* affine, int thread) {
   constexpr int kKeys = AttendAnyConfig::kKeys;
   constexpr int kElements = kUnpacked<F>;
   constexpr int kBytes = kElements / F::kUnit * F::kUnitBytes;
@@ -90,6 +90,30 @@ __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendA
     affine[thread] = make_float2(own.scale, own.offset);
   }
   return !all_finite;
+}
+
+// Levels to values where the rows have a centre: scale * level + offset + centre, in place; (scale, offset) become (1, 0).
+// A warp a row. All threads call it, after unpack_rows.
+template <format::Format F>
+__device__ __noinline__ void add_centre(const CacheSide& side, AttendAnyConfig::Storage& shared, int kv_head,
+                                        int head_size, float* levels, float2* affine, int thread) {
+  const int pitch = AttendAnyConfig::pitch(head_size);
+  const format::RowShape shape = format::row_shape(head_size);
+  __syncthreads();
+  for (int k = thread / 32; k < AttendAnyConfig::kKeys; k += kWarps) {
+    if (shared.block[k] < 0) continue;
+    const format::SideInputs inputs = side.side(shared.block[k], kv_head);
+    float2 own = affine[k];
+    float squares = 0.0F;
+    for (int i = thread % 32; i < head_size; i += 32)
+      squares = fmaf(levels[k * pitch + i], levels[k * pitch + i], squares);
+    if constexpr (F::kLevelNorm) own.x /= sqrtf(warp_sum(squares));
+    for (int i = thread % 32; i < head_size; i += 32) {
+      levels[k * pitch + i] = fmaf(own.x, levels[k * pitch + i], own.y) + F::centre(inputs, shape, i);
+    }
+    __syncwarp();
+    if (thread % 32 == 0) affine[k] = make_float2(1.0F, 0.0F);
+  }
 }
 
 // A block of attend_any.
@@ -142,7 +166,7 @@ class AttendAnyBlock {
 
   __device__ __forceinline__ void attend(int key0) {
     if (!find_keys(key0)) return;
-    unpack_keys(key0);
+    unpack_keys();
     weigh(key0);
     __syncthreads();
     add_values();
@@ -218,15 +242,23 @@ class AttendAnyBlock {
     return true;
   }
 
-  __device__ __forceinline__ void unpack_keys(int key0) {
-    with_format(p_.key.format, [&]<class F>() {
-      unpack_rows<F>(p_.key, shared_, tile_.kv_head, p_.head_size, keys_, shared_.key_affine, thread_);
+  __device__ __forceinline__ bool unpack(const CacheSide& side, int head_size, float* levels, float2* affine) {
+    bool odd = false;
+    with_format(side.format, [&]<class F>() {
+      odd = unpack_rows<F>(side, shared_, tile_.kv_head, head_size, levels, affine, thread_);
+      if constexpr (F::kCentre != format::Centre::kNone) {
+        if (side.pages != nullptr || side.head_vectors != nullptr) {
+          add_centre<F>(side, shared_, tile_.kv_head, head_size, levels, affine, thread_);
+          odd = true;  // a centre may hold anything
+        }
+      }
     });
-    bool odd_values = false;
-    with_format(p_.value.format, [&]<class F>() {
-      odd_values =
-          unpack_rows<F>(p_.value, shared_, tile_.kv_head, p_.head_size_v, values_, shared_.value_affine, thread_);
-    });
+    return odd;
+  }
+
+  __device__ __forceinline__ void unpack_keys() {
+    unpack(p_.key, p_.head_size, keys_, shared_.key_affine);
+    const bool odd_values = unpack(p_.value, p_.head_size_v, values_, shared_.value_affine);
     any_odd_value_ = __syncthreads_or(odd_values) != 0;
   }
 

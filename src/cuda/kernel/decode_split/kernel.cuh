@@ -50,8 +50,8 @@ class DecodeWarp {
         lane_(lane),
         copy_key_(lane % kSlice),
         copy_part_(lane / kSlice),
-        key_offset_((lane / 16 * 8 + lane % 8) * kPitch16<kHead> + lane / 8 % 2 * 16),
-        value_offset_((lane % 16) * kPitch16<kHead> + lane / 16 * 16),
+        key_offset_(ptx::second_operand(lane, kPitch16<kHead>)),
+        value_offset_(ptx::transposed_operand(lane, kPitch16<kHead>)),
         key_row_bytes_(static_cast<int>(format::row_bytes<KeyF>(p.head_size))),
         value_row_bytes_(static_cast<int>(format::row_bytes<ValueF>(p.head_size_v))),
         key_aligned_(p.key.row_access >= 16),
@@ -59,7 +59,7 @@ class DecodeWarp {
         key_dense_(is_dense<KeyF, kHead>(p.key, p.head_size)),
         value_dense_(is_dense<ValueF, kHead>(p.value, p.head_size_v)),
         query_rows_(Config::kQueryInRegisters ? shared.query_at_first : shared.query_kept),
-        query_address_(ptx::shared_address(query_rows_) + (lane % 16) * kPitch16<kHead> + lane / 16 * 16),
+        query_address_(ptx::shared_address(query_rows_) + ptx::first_operand(lane, kPitch16<kHead>)),
         first_slice_(tile.begin / kSlice),
         last_slice_(tile.end > tile.begin ? (tile.end - 1) / kSlice : first_slice_ - 1) {}
 
@@ -182,8 +182,8 @@ class DecodeWarp {
                                              float key_squares) {
     float value_squares = 0.0F;
     if constexpr (ValueF::kLevelNorm) {
-      sum_squares<ValueF, kPart>(value_row + copy_part_ * kPartBytes<ValueF>, value_aligned_,
-                                 copy_part_ * kPart, p_.head_size_v, shared_.value_tables, &value_squares);
+      sum_squares<ValueF, kPart>(value_row + copy_part_ * kPartBytes<ValueF>, value_aligned_, copy_part_ * kPart,
+                                 p_.head_size_v, shared_.value_tables, &value_squares);
       value_squares += __shfl_xor_sync(kFullWarp, value_squares, kSlice);
     }
     float value_scale = 0.0F;
@@ -249,7 +249,7 @@ class DecodeWarp {
   typename Config::Storage& shared_;
   typename Config::Warp& own_;
   const int lane_, copy_key_, copy_part_;
-  const int key_offset_, value_offset_;  // of the lane's rows for ldmatrix: 8 keys and 8 + 8 elements; V transposed
+  const int key_offset_, value_offset_;  // of the lane's rows for ldmatrix
   const int key_row_bytes_, value_row_bytes_;
   const bool key_aligned_, value_aligned_, key_dense_, value_dense_;
   std::uint8_t* const query_rows_;

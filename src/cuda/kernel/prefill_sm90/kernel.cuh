@@ -174,28 +174,6 @@ __device__ __forceinline__ bool read_visibility(const TileRows& tile, const Meta
   return all_seen;
 }
 
-// The producer: one warpgroup, K and V in turn.
-template <class KeyF, class ValueF>
-__device__ __forceinline__ void produce_tiles(const AttentionParams& p, const TileRows& tile,
-                                              PrefillSm90Storage<KeyF, ValueF>& shared, int first_key, int num_tiles,
-                                              int thread) {
-  using Config = PrefillSm90Config<KeyF, ValueF>;
-  TileProducer<KeyF, true, Config> keys(p, tile, shared.stages.key, shared.key, shared.key_tables, first_key, num_tiles,
-                                        thread);
-  TileProducer<ValueF, false, Config> values(p, tile, shared.stages.value, shared.value, shared.value_tables, first_key,
-                                             num_tiles, thread);
-  keys.look_up_first();
-  values.look_up_first();
-  ptx::barrier_sync(kProducersBarrier, Config::kWarpgroup);
-  keys.start();
-  values.start();
-  for (int j = 0; j < num_tiles; ++j) {
-    keys.fill(j);
-    values.fill(j);
-  }
-  ptx::cp_async_wait<0>();
-}
-
 template <class KeyF, class ValueF, class Storage>
 __device__ __forceinline__ void init_barriers(Storage& shared) {
   using Config = PrefillSm90Config<KeyF, ValueF>;
@@ -212,8 +190,8 @@ __device__ __forceinline__ void init_barriers(Storage& shared) {
 }
 
 // A block of prefill_sm90: the producer, or a consumer, 0 or 1, a warpgroup that multiplies 64 query rows with every
-// tile, the values of a tile after the keys of the next one. (The consumers' loop stands here: as a function or a class of
-// its own it was 3 % slower in bf16 and int8, since the compiler then keeps the addresses of the matrices out of the
+// tile, the values of a tile after the keys of the next one. (Both loops stand here: as functions or classes of their own
+// they were 3 to 5 % slower in some modes, since the compiler then keeps the addresses of matrices and stages out of the
 // uniform registers.)
 template <class KeyF, class ValueF>
 __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, const BlockIndex& block,
@@ -236,7 +214,20 @@ __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, con
 
   if (warpgroup == 0) {
     ptx::give_registers<Config::kProducerRegisters>();
-    produce_tiles<KeyF, ValueF>(p, tile, shared, first_key, num_tiles, thread);
+    TileProducer<KeyF, true, Config> keys(p, tile, shared.stages.key, shared.key, shared.key_tables, first_key,
+                                          num_tiles, thread);
+    TileProducer<ValueF, false, Config> values(p, tile, shared.stages.value, shared.value, shared.value_tables,
+                                               first_key, num_tiles, thread);
+    keys.look_up_first();
+    values.look_up_first();
+    ptx::barrier_sync(kProducersBarrier, Config::kWarpgroup);
+    keys.start();
+    values.start();
+    for (int j = 0; j < num_tiles; ++j) {
+      keys.fill(j);
+      values.fill(j);
+    }
+    ptx::cp_async_wait<0>();
     return;
   }
   ptx::take_registers<Config::kConsumerRegisters>();

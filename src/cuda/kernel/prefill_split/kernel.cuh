@@ -201,11 +201,11 @@ class PrefillBlock {
   }
 
   __device__ __forceinline__ void multiply_keys(int buffer, float (&s)[kTiles][2 * kKeySteps][4]) const {
-    const int offset = (lane_ / 16 * 8 + lane_ % 8) * kPitch16<kHead> + lane_ / 8 % 2 * 16;
+    const int offset = ptx::second_operand(lane_, kPitch16<kHead>);
     const std::uint32_t key_address =
         ptx::shared_address(tiles_.key[buffer % Config::kKeyBuffers]) + static_cast<std::uint32_t>(offset);
     const std::uint32_t query_address =
-        ptx::shared_address(tiles_.query) + (first_row_ + lane_ % 16) * kPitch16<kHead> + lane_ / 16 * 16;
+        ptx::shared_address(tiles_.query) + first_row_ * kPitch16<kHead> + ptx::first_operand(lane_, kPitch16<kHead>);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       std::uint32_t query[kTiles][4];
@@ -226,7 +226,7 @@ class PrefillBlock {
 
   __device__ __forceinline__ void multiply_values(int buffer, const float (&s)[kTiles][2 * kKeySteps][4],
                                                   Accumulators& acc) const {
-    const int offset = (lane_ % 16) * kPitch16<kHead> + lane_ / 16 * 16;
+    const int offset = ptx::transposed_operand(lane_, kPitch16<kHead>);
     const std::uint32_t address =
         ptx::shared_address(tiles_.value[buffer % Config::kValueBuffers]) + static_cast<std::uint32_t>(offset);
 #pragma unroll

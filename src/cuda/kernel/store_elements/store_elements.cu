@@ -17,7 +17,8 @@ constexpr int kThreads = 128;
 // Formats whose elements do not depend on each other.
 template <format::Format F>
 constexpr bool kElementwise =
-    F::kStatsOf == format::StatsOf::kNothing&& F::kRotation == format::Rotation::kNone&& F::kUnit == 1 && !F::kHistory;
+    F::kStatsOf == format::StatsOf::kNothing&& F::kRotation == format::Rotation::kNone&& F::kUnit == 1 &&
+    !F::kHistory && !F::kWholeRow && F::kCentre == format::Centre::kNone;
 
 __device__ __forceinline__ void store_element(const StoreParams& p, const StoreSide& side, std::int64_t index,
                                               bool counts_errors) {
@@ -36,12 +37,13 @@ __device__ __forceinline__ void store_element(const StoreParams& p, const StoreS
     *to = *input;
     return;
   }
-  const float tensor_scale = side.tensor_scale != nullptr ? side.tensor_scale[head * side.tensor_scale_stride] : 1.0F;
+  format::SideInputs inputs;
+  if (side.tensor_scale != nullptr) inputs.tensor_scale = side.tensor_scale[head * side.tensor_scale_stride];
   const float y = load_float(input, side.input_dtype);
   with_format(side.format, [&]<class F>() {
     if constexpr (kElementwise<F>) {
       alignas(16) std::uint8_t code[F::kUnitBytes];
-      F::pack(F::finish({}, format::row_shape(side.head_size), tensor_scale), &y, code);
+      F::pack(F::finish({}, format::row_shape(side.head_size), inputs), &y, code);
       store_bytes(code, to, F::kUnitBytes, F::kUnitBytes);
     }
   });
