@@ -99,6 +99,7 @@ TEST_P(CudaSmall, StoreAndAttend) {
   Options large_heads = prompt;
   large_heads.head_size = 136;
   for (const Options& options : {wide, narrow, prompt, large_heads}) {
+    if (!packs(options.mode, options.head_size)) continue;
     AttentionCase problem(options);
     const PagedCache stored(problem.cache->options());
     ReshapeAndCacheArgs store;
@@ -172,6 +173,7 @@ TEST_P(CudaLongPrompt, AloneAndInSplits) {
     options.dtype = DType::kBFloat16;
     options.seed = ++seed;
     prompt.apply(options);
+    if (!packs(options.mode, options.head_size)) continue;
     AttentionCase problem(options);
     EXPECT_TRUE(problem.check());
     EXPECT_TRUE(problem.check(3));

@@ -73,7 +73,8 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
   }
   for (OwnedTensor* tensor :
        {&c.query, &c.out, &c.lse, &c.cu_seqlens_q, &c.seq_lens, &c.block_table, &c.causal_per_seq, &c.mm_prefix_range,
-        &c.sinks, &c.alibi_slopes, &c.qq_bias, &c.q_scale, &c.k_scale, &c.v_scale, &c.output_scale}) {
+        &c.sinks, &c.alibi_slopes, &c.qq_bias, &c.q_scale, &c.k_scale, &c.v_scale, &c.output_scale,
+        &c.cache->k_page_meta, &c.cache->v_page_meta, &c.cache->k_head_vector, &c.cache->v_head_vector}) {
     if (!tensor->bytes.empty()) call.buffers.push_back(&tensor->bytes);
   }
   // "auto" reads any float: only the caller knows that the cache holds bfloat16.
@@ -87,6 +88,10 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
                   {"value_cache", &args.value_cache, "num_blocks block_size num_kv_heads =row", Role::kInput, wider},
                   {"k_scale_cache", &args.k_scale_cache, "num_blocks block_size num_kv_heads"},
                   {"v_scale_cache", &args.v_scale_cache, "num_blocks block_size num_kv_heads"},
+                  {"k_page_meta", &args.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
+                  {"v_page_meta", &args.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
+                  {"k_head_vector", &args.k_head_vector, "num_kv_heads =head_size"},
+                  {"v_head_vector", &args.v_head_vector, "num_kv_heads =head_size_v"},
                   {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
                   {"seq_lens", &args.seq_lens, "batch"},
                   {"block_table", &args.block_table, "batch ~max_blocks"},
@@ -266,6 +271,8 @@ Call make_plan(const AttentionCase::Options& options) {
       call, "row_alignment", &problem.row_alignment,
       {.refused = {kInt32Min, -1, 0, 3, 5, 6, 12, 15, 24, 32, 1024, kInt32Max}, .right = {16}, .accepted = {1, 2, 4}});
   scalar_probes<bool>(call, "batch_invariant", &problem.batch_invariant, {.accepted = {true}});
+  scalar_probes<bool>(call, "has_centre", &problem.has_centre, {.refused = {true}});
+  scalar_probes<int>(call, "arch.major", &problem.arch.major, {.refused = {kInt32Min, -1, 9, kInt32Max}});
   scalar_probes<ModeId, std::int64_t>(call, "mode", &problem.mode, {.refused = {-1, kInt32Min, kInt32Max, 1000, 2}});
   scalar_probes<Device, std::int64_t>(call, "device", &problem.device, {.refused = {1, 2, 99, 255}});
   scalar_probes<DType, std::int64_t>(call, "query_dtype", &problem.query_dtype,
@@ -286,6 +293,10 @@ Call make_plan(const AttentionCase::Options& options) {
   for (std::size_t value : {std::size_t{0}, std::size_t{16}}) {
     spoil("workspace_bytes=" + std::to_string(value), Expect::kRight,
           [value](AttentionPlan& plan) { plan.workspace_bytes = value; });
+  }
+  for (int value : {kInt32Min, -1, 0, 1000, kInt32Max}) {
+    spoil("kernel_ids=" + std::to_string(value), Expect::kRight,
+          [value](AttentionPlan& plan) { plan.kernel_ids[0] = plan.kernel_ids[1] = value; });
   }
   spoil("default", Expect::kRefused, [](AttentionPlan& plan) { plan = AttentionPlan(); });
 
@@ -312,15 +323,24 @@ std::vector<Group> attention_groups() {
   };
   AttentionCase::Options gaps = small("int8_per_token_head");
   gaps.layout = Layout::kPadded;
-  return {group("auto", small("auto"), {.tensors = "cache", .swaps = true}, 220),
-          group("fp8", small("fp8"), {.tensors = "cache"}, 220),
-          group("int8", gaps, {.tensors = "cache"}, 220),
-          group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 220),
-          group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 220),
-          group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 220),
-          group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 1100),
-          group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 220),
-          group("ones", ones("int4_per_token_head"), {}, 500)};
+  std::vector<Group> groups;
+  if (parse_kv_cache_dtype("k=guest_pair5,v=guest_int6").ok()) {  // tests/format/guests
+    AttentionCase::Options centred = small("k=guest_pair5,v=guest_int6");
+    centred.centre = true;
+    groups.push_back(group("guests", centred, {.tensors = "_"}, 220));
+  }
+  const std::vector<Group> of_every_build = {
+      group("auto", small("auto"), {.tensors = "cache", .swaps = true}, 220),
+      group("fp8", small("fp8"), {.tensors = "cache"}, 220),
+      group("int8", gaps, {.tensors = "cache"}, 220),
+      group("int4", small("int4_per_token_head"), {.tensors = "cache"}, 220),
+      group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 220),
+      group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 220),
+      group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 1100),
+      group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 220),
+      group("ones", ones("int4_per_token_head"), {}, 500)};
+  groups.insert(groups.end(), of_every_build.begin(), of_every_build.end());
+  return groups;
 }
 
 std::vector<Group> plan_groups() {

@@ -49,7 +49,8 @@ Call make_store(const StoreOptions& options) {
                                                            .num_kv_heads = heads,
                                                            .block_size = slots,
                                                            .num_blocks = blocks,
-                                                           .layout = options.layout});
+                                                           .layout = options.layout,
+                                                           .centre = true});
   Random random(1);
   ReshapeAndCacheArgs& args = store->args;
   store->key = OwnedTensor(DType::kFloat32, {tokens, heads, head_size}, options.ones ? 0 : 3);
@@ -98,8 +99,9 @@ Call make_store(const StoreOptions& options) {
     args.k_scale = store->k_scale.view;
     args.v_scale = store->v_scale.view;
   }
-  add_buffers(call,
-              {&store->key, &store->value, &store->slot_mapping, &store->k_scale, &store->v_scale, &store->counter});
+  add_buffers(call, {&store->key, &store->value, &store->slot_mapping, &store->k_scale, &store->v_scale,
+                     &store->counter, &store->cache.k_page_meta, &store->cache.v_page_meta, &store->cache.k_head_vector,
+                     &store->cache.v_head_vector});
   // "auto" stores any float: only the caller knows that the cache holds bfloat16.
   const std::vector<DType> wider = options.mode == "auto" ? std::vector{DType::kFloat32} : std::vector<DType>{};
   call.tensors = {{"key", &args.key, "num_tokens num_kv_heads =head_size"},
@@ -109,6 +111,10 @@ Call make_store(const StoreOptions& options) {
                   {"slot_mapping", &args.slot_mapping, "num_tokens"},
                   {"k_scale_cache", &args.k_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
                   {"v_scale_cache", &args.v_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
+                  {"k_page_meta", &args.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
+                  {"v_page_meta", &args.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
+                  {"k_head_vector", &args.k_head_vector, "num_kv_heads head_size"},
+                  {"v_head_vector", &args.v_head_vector, "num_kv_heads head_size_v"},
                   {"k_scale", &args.k_scale, "=num_kv_heads", Role::kInput, {}, true},
                   {"v_scale", &args.v_scale, "=1", Role::kInput, {}, true}};
   call.words = {"mode", "head_size", "block_size", "num_kv_heads", "error_counter"};
@@ -155,17 +161,24 @@ std::vector<Group> store_groups() {
   const auto group = [](const std::string& name, const StoreOptions& options) {
     return Group{"store/" + name, {options.mode}, [options] { return make_store(options); }, 170, 70};
   };
-  return {group("auto", {.mode = "auto", .swaps = true}),
-          group("fp8", {.mode = "fp8", .scales = true, .swaps = true}),
-          group("int8", {.mode = "int8_per_token_head", .tensors = "cache"}),
-          group("int4", {.mode = "int4_per_token_head", .layout = Layout::kPadded, .swaps = true}),
-          group("turboquant", {.mode = "turboquant_3bit_nc", .layout = Layout::kPackedRow, .tensors = "cache"}),
-          group("pair", {.mode = "k=int8_per_token_head,v=int4_per_token_head",
-                         .layout = Layout::kPackedInline,
-                         .tensors = "cache"}),
-          group("ones", {.mode = "int4_per_token_head", .ones = true}),
-          group("head_major_auto", {.mode = "auto", .head_major = true, .tensors = "cache"}),
-          group("head_major_fp8", {.mode = "fp8", .head_major = true, .scales = true, .tensors = "cache"})};
+  std::vector<Group> groups;
+  if (parse_kv_cache_dtype("k=guest_pair5,v=guest_int6").ok()) {  // tests/format/guests
+    groups.push_back(group("guests", {.mode = "k=guest_pair5,v=guest_int6", .tensors = "_"}));
+  }
+  const std::vector<Group> of_every_build = {
+      group("auto", {.mode = "auto", .swaps = true}),
+      group("fp8", {.mode = "fp8", .scales = true, .swaps = true}),
+      group("int8", {.mode = "int8_per_token_head", .tensors = "cache"}),
+      group("int4", {.mode = "int4_per_token_head", .layout = Layout::kPadded, .swaps = true}),
+      group("turboquant", {.mode = "turboquant_3bit_nc", .layout = Layout::kPackedRow, .tensors = "cache"}),
+      group(
+          "pair",
+          {.mode = "k=int8_per_token_head,v=int4_per_token_head", .layout = Layout::kPackedInline, .tensors = "cache"}),
+      group("ones", {.mode = "int4_per_token_head", .ones = true}),
+      group("head_major_auto", {.mode = "auto", .head_major = true, .tensors = "cache"}),
+      group("head_major_fp8", {.mode = "fp8", .head_major = true, .scales = true, .tensors = "cache"})};
+  groups.insert(groups.end(), of_every_build.begin(), of_every_build.end());
+  return groups;
 }
 
 }  // namespace quire::testing

@@ -80,6 +80,7 @@ void AttentionCase::build_cache(Random& random) {
   cache_options.num_blocks = num_pages + 2;
   cache_options.auto_dtype = options.auto_dtype;
   cache_options.layout = options.layout;
+  cache_options.centre = options.centre;
   cache = std::make_unique<PagedCache>(cache_options);
 
   // Block 0 is never used: it stays poison, like the null block of a cache manager.

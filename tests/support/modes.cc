@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "format/formats.h"
+
 namespace quire::testing {
 
 ModeId mode_of(std::string_view name) {
@@ -28,6 +30,15 @@ std::string test_name(std::string mode) {
     if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
   }
   return mode;
+}
+
+bool packs(std::string_view mode, int head_size) {
+  const ModeInfo info = *mode_info(mode_of(mode));
+  for (const std::string& name : {info.key_format, info.value_format}) {
+    const format::FormatId id = format::find_format(name);  // none: "auto", whose floats stand alone
+    if (id != format::FormatId::kNone && head_size % format::format_info(id).unit != 0) return false;
+  }
+  return true;
 }
 
 bool modes_built(std::initializer_list<std::string_view> modes) {

@@ -21,6 +21,9 @@ std::vector<std::string> table_modes();
 // A mode's name as part of a test's name: letters, digits and underscores only.
 std::string test_name(std::string mode);
 
+// Whether both formats of a mode pack rows of this head size: it is a multiple of their units.
+bool packs(std::string_view mode, int head_size);
+
 // Whether this build has these modes (QUIRE_MODES).
 bool modes_built(std::initializer_list<std::string_view> modes);
 #define QUIRE_NEEDS_MODES(...) \

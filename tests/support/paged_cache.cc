@@ -5,6 +5,7 @@
 
 #include "format/formats.h"
 #include "reference/attention.h"
+#include "support/random.h"
 
 namespace quire::testing {
 namespace {
@@ -141,6 +142,27 @@ PagedCache::PagedCache(const Options& options) : options_(options) {
   value_cache = rows(planes.v, value.cache_dtype, v);
   if (ks > 0) k_scale_cache = scales(planes.k_scale);
   if (vs > 0) v_scale_cache = scales(planes.v_scale);
+  if (!options_.centre) return;
+  const auto add_centre = [&](const format::FormatInfo& info, int head_size, OwnedTensor& pages, OwnedTensor& vectors) {
+    Random random(91);
+    if (info.centre == format::Centre::kHead) {
+      vectors = OwnedTensor(DType::kFloat32, {heads, head_size}, 5);
+      vectors.fill(random.normals(vectors.view.numel()));
+    }
+    if (info.centre == format::Centre::kPage) {  // as guest_pair5 lays it out: a step, int8 codes
+      const std::int64_t bytes = info.page_bytes(head_size);
+      pages = OwnedTensor(DType::kUInt8, {options_.num_blocks, heads, bytes}, 3);
+      for (std::int64_t block = 0; block < options_.num_blocks; ++block) {
+        for (std::int64_t head = 0; head < heads; ++head) {
+          auto* page = pages.view.ptr<std::uint8_t>() + block * pages.view.strides[0] + head * pages.view.strides[1];
+          page[0] = static_cast<std::uint8_t>(8 * (1 + block % 3));
+          for (std::int64_t i = 1; i < bytes; ++i) page[i] = static_cast<std::uint8_t>(random.below(256));
+        }
+      }
+    }
+  };
+  add_centre(key, options_.head_size, k_page_meta, k_head_vector);
+  add_centre(value, options_.head_size_v, v_page_meta, v_head_vector);
 }
 
 }  // namespace quire::testing

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "quire/quire.h"
+#include "support/owned_tensor.h"
 #include "support/modes.h"
 
 namespace quire::testing {
@@ -41,6 +42,7 @@ class PagedCache {
     DType auto_dtype = DType::kBFloat16;  // what "auto" stores
     Layout layout = Layout::kNhd;
     std::uint8_t poison = 0xFF;
+    bool centre = false;  // formats that have a centre (tests/format/guests) get one, the others nothing
   };
 
   explicit PagedCache(const Options& options);
@@ -57,12 +59,17 @@ class PagedCache {
     args.value_cache = value_cache;
     args.k_scale_cache = k_scale_cache;
     args.v_scale_cache = v_scale_cache;
+    args.k_page_meta = k_page_meta.view;
+    args.v_page_meta = v_page_meta.view;
+    args.k_head_vector = k_head_vector.view;
+    args.v_head_vector = v_head_vector.view;
   }
 
   // Every byte, gaps included: two caches of equal options hold the same exactly when these are equal.
   const std::vector<std::vector<std::uint8_t>>& bytes() const { return buffers_; }
 
   Tensor key_cache, value_cache, k_scale_cache, v_scale_cache;
+  OwnedTensor k_page_meta, v_page_meta, k_head_vector, v_head_vector;  // where there is a centre
 
  private:
   Options options_;
