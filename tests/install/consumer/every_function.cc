@@ -55,6 +55,7 @@ int main() {
   link(reshape_and_cache);
   link(plan_unified_attention);
   link(run_unified_attention);
+  link(device_arch);
   link(problem_of);
   link(unified_attention);
   link(merge_attn_states);
