@@ -59,11 +59,10 @@ struct CudaTimer {
 struct Launch {
   int blocks, threads, words;
 };
-constexpr Launch kLinearLaunches[] = {
-    {2, 256, 4},  {2, 512, 4},  {2, 1024, 4}, {4, 256, 4},  {4, 512, 4},
-    {8, 128, 8},  {8, 256, 4},  {8, 256, 8},  {16, 128, 4}, {16, 128, 8},
-    {16, 256, 4}, {32, 128, 4}, {0, 128, 4},         {0, 256, 1},         {0, 256, 4},
-    {0, 256, 8},         {0, 512, 4},         {0, 1024, 4},        {0, 512, 1},         {0, 1024, 1}};
+constexpr Launch kLinearLaunches[] = {{2, 256, 4},  {2, 512, 4},  {2, 1024, 4}, {4, 256, 4},  {4, 512, 4},
+                                      {8, 128, 8},  {8, 256, 4},  {8, 256, 8},  {16, 128, 4}, {16, 128, 8},
+                                      {16, 256, 4}, {32, 128, 4}, {0, 128, 4},  {0, 256, 1},  {0, 256, 4},
+                                      {0, 256, 8},  {0, 512, 4},  {0, 1024, 4}, {0, 512, 1},  {0, 1024, 1}};
 
 constexpr unsigned kUnlikely = 0x12345678U;  // a sum of bytes that are all 1 never is: keeps the loads
 
@@ -91,8 +90,8 @@ __global__ void walk_linear(const uint4* from, uint4* to, std::int64_t count, un
 }
 
 template <bool kCopy>
-void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* from, uint4* to, std::int64_t count, unsigned* sink,
-                   cudaStream_t stream) {
+void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* from, uint4* to, std::int64_t count,
+                   unsigned* sink, cudaStream_t stream) {
   const std::int64_t per_block = static_cast<std::int64_t>(launch.threads) * launch.words;
   const auto blocks = static_cast<unsigned>(launch.blocks > 0 ? std::int64_t{launch.blocks} * num_multiprocessors
                                                               : (count + per_block - 1) / per_block);
@@ -117,9 +116,9 @@ Result<double> best_linear_ms(std::size_t bytes) {
   for (const Launch& launch : kLinearLaunches) {
     const Result<double> ms = median_ms(
         [&](int, void* stream) {
-          launch_linear<kCopy>(launch, arch->num_multiprocessors, static_cast<const uint4*>(from->data()), static_cast<uint4*>(to->data()),
-                               static_cast<std::int64_t>(bytes / sizeof(uint4)), static_cast<unsigned*>(to->data()),
-                               static_cast<cudaStream_t>(stream));
+          launch_linear<kCopy>(launch, arch->num_multiprocessors, static_cast<const uint4*>(from->data()),
+                               static_cast<uint4*>(to->data()), static_cast<std::int64_t>(bytes / sizeof(uint4)),
+                               static_cast<unsigned*>(to->data()), static_cast<cudaStream_t>(stream));
           return cuda_status(cudaGetLastError(), kCopy ? "linear copy" : "linear read");
         },
         4, 10.0);
@@ -138,13 +137,8 @@ struct PageRuns {
 
 // A head's rows; one run where they lie side by side.
 PageRuns runs_of_heads(const PageRead& read) {
-  PageRuns pages{read.row(0, 0, 0),
-                 read.block_stride,
-                 read.slot_stride,
-                 read.head_stride,
-                 read.row_bytes,
-                 read.block_size,
-                 read.num_heads};
+  PageRuns pages{read.row(0, 0, 0), read.block_stride, read.slot_stride, read.head_stride,
+                 read.row_bytes,    read.block_size,   read.num_heads};
   if (read.slot_stride == read.row_bytes) {
     pages.run_bytes *= read.block_size;
     pages.runs = 1;

@@ -104,7 +104,8 @@ void fold_partials(const AttentionCall& call, const QueryTile& tile, int kv_head
 // A partial result is acc [v_stride], max, sum.
 std::int64_t partial_floats(int head_size_v) { return padded(head_size_v) + 2; }
 
-// The tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the workspace.
+// The tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the
+// workspace.
 std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile, std::int64_t& partial_rows) {
   std::vector<QueryTile> tiles;
   for (int b = 0; b < call.shape.batch; ++b) {

@@ -41,7 +41,8 @@ struct Kernels {
                              std::uint8_t* meta);
   std::array<EncodeRow, format::AllFormats::kSize> encode_row;
 
-  // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be null.
+  // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be
+  // null.
   using LoadTile = void (*)(const RowAddress* rows, int num_rows, format::RowShape shape, const float* head_vector,
                             LevelTile& tile);
   std::array<LoadTile, format::AllFormats::kSize> load_tile;

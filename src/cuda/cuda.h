@@ -3,8 +3,8 @@
 // contract and hand over what they found (StoreProblem, AttentionShape); what is checked here is only what depends on
 // the device and the build.
 //
-// attend with a workspace and reshape_and_cache allocate nothing, synchronize nothing and read nothing back, so both can
-// be captured in a CUDA graph and replayed with other lengths, tables and slots inside the plan's bounds.
+// attend with a workspace and reshape_and_cache allocate nothing, synchronize nothing and read nothing back, so both
+// can be captured in a CUDA graph and replayed with other lengths, tables and slots inside the plan's bounds.
 //
 // In a build without CUDA no_cuda.cc has these functions, and each refuses.
 #pragma once

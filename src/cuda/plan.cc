@@ -77,8 +77,9 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
   for (const KernelDesc* kernel : {&few, &main}) {
     const std::int64_t tiles = count_tiles(*kernel, problem, problem.max_num_tokens, problem.max_batch);
     if (tiles > kMaxGridX) {
-      return too_many("max_batch " + std::to_string(problem.max_batch) + " makes " + std::to_string(tiles) + " row tiles",
-                      kMaxGridX);
+      return too_many(
+          "max_batch " + std::to_string(problem.max_batch) + " makes " + std::to_string(tiles) + " row tiles",
+          kMaxGridX);
     }
   }
   plan.kernel = describe(main);

@@ -5,8 +5,8 @@
 // A format is a struct of constants and static host+device functions; docs/formats/README.md shows how to add one.
 // Nothing outside src/format knows how many bytes a row takes, what a code means or where a zero point hides.
 //
-// WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/format/encode.cuh are the two
-// drivers):
+// WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/format/encode.cuh are the
+// two drivers):
 //
 //     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree;
 //                                                  merge(a, b) = merge(b, a), up to the sign of a zero.
@@ -18,9 +18,9 @@
 //
 //     On CUDA a lane packs all of its elements at once (cuda/format/pack.cuh).
 //
-//   y is x, rotated where kRotation asks for it, less the row's centre where there is one. kStatsOf says whether the statistics are those of y (kRotated: the
-//   usual case), of x before the rotation (kInput: such a format also has normalize(encoder, x), applied to x before it
-//   is rotated; TurboQuant keys), or whether there are none.
+//   y is x, rotated where kRotation asks for it, less the row's centre where there is one. kStatsOf says whether the
+//   statistics are those of y (kRotated: the usual case), of x before the rotation (kInput: such a format also has
+//   normalize(encoder, x), applied to x before it is rotated; TurboQuant keys), or whether there are none.
 //
 // READING a row:
 //
@@ -40,9 +40,9 @@
 //   output once.
 //
 // WHERE metadata lives: kScaleCache is one fp32 at an address of its own (separate tensor or inline, that is strides);
-// kInRow follows the row's codes directly, 2-byte aligned. A page and KV head may have page_bytes(head_size) bytes more,
-// in a tensor of their own. K and V are two independent rows; when they share a slot the
-// value row simply starts where the key row ends.
+// kInRow follows the row's codes directly, 2-byte aligned. A page and KV head may have page_bytes(head_size) bytes
+// more, in a tensor of their own. K and V are two independent rows; when they share a slot the value row simply starts
+// where the key row ends.
 //
 // NON-FINITE input: a format with statistics of its own stores codes 0 and a NaN scale for a row with any non-finite
 // element, so attention shows NaN and never a plausible number. finish() yields poisoned(), whose `inverse` is NaN, and

@@ -81,7 +81,8 @@ TEST(Includes, RoomsUseOnlyWhatLiesBelow) {
 // The rooms of src/cuda, lowest first, and the headers beside them that each may include.
 const std::vector<std::string> kCudaRooms = {"ptx", "lane", "format", "work", "stage", "softmax", "output", "kernel"};
 const std::set<std::string> kCudaData = {"attention_params.h", "store_params.h"};
-const std::set<std::string> kCudaHost = {"cuda.h", "kernels.h", "launch.h", "store_kernels.h"};  // for kernels' launchers
+const std::set<std::string> kCudaHost = {"cuda.h", "kernels.h", "launch.h",
+                                         "store_kernels.h"};  // for kernels' launchers
 
 TEST(Includes, RoomsOfCudaUseOnlyWhatLiesBelow) {
   int num_includes = 0;
@@ -91,8 +92,8 @@ TEST(Includes, RoomsOfCudaUseOnlyWhatLiesBelow) {
       ++num_includes;
       const std::string name = included.substr(5);
       if (name.find('/') == std::string::npos) {
-        const bool allowed = (kCudaData.contains(name) && room >= 3) ||
-                             (kCudaHost.contains(name) && kCudaRooms[room] == "kernel");
+        const bool allowed =
+            (kCudaData.contains(name) && room >= 3) || (kCudaHost.contains(name) && kCudaRooms[room] == "kernel");
         EXPECT_TRUE(allowed) << path << " includes " << included;
         return;
       }

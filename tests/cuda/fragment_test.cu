@@ -1,5 +1,5 @@
-// Codes to levels on the tensor-core kernels' way (cuda/format), against the format's own unpack: every word of 16 bits,
-// at even and odd places, and random bytes; rows at every alignment; to shared memory and to registers.
+// Codes to levels on the tensor-core kernels' way (cuda/format), against the format's own unpack: every word of 16
+// bits, at even and odd places, and random bytes; rows at every alignment; to shared memory and to registers.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -96,10 +96,9 @@ void check_format() {
   Result<DeviceBuffer> squares = DeviceBuffer::allocate(static_cast<std::size_t>(num_rows) * 4);
   ASSERT_TRUE(rows.ok() && levels.ok() && registers.ok() && squares.ok());
   for (int skew = 0; skew < kSkews; ++skew) {
-    convert_rows<F><<<num_rows, 32>>>(static_cast<const std::uint8_t*>(rows->data()), skew,
-                                      static_cast<std::uint32_t*>(levels->data()),
-                                      static_cast<std::uint32_t*>(registers->data()),
-                                      static_cast<float*>(squares->data()));
+    convert_rows<F><<<num_rows, 32>>>(
+        static_cast<const std::uint8_t*>(rows->data()), skew, static_cast<std::uint32_t*>(levels->data()),
+        static_cast<std::uint32_t*>(registers->data()), static_cast<float*>(squares->data()));
     std::vector<std::uint16_t> got(static_cast<std::size_t>(num_rows) * kHead), in_registers(got.size());
     std::vector<float> norms(static_cast<std::size_t>(num_rows));
     ASSERT_TRUE(levels->copy_out(got.data(), level_bytes).ok());

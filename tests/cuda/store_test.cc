@@ -18,7 +18,8 @@ struct HeadSizes {
   int k, v;
 };
 
-// Every tile of row.cuh: 8 and 16 elements a lane, 8, 16 and 32 lanes, partly filled lanes, block-diagonal rotations.
+// Every map of a row over lanes: 8 and 16 elements a lane, 8, 16 and 32 lanes, partly filled lanes, block-diagonal
+// rotations.
 constexpr HeadSizes kHeadSizes[] = {{32, 32},   {36, 36},   {64, 64},   {72, 72},   {80, 80},   {96, 96},  {100, 100},
                                     {112, 112}, {128, 128}, {192, 128}, {192, 192}, {256, 256}, {64, 320}, {512, 512}};
 

@@ -1,5 +1,5 @@
-// The two guest formats of tests/format/guests, in a build that has them (QUIRE_EXTRA_MODES): with a centre, which tests
-// over the table of modes do not give. Everything else of theirs those tests cover.
+// The two guest formats of tests/format/guests, in a build that has them (QUIRE_EXTRA_MODES): with a centre, which
+// tests over the table of modes do not give. Everything else of theirs those tests cover.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -16,8 +16,11 @@ namespace {
 
 using Options = AttentionCase::Options;
 
-const std::vector<std::string> kGuestModes = {"guest_int6", "guest_pair5", "k=guest_pair5,v=guest_int6",
-                                              "k=guest_int6,v=guest_pair5", "k=guest_pair5,v=int4_per_token_head",
+const std::vector<std::string> kGuestModes = {"guest_int6",
+                                              "guest_pair5",
+                                              "k=guest_pair5,v=guest_int6",
+                                              "k=guest_int6,v=guest_pair5",
+                                              "k=guest_pair5,v=int4_per_token_head",
                                               "k=turboquant_k4,v=guest_pair5"};
 
 class Guests : public ::testing::TestWithParam<std::string> {

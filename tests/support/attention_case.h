@@ -56,7 +56,7 @@ class AttentionCase {
     ScaleShape v_scale = ScaleShape::kNone;
     float output_scale = 0.0F;  // 0: not given
     bool lse = true;
-    bool centre = false;              // see PagedCache
+    bool centre = false;                // see PagedCache
     bool garbage_out_of_window = true;  // garbage in the block table where no query can look
     std::uint64_t seed = 1;
     std::uint64_t page_seed = 0;  // not 0: places pages differently, all values stay the same

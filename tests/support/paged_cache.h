@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "quire/quire.h"
-#include "support/owned_tensor.h"
 #include "support/modes.h"
+#include "support/owned_tensor.h"
 
 namespace quire::testing {
 

@@ -1,5 +1,6 @@
-// Codes to 16-bit levels for the tensor cores: Fragment<F> turns the codes of a group of elements, already in registers,
-// into packed pairs. bfloat16 and float16 caches are used as they lie (kRaw16); every other format comes through here.
+// Codes to 16-bit levels for the tensor cores: Fragment<F> turns the codes of a group of elements, already in
+// registers, into packed pairs. bfloat16 and float16 caches are used as they lie (kRaw16); every other format comes
+// through here.
 //
 //   kElements                    of a group: 32, or as many as fill whole words
 //   kWords                       32-bit words that hold their codes
@@ -11,8 +12,8 @@
 //
 // The primary template is built on the format's own unpack, so a format is one header; its levels should be fp16 values
 // (a level that is not is rounded, 2^-11 of it). A specialization, in the format's file of this folder, gives the same
-// pairs in fewer instructions. fp16 holds every level of the integer and fp8 formats exactly; codebook levels are scaled
-// first, by a unit chosen so that all of them lie next to fp16 values.
+// pairs in fewer instructions. fp16 holds every level of the integer and fp8 formats exactly; codebook levels are
+// scaled first, by a unit chosen so that all of them lie next to fp16 values.
 //
 // Small integers become fp16 by placing them in the mantissa of 1024 (0x6400 + n = 1024 + n) and subtracting; codebooks
 // of 4 or 8 levels are looked up four at a time by byte permutes, low and high bytes apart.

@@ -1,5 +1,5 @@
-// Packing by the lanes of a warp: Packer<F>::pack(encoder, y, bytes) turns the elements of a lane, which are overwritten,
-// into the bytes of y's kN / kUnit packs; kN is 8, 16, 32 or 64. Every lane of the warp calls it.
+// Packing by the lanes of a warp: Packer<F>::pack(encoder, y, bytes) turns the elements of a lane, which are
+// overwritten, into the bytes of y's kN / kUnit packs; kN is 8, 16, 32 or 64. Every lane of the warp calls it.
 //
 // The primary template calls the format's own pack. A specialization, in the format's file of this folder, restates
 // what pack computes for all elements of a lane at once, the same bytes in half the instructions or less; its comments

@@ -166,8 +166,8 @@ struct CodePacker;
 
 template <>
 struct CodePacker<4> {
-  // Eight words with 2^23's exponent, shifted by 0, 4, .. 28 bits, add 0xfb000000 to their codes (modulo 2^32). This bias
-  // of the third word, which is shifted by 8 bits, adds the 0x05000000 that make it 0.
+  // Eight words with 2^23's exponent, shifted by 0, 4, .. 28 bits, add 0xfb000000 to their codes (modulo 2^32). This
+  // bias of the third word, which is shifted by 8 bits, adds the 0x05000000 that make it 0.
   static constexpr std::uint32_t kThirdBias = 0x50000U;
   template <int kN>
   static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {

@@ -1,5 +1,5 @@
-// The rows of a block whose warps have divided the keys: their running softmaxes and accumulators meet in shared memory,
-// and each warp finishes some rows.
+// The rows of a block whose warps have divided the keys: their running softmaxes and accumulators meet in shared
+// memory, and each warp finishes some rows.
 //
 // Merge is a struct of acc [kWarps][rows][head_size + 4], max and sum [kWarps][rows].
 #pragma once

@@ -35,8 +35,9 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A lane's place, in bytes, among rows `pitch` bytes apart that ldmatrix_x4 reads 16 columns of at a time: 16 rows as the
-// first operand of m16n8k16, or as its second (two matrices of 8 rows, 8 and 8 columns each), and 16 rows to be transposed.
+// A lane's place, in bytes, among rows `pitch` bytes apart that ldmatrix_x4 reads 16 columns of at a time: 16 rows as
+// the first operand of m16n8k16, or as its second (two matrices of 8 rows, 8 and 8 columns each), and 16 rows to be
+// transposed.
 __device__ __forceinline__ int first_operand(int lane, int pitch) { return lane % 16 * pitch + lane / 16 * 16; }
 __device__ __forceinline__ int second_operand(int lane, int pitch) {
   return (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;

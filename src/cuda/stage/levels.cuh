@@ -1,5 +1,5 @@
-// Codes of rows in shared memory to 16-bit levels: to shared memory for ldmatrix and wgmma, or to registers in the order
-// of a matrix operand.
+// Codes of rows in shared memory to 16-bit levels: to shared memory for ldmatrix and wgmma, or to registers in the
+// order of a matrix operand.
 #pragma once
 
 #include <cstdint>

@@ -37,8 +37,8 @@ __device__ __forceinline__ format::Affine raw_affine(const float* scale, const s
   return F::read_meta(meta, format::row_shape(head_size));
 }
 
-// What 16-bit levels mean, given the row's metadata and, of a kLevelNorm format, the sum of the levels' squares. A key's
-// unit is in the logit's factor, a value's in its scale; the norm of levels in units takes the unit with it.
+// What 16-bit levels mean, given the row's metadata and, of a kLevelNorm format, the sum of the levels' squares. A
+// key's unit is in the logit's factor, a value's in its scale; the norm of levels in units takes the unit with it.
 template <class F, bool kIsKey>
 __device__ __forceinline__ format::Affine affine_of_levels(format::Affine affine, float squares) {
   if constexpr (F::kLevelNorm) {

@@ -1,5 +1,5 @@
-// A guest of the format contract, in tests alone: symmetric 6 bits with one fp32 scale a row, around an optional vector of
-// the KV head.
+// A guest of the format contract, in tests alone: symmetric 6 bits with one fp32 scale a row, around an optional vector
+// of the KV head.
 //
 //     scale = max(absmax(x - c) * r(31), 1e-6)      code = clamp(round((x - c) / scale), -32, 31)
 //     value = code * scale + c                      c = head_vector[i], or 0

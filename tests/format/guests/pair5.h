@@ -1,17 +1,17 @@
-// A guest of the format contract, in tests alone: 5 bits for each pair of elements, whose codes walk along the row, around
-// an optional centre of the page.
+// A guest of the format contract, in tests alone: 5 bits for each pair of elements, whose codes walk along the row,
+// around an optional centre of the page.
 //
 //     row      | head_size / 2 symbols of 5 bits, one little-endian bit stream | scale, bfloat16 |
 //     page     | step in 1/256, 1 byte | head_size codes, int8 |         c[i] = step * code[i], in the rotated domain
 //
 //     index    the 8 stream bits that end with symbol t: its 5 bits above 3 of the symbol before (0 before the row)
-//     level    (2 a - 7 + (h & 1), 4 b - 6 + (h >> 1))     a, b: low 3 and high 2 bits of the symbol; h: the 3 bits before
+//     level    (2 a - 7 + (h & 1), 4 b - 6 + (h >> 1))    a, b: low 3, high 2 bits of the symbol; h: the 3 bits before
 //     value    scale * level + c                           after a signed Hadamard rotation
 //
 // The encoder takes symbol after symbol the level nearest to the pair, given the symbol before.
 //
-// What it asks of the contract: a unit (16 elements, 5 bytes) that sees the byte before it, 64 elements until codes fill
-// whole words, an encoder of the whole row, metadata of the page.
+// What it asks of the contract: a unit (16 elements, 5 bytes) that sees the byte before it, 64 elements until codes
+// fill whole words, an encoder of the whole row, metadata of the page.
 #pragma once
 
 #include "format/float_types.h"
@@ -54,8 +54,7 @@ struct GuestPair5 : FormatDefaults {
     int held = 0;
     std::uint32_t before = 0;  // the top 3 bits of the last symbol
     for (int t = 0; t < shape.head_size / 2; ++t) {
-      const std::uint32_t a =
-          nearest(y[2 * t] * encoder.inverse, -7.0F + static_cast<float>(before & 1U), 2.0F, 8.0F);
+      const std::uint32_t a = nearest(y[2 * t] * encoder.inverse, -7.0F + static_cast<float>(before & 1U), 2.0F, 8.0F);
       const std::uint32_t b =
           nearest(y[2 * t + 1] * encoder.inverse, -6.0F + static_cast<float>(before >> 1), 4.0F, 4.0F);
       const std::uint32_t symbol = a | b << 3;

@@ -1,5 +1,5 @@
-// unified_attention in fp32 arithmetic, for every pair of formats, every dtype, alignment and head size: the formats are
-// looked up at run time, so there is one kernel for all of them.
+// unified_attention in fp32 arithmetic, for every pair of formats, every dtype, alignment and head size: the formats
+// are looked up at run time, so there is one kernel for all of them.
 //
 //   grid    (row tile, KV head, split). Rows are the (query token, query head) pairs of one KV head, token-major, so a
 //           tile of kRows rows holds several heads of a group and several tokens: any GQA ratio fills it.
@@ -92,8 +92,8 @@ __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendA
   return !all_finite;
 }
 
-// Levels to values where the rows have a centre: scale * level + offset + centre, in place; (scale, offset) become (1, 0).
-// A warp a row. All threads call it, after unpack_rows.
+// Levels to values where the rows have a centre: scale * level + offset + centre, in place; (scale, offset) become (1,
+// 0). A warp a row. All threads call it, after unpack_rows.
 template <format::Format F>
 __device__ __noinline__ void add_centre(const CacheSide& side, AttendAnyConfig::Storage& shared, int kv_head,
                                         int head_size, float* levels, float2* affine, int thread) {

@@ -190,9 +190,9 @@ __device__ __forceinline__ void init_barriers(Storage& shared) {
 }
 
 // A block of prefill_sm90: the producer, or a consumer, 0 or 1, a warpgroup that multiplies 64 query rows with every
-// tile, the values of a tile after the keys of the next one. (Both loops stand here: as functions or classes of their own
-// they were 3 to 5 % slower in some modes, since the compiler then keeps the addresses of matrices and stages out of the
-// uniform registers.)
+// tile, the values of a tile after the keys of the next one. (Both loops stand here: as functions or classes of their
+// own they were 3 to 5 % slower in some modes, since the compiler then keeps the addresses of matrices and stages out
+// of the uniform registers.)
 template <class KeyF, class ValueF>
 __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, const BlockIndex& block,
                                                    std::uint8_t* shared_bytes) {

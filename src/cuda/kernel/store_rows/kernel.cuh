@@ -1,5 +1,5 @@
-// reshape_and_cache, K rows and V rows of one call in one launch: a token head's K row and V row over the lanes of a warp
-// (format/encode.cuh), written where its slot says.
+// reshape_and_cache, K rows and V rows of one call in one launch: a token head's K row and V row over the lanes of a
+// warp (format/encode.cuh), written where its slot says.
 //
 // Compiled without contraction: the bytes are the CPU's. Budget: docs/kernels/store.md.
 #pragma once
