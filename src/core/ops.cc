@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "attention/page_slices.h"
 #include "core/device.h"
 #include "core/dispatch.h"
 #include "core/guard.h"
@@ -26,6 +27,18 @@ int row_alignment(const Tensor& cache) {
     bits |= static_cast<std::uintptr_t>(cache.strides[dim]) * dtype_bytes(cache.dtype);
   }
   return static_cast<int>(bits & -bits);
+}
+
+// Whether 16 slots of a page are runs of whole vectors. Rows of a registered mode's own format are not known.
+bool whole_pages(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
+  if (shape.key_format == format::FormatId::kNone || shape.value_format == format::FormatId::kNone) return false;
+  attention::PagedRows key, value;
+  attention::set_paged_rows(key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector});
+  attention::set_paged_rows(value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector});
+  return attention::page_slice(key, format::format_info(shape.key_format).row_bytes(shape.head_size), value,
+                               format::format_info(shape.value_format).row_bytes(shape.head_size_v), shape.num_kv_heads,
+                               shape.block_size)
+      .has_value();
 }
 
 // The backend of a registered mode, or null for a mode of the table.
@@ -57,6 +70,7 @@ Result<AttentionProblem> problem_for(const UnifiedAttentionArgs& args, const Att
     problem.has_centre = problem.has_centre || side->defined();
   }
   problem.row_alignment = std::min(row_alignment(args.key_cache), row_alignment(args.value_cache));
+  problem.whole_pages = whole_pages(args, shape);
   problem.max_num_tokens = shape.num_tokens;
   problem.max_batch = shape.batch;
   device.bound_lengths(args, shape, planned, problem);
@@ -114,6 +128,11 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
     return invalid_argument("a cache has rows aligned to " + std::to_string(actual.row_alignment) +
                             " bytes, but the plan was made for row_alignment " + std::to_string(p.row_alignment) +
                             "; make a plan for this problem");
+  }
+  if (p.whole_pages && !actual.whole_pages) {
+    return invalid_argument(
+        "the caches' pages do not lie in runs of whole, aligned 16-byte vectors, but the plan was made for whole_pages; "
+        "make a plan for this problem");
   }
   return {};
 }

@@ -27,6 +27,8 @@ cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const Atten
   params.min_rows = min_rows;
   params.max_rows = max_rows;
   params.sequence_tiles = kernel.shape.grid_by_sequence ? tiles_of_sequence(kernel, plan.problem) : 0;
+  params.num_multiprocessors = plan.problem.arch.num_multiprocessors;
+  params.batch_invariant = plan.problem.batch_invariant;
   return kernel.launch(params, count_tiles(kernel, plan.problem, params.num_tokens, params.batch), stream);
 }
 
@@ -46,14 +48,26 @@ Status run_in(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const
     params.partials.state = static_cast<float2*>(workspace);
     params.partials.acc = reinterpret_cast<float*>(params.partials.state + rows * params.max_splits);
   }
+  // A persistent kernel's own partial results come last, and it merges them itself.
+  Partials own;
+  if (few->shape.persistent) {
+    own.state = reinterpret_cast<float2*>(static_cast<std::uint8_t*>(workspace) + plan.workspace_bytes -
+                                          few->workspace(plan.problem));
+  }
+  const auto launch_few = [&](int min_rows, int max_rows) {
+    AttentionParams its = params;
+    if (few->shape.persistent) its.partials = own;
+    return launch(*few, its, plan, min_rows, max_rows, stream);
+  };
   cudaError_t error = cudaSuccess;
   if (few == many) {
-    error = launch(*few, params, plan, 0, kMostRows, stream);
+    error = launch_few(0, kMostRows);
   } else {
     error = launch(*many, params, plan, kFewRows + 1, kMostRows, stream);
-    if (error == cudaSuccess) error = launch(*few, params, plan, 0, kFewRows, stream);
+    if (error == cudaSuccess) error = launch_few(0, kFewRows);
   }
-  if (error != cudaSuccess || params.max_splits == 1) return cuda_status(error, "unified_attention");
+  if (few->shape.persistent) params.min_rows = kFewRows + 1;  // of what is left to merge
+  if (error != cudaSuccess || params.max_splits == 1 || (few == many && few->shape.persistent)) return cuda_status(error, "unified_attention");
   return cuda_status(launch_merge_splits(params, rows, stream), "unified_attention (merge)");
 }
 

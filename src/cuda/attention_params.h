@@ -98,6 +98,10 @@ struct AttentionParams {
   int min_rows = 0, max_rows = 0;
   int sequence_tiles = 0;  // row tiles of each sequence in the grid; 0: as many as its rows need
 
+  // Of kernels that cut the keys of all sequences among the multiprocessors themselves.
+  int num_multiprocessors = 0;
+  bool batch_invariant = false;
+
   OutputRule output;
   Partials partials;                            // used with more than one split
   unsigned long long* error_counter = nullptr;  // [1], may be null

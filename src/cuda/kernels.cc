@@ -9,6 +9,7 @@
 namespace quire::cuda {
 
 #define QUIRE_CUDA_PAIR(Key, Value)                                                       \
+  extern template std::vector<KernelDesc> kernel_rows<format::Key, format::Value, 64>();  \
   extern template std::vector<KernelDesc> kernel_rows<format::Key, format::Value, 128>(); \
   extern template std::vector<KernelDesc> kernel_rows<format::Key, format::Value, 256>();
 #include "cuda/pairs.def"
@@ -19,6 +20,7 @@ const std::vector<KernelDesc>& kernel_table() {
     std::vector<KernelDesc> rows{attend_any_row()};
     const auto append = [&](const std::vector<KernelDesc>& more) { rows.insert(rows.end(), more.begin(), more.end()); };
 #define QUIRE_CUDA_PAIR(Key, Value)                       \
+  append(kernel_rows<format::Key, format::Value, 64>());  \
   append(kernel_rows<format::Key, format::Value, 128>()); \
   append(kernel_rows<format::Key, format::Value, 256>());
 #include "cuda/pairs.def"
@@ -43,12 +45,18 @@ std::int64_t count_tiles(const KernelDesc& kernel, const AttentionProblem& probl
 // Blocks run in waves of so many on each multiprocessor, and the last wave is rarely full; a block's prologue, epilogue
 // and partial result cost as much as overhead_keys. With few splits the last wave is long, with many the overhead is.
 KernelCost kernel_cost(const KernelDesc& kernel, const AttentionProblem& problem) {
+  const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
+  if (kernel.shape.persistent) {
+    const auto rows = static_cast<double>(
+        count_tiles(kernel, problem, problem.max_num_tokens, problem.max_batch) * problem.num_kv_heads);
+    const double keys = rows * static_cast<double>(max_keys) / problem.arch.num_multiprocessors;
+    return {(keys + kernel.shape.overhead_keys) * kernel.shape.ns_per_key, 1};
+  }
   constexpr std::int64_t kMostSplits = 128;
   constexpr std::int64_t kLeastKeys = 256;  // of a split
   const auto blocks = static_cast<double>(std::max<std::int64_t>(
       1, count_tiles(kernel, problem, problem.max_num_tokens, problem.max_batch) * problem.num_kv_heads));
   const double wave = static_cast<double>(kernel.shape.blocks_per_multiprocessor) * problem.arch.num_multiprocessors;
-  const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
   KernelCost best{0.0, 1};
   for (std::int64_t splits = 1; splits <= std::min(kMostSplits, (max_keys + kLeastKeys - 1) / kLeastKeys); ++splits) {
     const double keys = static_cast<double>(max_keys) / static_cast<double>(splits);

@@ -30,6 +30,9 @@ struct KernelShape {
   int blocks_per_multiprocessor;  // that run at a time
   double overhead_keys;           // a block's prologue, epilogue and partial result take as long as so many keys
   double ns_per_key;              // of a block, when all multiprocessors are full
+  // Its blocks, one a multiprocessor, share out the keys of all sequences and KV heads among themselves; ns_per_key is
+  // then for a key of one KV head.
+  bool persistent = false;
 };
 
 struct KernelDesc {
@@ -43,6 +46,8 @@ struct KernelDesc {
   const char* (*refuses)(const KernelDesc& kernel, const AttentionProblem& problem);
   // `tiles`: row tiles of the grid. Launches for as many KV heads and splits as the params say.
   cudaError_t (*launch)(const AttentionParams& params, std::int64_t tiles, cudaStream_t stream);
+  // Of a persistent kernel: what its own partial results take, in bytes, for calls within a problem's bounds.
+  std::size_t (*workspace)(const AttentionProblem& problem) = nullptr;
 
   bool serves(RowClass rows) const { return rows == RowClass::kFew ? serves_few : serves_many; }
   bool takes(format::FormatId its_key, format::FormatId its_value) const {

@@ -88,10 +88,10 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
   plan.query_tile = static_cast<int>(std::max<std::int64_t>(1, main.shape.tile_rows / group_size));
 
   const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
-  if (problem.batch_invariant) {
+  if (problem.batch_invariant && !main.shape.persistent) {
     plan.split_size = kInvariantSplit;
   } else {
-    std::int64_t splits = problem.num_splits;
+    std::int64_t splits = main.shape.persistent ? 1 : problem.num_splits;
     if (splits <= 0) splits = kernel_cost(main, problem).splits;
     splits = std::clamp<std::int64_t>(splits, 1, kMaxSplits);
     const std::int64_t keys = (max_keys + splits - 1) / splits;
@@ -106,6 +106,9 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
   if (plan.max_splits > 1) {
     plan.workspace_bytes = static_cast<std::size_t>(*rows) * static_cast<std::size_t>(plan.max_splits) *
                            (2 * sizeof(float) + sizeof(float) * static_cast<std::size_t>(problem.head_size_v));
+  }
+  if (few.shape.persistent) {
+    plan.workspace_bytes = (plan.workspace_bytes + 15) / 16 * 16 + few.workspace(problem);
   }
   return plan;
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/format/fragment.cuh"
+#include "cuda/format/operand.cuh"
 #include "cuda/format/pack.cuh"
 #include "format/int2_per_token_head.h"
 
@@ -40,6 +41,50 @@ struct Fragment<format::Int2PerTokenHead> {
         kTables.look_up(x, pairs + 8 * w + 4 * half);
         kTables.look_up(x >> 16, pairs + 8 * w + 4 * half + 2);
       }
+    }
+  }
+};
+
+// Levels are linear in the bits of a code: (b1 b0) is -outer + (outer - inner) b0 + (outer + inner) b1. A plane of each
+// bit, as it lies: codes e and e + 8 of a word in one pair, each fourth a power of 4 larger.
+struct Int2Planes {
+  using F = format::Int2PerTokenHead;
+  static constexpr int kPlanes = 2;
+  static constexpr float kBias = F::kOuter;
+  static constexpr float bit(int p) { return p == 0 ? F::kOuter - F::kInner : (F::kOuter + F::kInner) / 2.0F; }
+};
+
+template <>
+struct KeyOperand<format::Int2PerTokenHead> : NoOperandTable, Int2Planes {
+  static constexpr float plane(int p) { return bit(p) * 0x1p24F; }
+  static constexpr int element(int pair, int half) { return pair / 8 * 16 + pair % 8 + 8 * half; }
+  static constexpr float weight(int pair) { return static_cast<float>(1 << (2 * (pair % 4))); }
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
+                                                 std::uint32_t (&pairs)[2][kElements / 2]) {
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      const std::uint32_t word = i % 8 < 4 ? words[i / 8] : words[i / 8] >> 8;
+      pairs[0][i] = word & (0x00010001U << (2 * (i % 4)));
+      pairs[1][i] = word & (0x00020002U << (2 * (i % 4)));
+    }
+  }
+};
+
+template <>
+struct ValueOperand<format::Int2PerTokenHead> : Int2Planes {
+  static constexpr float kScale = 0x1p24F;
+  static constexpr float plane(int p) { return bit(p); }
+  static constexpr float weight(int n) { return static_cast<float>(1 << (2 * (n % 4))); }
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&a)[kWords], const std::uint32_t (&b)[kWords],
+                                                 std::uint32_t (&values)[2][kElements]) {
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      std::uint32_t both = ptx::permute(a[n / 16], b[n / 16], n % 16 < 8 ? 0x5410U : 0x7632U);
+      if (n % 8 >= 4) both >>= 8;
+      values[0][n] = both & (0x00010001U << (2 * (n % 4)));
+      values[1][n] = both & (0x00020002U << (2 * (n % 4)));
     }
   }
 };

@@ -15,6 +15,29 @@ template <>
 struct Fragment<format::Int4PerTokenHead> : LevelsNibble {};
 
 template <>
+struct ValueOperand<format::Int4PerTokenHead> : ValuesNibble {};
+
+// Codes as they lie: element e and e + 4 of a word in one pair, each second pair 16 times as large.
+template <>
+struct KeyOperand<format::Int4PerTokenHead> : NoOperandTable {
+  static constexpr int kPlanes = 1;
+  static constexpr float kBias = 8.0F;
+  static constexpr float plane(int) { return 0x1p24F; }
+  static constexpr int element(int pair, int half) { return pair / 4 * 8 + pair % 4 + 4 * half; }
+  static constexpr float weight(int pair) { return pair % 2 == 0 ? 1.0F : 16.0F; }
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
+                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+#pragma unroll
+    for (int i = 0; i < kElements / 2; i += 2) {
+      const std::uint32_t word = i % 4 == 0 ? words[i / 4] : words[i / 4] >> 8;
+      pairs[0][i] = word & 0x000f000fU;
+      pairs[0][i + 1] = word & 0x00f000f0U;
+    }
+  }
+};
+
+template <>
 struct Packer<format::Int4PerTokenHead> {
   using F = format::Int4PerTokenHead;
 

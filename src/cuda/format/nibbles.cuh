@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/format/fragment.cuh"
+#include "cuda/format/operand.cuh"
 
 namespace quire::cuda {
 
@@ -19,6 +20,28 @@ struct LevelsNibble {
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[16]) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) nibbles_to_pairs(words[w], 0x64086408U, pairs + 4 * w);  // level = code - 8
+  }
+};
+
+// Values: level = code - 8. Eight codes of two tokens, four at a time: each second nibble as it lies, the others 16
+// times as large.
+struct ValuesNibble {
+  static constexpr int kPlanes = 1;
+  static constexpr float kBias = 0.0F, kScale = 1.0F;
+  static constexpr float plane(int) { return 1.0F; }
+  static constexpr float weight(int) { return 1.0F; }
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&a)[kWords], const std::uint32_t (&b)[kWords],
+                                                 std::uint32_t (&values)[1][kElements]) {
+#pragma unroll
+    for (int n = 0; n < kElements; n += 2) {
+      std::uint32_t both = ptx::permute(a[n / 8], b[n / 8], n % 8 < 4 ? 0x5410U : 0x7632U);
+      if (n % 4 == 2) both >>= 8;
+      const std::uint32_t low = place_bits(both, 0x000f000fU, kPairOf1024);
+      const std::uint32_t high = place_bits(both, 0x00f000f0U, kPairOf1024);
+      values[0][n] = pair_bits(__hsub2(as_half2(low), as_half2(0x64086408U)));
+      values[0][n + 1] = pair_bits(__hfma2(as_half2(high), as_half2(0x2c002c00U), as_half2(0xd480d480U)));
+    }
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include "cuda/format/fragment.cuh"
 #include "cuda/format/nibbles.cuh"
+#include "cuda/format/operand.cuh"
 #include "cuda/format/pack.cuh"
 #include "cuda/lane/map.cuh"
 #include "format/turboquant.h"
@@ -95,6 +96,83 @@ struct Fragment<format::TurboQuantK4> {
     }
   }
 };
+
+// Values of 3 bits: three codes of two tokens at a time, moved to the low 9 bits of a half each.
+template <>
+struct ValueOperand<format::TurboQuantV3> {
+  static constexpr int kPlanes = 1;
+  static constexpr float kBias = 0.0F, kScale = 1.0F;
+  static constexpr float plane(int) { return 1.0F; }
+  static constexpr float weight(int) { return 1.0F; }
+  // The bits of a piece, bit `first` on.
+  template <int kWords>
+  static __device__ __forceinline__ std::uint32_t bits_from(const std::uint32_t (&words)[kWords], int first) {
+    const int w = first / 32;
+    if (first % 32 == 0) return words[w];
+    return w + 1 < kWords && first % 32 > 23 ? __funnelshift_r(words[w], words[w + 1], first % 32)
+                                             : words[w] >> (first % 32);
+  }
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&a)[kWords], const std::uint32_t (&b)[kWords],
+                                                 std::uint32_t (&values)[1][kElements]) {
+    // 1, 8 and 64 times the code over 1024; level = code - 4.
+    constexpr std::uint32_t kFactor[3] = {0x3c003c00U, 0x30003000U, 0x24002400U};
+    constexpr std::uint32_t kOffset[3] = {0xe404e404U, 0xd820d820U, 0xcd00cd00U};
+    std::uint32_t both = 0;
+#pragma unroll
+    for (int n = 0; n < kElements; ++n) {
+      if (n % 3 == 0) both = ptx::permute(bits_from(a, 3 * n), bits_from(b, 3 * n), 0x5410U);
+      const std::uint32_t placed = place_bits(both, 0x00070007U << (3 * (n % 3)), kPairOf1024);
+      values[0][n] = pair_bits(__hfma2(as_half2(placed), as_half2(kFactor[n % 3]), as_half2(kOffset[n % 3])));
+    }
+  }
+};
+template <>
+struct ValueOperand<format::TurboQuantV4> : ValuesNibble {};
+
+// Keys: two neighbouring codes at a time are looked up in a table of pairs, of which every lane has its own copy so that
+// no two lanes meet in a bank.
+template <class F, int kBits>
+struct KeyPairTable {
+  static constexpr int kPlanes = 1;
+  static constexpr float kBias = 0.0F;
+  static constexpr int kTableBytes = 128 << (2 * kBits);
+  static constexpr float plane(int) { return 1.0F / level_unit<F>; }
+  static constexpr int element(int pair, int half) { return 2 * pair + half; }
+  static constexpr float weight(int) { return 1.0F; }
+  static __device__ __forceinline__ void fill(std::uint8_t* table, int thread, int num_threads) {
+    constexpr std::uint32_t kMask = (1U << kBits) - 1;
+    for (int i = thread; i < 32 << (2 * kBits); i += num_threads) {
+      const std::uint32_t codes = static_cast<std::uint32_t>(i) / 32;
+      reinterpret_cast<__half2*>(table)[i] =
+          __floats2half2_rn(format::centroid<kBits>(static_cast<int>(codes & kMask)) * level_unit<F>,
+                            format::centroid<kBits>(static_cast<int>(codes >> kBits)) * level_unit<F>);
+    }
+  }
+  // `lane_table`: the address of this lane's copy.
+  template <int kElements, int kWords>
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t lane_table,
+                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+    constexpr std::uint32_t kMask = ((1U << (2 * kBits)) - 1) << 7;
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      const int first = 2 * kBits * i;
+      const int w = first / 32;
+      const int shift = first % 32 - 7;
+      std::uint32_t at = 0;
+      if (first % 32 + 2 * kBits > 32 && w + 1 < kWords) {
+        at = __funnelshift_r(words[w], words[w + 1], shift);
+      } else {
+        at = shift >= 0 ? words[w] >> shift : words[w] << -shift;
+      }
+      pairs[0][i] = ptx::load_shared_32(lane_table + (at & kMask));
+    }
+  }
+};
+template <>
+struct KeyOperand<format::TurboQuantK3> : KeyPairTable<format::TurboQuantK3, 3> {};
+template <>
+struct KeyOperand<format::TurboQuantK4> : KeyPairTable<format::TurboQuantK4, 4> {};
 
 // ---- elements to codes ----------------------------------------------------------------------------------------------
 

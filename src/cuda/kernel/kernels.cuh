@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/kernel/decode_pages/launch.h"
 #include "cuda/kernel/decode_split/launch.h"
 #include "cuda/kernel/prefill_sm90/launch.h"
 #include "cuda/kernel/prefill_split/launch.h"
@@ -12,8 +13,11 @@
 
 namespace quire::cuda {
 
-using PairKernels = format::TypeList<DecodeSplit,   //
-                                     PrefillSplit,  //
+using PairKernels = format::TypeList<DecodePages<4>,   //
+                                     DecodePages<8>,   //
+                                     DecodePages<16>,  //
+                                     DecodeSplit,      //
+                                     PrefillSplit,     //
                                      PrefillSm90>;
 
 // The rows of a pair and a class of head sizes (up to kHead). A float32 cache has none: 16-bit products would round it.
@@ -32,6 +36,9 @@ std::vector<KernelDesc> make_rows(format::TypeList<Kernels...>) {
                       .shape = Kernel::template kShape<KeyF, ValueF, kHead>,
                       .refuses = &Kernel::refuses,
                       .launch = &Kernel::template launch<KeyF, ValueF, kHead>});
+      if constexpr (Kernel::template kShape<KeyF, ValueF, kHead>.persistent) {
+        rows.back().workspace = &Kernel::template workspace<KeyF, ValueF, kHead>;
+      }
     }
   };
   if constexpr (!std::is_same_v<KeyF, format::Float32> && !std::is_same_v<ValueF, format::Float32>) {

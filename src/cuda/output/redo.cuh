@@ -37,11 +37,16 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
   return {F::kLevelNorm ? affine.scale * rsqrtf(warp_sum(squares)) : affine.scale, affine.offset};
 }
 
-// One warp, one row, value by value in fp32: rows that do not see an infinite or NaN value do not meet it. Writes
-// sum p v (times v_scale) to `row` [head_size_v].
-template <class KeyF, class ValueF>
+struct AllKeys {
+  __device__ __forceinline__ bool operator()(int) const { return true; }
+};
+
+// One warp, one row, value by value in fp32, over those of the tile's keys that `has` says: rows that do not see an
+// infinite or NaN value do not meet it. Writes sum p v (times v_scale) to `row` [head_size_v].
+template <class KeyF, class ValueF, class Has = AllKeys>
 __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams& p, const TileRows& tile,
-                                                          std::int64_t token, int head, float* row, int lane) {
+                                                          std::int64_t token, int head, float* row, int lane,
+                                                          Has has = {}) {
   const format::RowShape shape = format::row_shape(p.head_size);
   float q[16] = {};
   const std::uint8_t* from = p.query + token * p.query_token_stride + head * p.query_head_stride;
@@ -64,7 +69,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
   float acc[16] = {};
   float offset = 0.0F;
   for (int key = tile.begin; key < tile.end; ++key) {
-    if (!attention::visible(p.mask, tile.sequence, position, key)) continue;
+    if (!has(key) || !attention::visible(p.mask, tile.sequence, position, key)) continue;
     const KeyPlace place = find_key(p, tile, key, false);
     if (place.block < 0) continue;
     float level[16];

@@ -22,33 +22,36 @@ struct QueryRow {
   std::uint32_t words[kPer / 2];
 };
 
-// One warp: query row `row` of the tile; zeros for a row past the end.
-__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, int row, int lane) {
+// This lane's elements of a row that is not made of whole vectors. A call, since it is long and rare.
+static __device__ __noinline__ uint4 fetch_elements(const std::uint8_t* from, int elements, DType dtype, int bytes) {
+  std::uint32_t words[QueryRow::kPer / 2] = {};
+#pragma unroll
+  for (int j = 0; j < QueryRow::kPer; ++j) {
+    if (j >= elements) break;
+    const std::uint32_t code = bytes == 2 ? reinterpret_cast<const std::uint16_t*>(from)[j]
+                                          : __half_as_ushort(__float2half_rn(load_float(from + j, dtype)));
+    words[j / 2] |= code << (16 * (j % 2));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// One warp: the query row of an info of the tile; zeros for a row past the end.
+__device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, const RowInfo& info,
+                                                int lane) {
   constexpr int kPer = QueryRow::kPer;
-  QueryRow query{row_info(p, tile, row), {}};
+  QueryRow query{info, {}};
   if (query.info.query < 0) return query;
   const std::int64_t token = tile.query_begin + query.info.query;
   const std::uint8_t* from = p.query + token * p.query_token_stride + query.info.head * p.query_head_stride +
                              lane * kPer * p.query_element_bytes;
   const int elements = p.head_size - lane * kPer;
-  if (p.query_vectors) {
-    if (elements > 0) {
-      const uint4 vector = *reinterpret_cast<const uint4*>(from);
-      query.words[0] = vector.x;
-      query.words[1] = vector.y;
-      query.words[2] = vector.z;
-      query.words[3] = vector.w;
-    }
-    return query;
-  }
-#pragma unroll
-  for (int j = 0; j < kPer; ++j) {
-    if (j >= elements) break;
-    const std::uint32_t code = p.query_element_bytes == 2
-                                   ? reinterpret_cast<const std::uint16_t*>(from)[j]
-                                   : __half_as_ushort(__float2half_rn(load_float(from + j, p.query_dtype)));
-    query.words[j / 2] |= code << (16 * (j % 2));
-  }
+  if (elements <= 0) return query;
+  const uint4 vector = p.query_vectors ? *reinterpret_cast<const uint4*>(from)
+                                       : fetch_elements(from, elements, p.query_dtype, p.query_element_bytes);
+  query.words[0] = vector.x;
+  query.words[1] = vector.y;
+  query.words[2] = vector.z;
+  query.words[3] = vector.w;
   return query;
 }
 
@@ -106,7 +109,7 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Til
   for (int r = first_row; r < first_row + kNumRows; r += kAtOnce) {
     QueryRow query[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, r + i, lane);
+    for (int i = 0; i < kAtOnce; ++i) query[i] = fetch_query(p, tile, row_info(p, tile, r + i), lane);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       put_query<KeyF, kHead>(p, query[i], place(r + i), row_infos[r + i], lane);

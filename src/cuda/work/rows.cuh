@@ -49,6 +49,19 @@ struct TileRows {
   int full_begin, full_end;  // keys that every row sees
 };
 
+// A sequence as the mask sees it.
+__device__ __forceinline__ attention::SequenceMask load_sequence(const AttentionParams& p, int batch, int query_len) {
+  attention::SequenceMask sequence;
+  sequence.seq_len = p.seq_lens[batch * p.seq_stride];
+  sequence.context_len = sequence.seq_len - query_len;
+  sequence.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[batch * p.causal_stride] != 0 : p.causal;
+  sequence.ranges = p.ranges == nullptr ? nullptr : p.ranges + batch * p.ranges_batch_stride;
+  sequence.range_stride = p.range_stride;
+  sequence.bound_stride = p.bound_stride;
+  sequence.num_ranges = p.num_ranges;
+  return sequence;
+}
+
 // Fills in a tile whose batch, KV head, split and row_begin are set; false where it has no rows of this launch.
 __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, TileRows& tile) {
   tile.query_begin = p.cu_seqlens_q[tile.batch * p.cu_stride];
@@ -56,15 +69,8 @@ __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile
   tile.num_rows = query_len * p.group_size;
   if (tile.row_begin >= tile.num_rows || tile.num_rows < p.min_rows || tile.num_rows > p.max_rows) return false;
 
-  attention::SequenceMask& sequence = tile.sequence;
-  sequence.seq_len = p.seq_lens[tile.batch * p.seq_stride];
-  sequence.context_len = sequence.seq_len - query_len;
-  sequence.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[tile.batch * p.causal_stride] != 0 : p.causal;
-  sequence.ranges = p.ranges == nullptr ? nullptr : p.ranges + tile.batch * p.ranges_batch_stride;
-  sequence.range_stride = p.range_stride;
-  sequence.bound_stride = p.bound_stride;
-  sequence.num_ranges = p.num_ranges;
-
+  tile.sequence = load_sequence(p, tile.batch, query_len);
+  const attention::SequenceMask& sequence = tile.sequence;
   const int last_row = min(tile.row_begin + tile_rows, tile.num_rows) - 1;
   const int first = sequence.context_len + tile.row_begin / p.group_size;
   const int last = sequence.context_len + last_row / p.group_size;

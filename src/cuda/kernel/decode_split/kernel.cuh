@@ -66,7 +66,7 @@ class DecodeWarp {
   // The warps share this.
   __device__ __forceinline__ void load_queries(int warp) {
     for (int r = warp; r < Config::kRows; r += kWarps) {
-      QueryRow query = fetch_query(p_, tile_, r, lane_);
+      QueryRow query = fetch_query(p_, tile_, row_info(p_, tile_, r), lane_);
       put_query<KeyF, kHead>(p_, query, row_chunks(query_rows_ + r * kPitch16<kHead>), shared_.row[r], lane_);
     }
   }

@@ -16,7 +16,7 @@ struct DecodeSplit {
   }
 
   template <class KeyF, class ValueF, int kHead>
-  static constexpr bool kCompiled = true;
+  static constexpr bool kCompiled = kHead >= 128;
   template <class KeyF, class ValueF, int kHead>
   static constexpr KernelShape kShape = {.tile_rows = DecodeConfig<KeyF, ValueF, kHead>::kRows,
                                          .grid_by_sequence = true,

@@ -16,6 +16,19 @@ __global__ void __launch_bounds__(kAttentionThreads) merge_splits(const __grid_c
   const std::int64_t token = index / p.num_q_heads;
   const int head = static_cast<int>(index - token * p.num_q_heads);
   if (token >= p.cu_seqlens_q[p.batch * p.cu_stride]) return;
+  if (p.min_rows > 0) {  // sequences of fewer rows are another kernel's
+    int low = 0;
+    for (int high = p.batch - 1; low < high;) {
+      const int middle = (low + high + 1) / 2;
+      if (p.cu_seqlens_q[middle * p.cu_stride] <= token) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    const int query_len = p.cu_seqlens_q[(low + 1) * p.cu_stride] - p.cu_seqlens_q[low * p.cu_stride];
+    if (query_len * p.group_size < p.min_rows) return;
+  }
   const float2* states = p.partials.state + index * p.max_splits;
   const float* partial = p.partials.acc + index * p.max_splits * p.head_size_v;
 

@@ -22,7 +22,7 @@ struct PrefillSplit {
   }
 
   template <class KeyF, class ValueF, int kHead>
-  static constexpr bool kCompiled = true;
+  static constexpr bool kCompiled = kHead >= 128;
   template <class KeyF, class ValueF, int kHead>
   static constexpr KernelShape kShape = {.tile_rows = PrefillConfig<KeyF, ValueF, kHead>::kRows,
                                          .grid_by_sequence = false,

@@ -1,0 +1,705 @@
+// A consumer warp of decode_pages: one KV head's rows of each segment, slice by slice.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/kernel/decode_pages/config.h"
+#include "cuda/output/redo.cuh"
+#include "cuda/ptx/bulk.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/softmax/bias.cuh"
+#include "cuda/softmax/softmax.cuh"
+#include "cuda/stage/levels.cuh"
+#include "cuda/stage/metadata.cuh"
+#include "cuda/stage/query.cuh"
+
+namespace quire::cuda {
+
+// The keys of a segment that a group of warps has.
+struct SlicesOfGroup {
+  int first_slice, group, groups;
+  __device__ __forceinline__ bool operator()(int key) const {
+    return (key / kSliceKeys - first_slice) % groups == group;
+  }
+};
+
+template <class KeyF, class ValueF, int kHead, int kRows>
+class PageConsumer {
+ public:
+  using Config = DecodePagesConfig<KeyF, ValueF, kHead, kRows>;
+
+  __device__ __forceinline__ PageConsumer(const DecodePagesParams& p, typename Config::Storage& shared,
+                                          std::uint32_t stages, int part, int warp, int lane)
+      : p_(p),
+        shared_(shared),
+        own_(shared.warps[warp]),
+        lane_(lane),
+        quad_(lane / 4),
+        pair_(lane % 4),
+        group_(warp / p.slice.num_heads),
+        head_(part * p.slice.num_heads + warp % p.slice.num_heads),
+        stage_(group_),
+        barriers_(ptx::shared_address(shared.full)),
+        lane_table_(ptx::shared_address(shared.table) + 4 * lane) {
+    // Row g of a product is key g ^ (g >> 1 & 1) of the slice, so that the keys of one load of V lie in both halves of
+    // the banks.
+    const int head = warp % p.slice.num_heads;
+    key_ = quad_ ^ (quad_ >> 1 & 1);
+    value_key_ = 2 * pair_ ^ (pair_ & 1);
+    const auto place = [&](const attention::SliceRows& rows, int slot) {
+      return stages + static_cast<std::uint32_t>(rows.at + slot * rows.slot_stride + head * rows.head_stride);
+    };
+    key_at_ = place(p.slice.key, key_) + pair_ * Keys::kBytes;
+    value_at_[0] = place(p.slice.value, value_key_) + quad_ * Values::kBytes;
+    value_at_[1] = place(p.slice.value, value_key_ ^ 1) + quad_ * Values::kBytes;
+    key_meta_ = kHasScaleCache<KeyF> ? place(p.slice.key_scale, key_)
+                                     : place(p.slice.key, key_) + code_bytes<KeyF>(p.head_size);
+    value_meta_ = kHasScaleCache<ValueF> ? place(p.slice.value_scale, key_)
+                                         : place(p.slice.value, key_) + code_bytes<ValueF>(p.head_size_v);
+    leads_ = lane == 0 ? 1U : 0U;
+    // Kept in registers, not computed again in the loop.
+    asm volatile("" : "+r"(key_at_), "+r"(value_at_[0]), "+r"(value_at_[1]), "+r"(key_meta_), "+r"(value_meta_));
+    asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane_table_));
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int turn = 0;; ++turn) {
+      const int i = turn % Config::kSegments;
+      ptx::barrier_wait_at(ptx::shared_address(&shared_.segment_full[i]), turn / Config::kSegments % 2);
+      const typename Config::Segment& segment = shared_.segments[i];
+      if (segment.num_slices == 0) return;
+      begin(segment);
+      const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
+      int left = slices;
+      if (Config::kTail && (p_.head_size < kHead)) {
+        for (; left > 0; --left) take<1, true>(segment);
+      } else {
+        if constexpr (Config::kTwoSlices) {
+          for (; left >= 2; left -= 2) take<2, false>(segment);
+        }
+        for (; left > 0; --left) take<1, false>(segment);
+      }
+      finish(segment);
+      __syncwarp();
+      if (leads_ != 0) ptx::barrier_arrive_at(ptx::shared_address(&shared_.segment_empty[i]));
+    }
+  }
+
+ private:
+  using Keys = typename Config::KeyPieces;
+  using Values = typename Config::ValuePieces;
+  using KeyOp = KeyOperand<KeyF>;
+  using ValueOp = ValueOperand<ValueF>;
+  static constexpr int kTiles = Config::kTiles;
+  static constexpr int kColumns = Config::kColumns;
+  static constexpr int kSteps = kHead / 16;             // of the first product
+  static constexpr int kStepsOfPiece = Keys::kElements / 4;
+  static constexpr int kOutTiles = kHead / 16;          // of the second: 16 dimensions each
+  static constexpr int kTilesOfPiece = Values::kElements / 2;
+  static constexpr int kPlanes = KeyOp::kPlanes;
+  // Two chains of products where one would wait for itself.
+  static constexpr int kChains = kPlanes == 1 && kTiles == 1 ? 2 : 1;
+  static constexpr bool kSpread = Config::kSpread;
+  static constexpr float kMostWeight = 4096.0F;
+  static constexpr float kNothing = -3e38F;  // the maximum before the first key: any logit passes it
+  static constexpr bool kWeighted = kHasMeta<ValueF>;
+  // Queries are this times too large, so that weights of pairs leave them normal numbers.
+  static constexpr float kQueryGain = KeyOp::weight(1) != 1.0F || kPlanes > 1 ? 32.0F : 1.0F;
+
+  template <class F>
+  static __device__ __forceinline__ std::uint32_t code_bytes(int head_size) {
+    return static_cast<std::uint32_t>(format::code_bytes<F>(head_size));
+  }
+  // Query row of the tile that a column of this lane holds.
+  __device__ __forceinline__ int row_of(int column) const {
+    return kSpread ? pair_ : 8 * (column / 2) + 2 * pair_ + column % 2;
+  }
+  // Where accumulator element (column, key) of a tile is: `key` 0 is this lane's key_, 1 eight later.
+  static __device__ constexpr int element_of(int column, int key) { return 2 * key + (kSpread ? 0 : column % 2); }
+  static __device__ constexpr int tile_of(int column) { return kSpread ? 0 : column / 2; }
+
+  // ---- a segment's queries and state --------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin(const typename Config::Segment& segment) {
+    TileRows tile = segment.tile;
+    tile.kv_head = head_;
+    if (lane_ < kRows) own_.rows[lane_] = row_info(p_, tile, lane_);
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      constexpr int kAtOnce = 4;
+#pragma unroll 1
+      for (int r = 0; r < Config::kQueryRows; r += kAtOnce) {
+        QueryRow rows[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) rows[i] = fetch_query(p_, tile, own_.rows[8 * m + r + i], lane_);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          put_query<KeyF, kHead>(p_, rows[i], row_chunks(own_.queries + (r + i) * Config::kQueryPitch),
+                                 own_.rows[8 * m + r + i], lane_);
+        }
+      }
+      __syncwarp();
+      keep_queries(m);
+      __syncwarp();
+    }
+    const float factor = log2_of_logit(tile);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const RowInfo& row = own_.rows[row_of(c)];
+      factor_[c] = factor * row.scale;
+      query_sum_[c] = row.sum;
+      max_[c] = kNothing;
+      sum_[c] = offset_[c] = 0.0F;
+    }
+    unit_ = inverse_ = 1.0F;
+    fresh_ = true;
+    biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_[m][t][i] = 0.0F;
+      }
+    }
+  }
+
+  __device__ __forceinline__ float log2_of_logit(const TileRows& tile) const { return logit_factor(p_, tile) * kLog2E; }
+
+  // Rows 8 m on as the second operand, arranged as the keys' elements are.
+  __device__ __forceinline__ void keep_queries(int m) {
+    const int row = kSpread ? quad_ / 2 : quad_;
+    const std::uint8_t* from = own_.queries + row * Config::kQueryPitch + 2 * pair_ * Keys::kElements;
+    const bool empty = kSpread && quad_ % 2 != 0;
+#pragma unroll
+    for (int j = 0; j < Keys::kCount; ++j) {
+      std::uint32_t words[Keys::kElements / 2];
+#pragma unroll
+      for (int w = 0; w < Keys::kElements / 2; w += 4) {
+        ptx::load_shared_128(ptx::shared_address(from) + 8 * j * Keys::kElements + 4 * w, words + w);
+      }
+#pragma unroll
+      for (int i = 0; i < Keys::kElements / 2; ++i) {
+        constexpr auto selector = [](int pair) {
+          return (KeyOp::element(pair, 0) % 2 == 0 ? 0x0010U : 0x0032U) |
+                 (KeyOp::element(pair, 1) % 2 == 0 ? 0x5400U : 0x7600U);
+        };
+        std::uint32_t both = ptx::permute(words[KeyOp::element(i, 0) / 2], words[KeyOp::element(i, 1) / 2], selector(i));
+        if constexpr (kQueryGain != 1.0F) {
+          both = pair_bits(__hmul2(as_half2(both), __float2half2_rn(kQueryGain / KeyOp::weight(i))));
+        }
+        query_[m][j * kStepsOfPiece + i / 2][i % 2] = empty ? 0U : both;
+      }
+    }
+  }
+
+  // ---- slices -------------------------------------------------------------------------------------------------------
+
+  struct Slice {
+    std::uint32_t key[2][Keys::kCount][Keys::kWords];
+    std::uint32_t value[4][Values::kCount][Values::kWords];
+    format::Affine of_key[2], of_value[2];  // of this lane's keys
+    std::uint32_t at;                       // of the stage, in bytes
+    std::uint32_t barrier;
+    int first_key;
+    float s[kColumns][2];       // logits in log2
+    float x[kColumns][2];       // their exponentials
+    float weight[kColumns][2];  // times the scale of the value, over unit_
+  };
+
+  template <int kN, bool kTail>
+  __device__ __forceinline__ void take(const typename Config::Segment& segment) {
+    Slice slices[kN];
+    int careful = 0;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) careful |= load_keys(slices[n]);
+    if constexpr (kTail) zero_tail(slices[0]);
+    multiply_keys<kN, kTail>(slices);
+    if constexpr (!Config::kLateValues) load_values(slices);
+    if (biased_) bias(slices, segment);
+    if (careful != 0) mask(slices);
+    weigh(slices, careful != 0);
+    if constexpr (Config::kLateValues) load_values(slices);
+    if constexpr (kCodesMayBeNaN<ValueF>) {
+      if (careful != 0) zero_unread(slices, segment);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) multiply_values(slices[n]);
+  }
+
+  // Waits for the next stage of this group; its keys and scales to registers. Whether to be careful.
+  __device__ __forceinline__ int load_keys(Slice& slice) {
+    slice.barrier = barriers_ + 8 * stage_;
+    slice.at = static_cast<std::uint32_t>(stage_ * p_.stage_bytes);
+    ptx::barrier_wait_at(slice.barrier, parity_);
+    const typename Config::StageInfo info = shared_.infos[stage_];
+    slice.first_key = info.first_key;
+    stage_ += p_.groups;
+    if (stage_ >= p_.num_stages) {
+      stage_ -= p_.num_stages;
+      parity_ ^= 1U;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t at = slice.at + key_at_ + i * 8 * p_.slice.key.slot_stride;
+#pragma unroll
+      for (int j = 0; j < Keys::kCount; ++j) {
+        load_piece<Keys::kBytes, kUnalignedRows<KeyF>>(at + 4 * j * Keys::kBytes, p_.key_access, slice.key[i][j]);
+      }
+      slice.of_key[i] = load_meta<KeyF>(slice.at + key_meta_, i, p_.slice.key, p_.slice.key_scale, p_.head_size);
+      slice.of_value[i] =
+          load_meta<ValueF>(slice.at + value_meta_, i, p_.slice.value, p_.slice.value_scale, p_.head_size_v);
+    }
+    return info.careful;
+  }
+
+  template <class F>
+  static __device__ __forceinline__ format::Affine load_meta(std::uint32_t at, int i,
+                                                             const attention::SliceRows& rows,
+                                                             const attention::SliceRows& scales, int head_size) {
+    alignas(4) std::uint8_t meta[kHasMeta<F> ? (F::kMetaBytes + 3) / 4 * 4 : 4] = {};
+    if constexpr (kHasScaleCache<F>) {
+      const std::uint32_t word = ptx::load_shared_32(at + i * 8 * scales.slot_stride);
+      memcpy(meta, &word, 4);
+    } else if constexpr (kHasMeta<F>) {
+#pragma unroll
+      for (int b = 0; b < F::kMetaBytes; b += 2) {
+        const auto half = static_cast<std::uint16_t>(ptx::load_shared_16(at + i * 8 * rows.slot_stride + b));
+        memcpy(meta + b, &half, 2);
+      }
+    }
+    return F::read_meta(meta, format::row_shape(head_size));
+  }
+
+  // Values to registers, and the stages back.
+  template <int kN>
+  __device__ __forceinline__ void load_values(Slice (&slices)[kN]) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::uint32_t at = slices[n].at + value_at_[i % 2] + i / 2 * 8 * p_.slice.value.slot_stride;
+#pragma unroll
+        for (int j = 0; j < Values::kCount; ++j) {
+          load_piece<Values::kBytes, kUnalignedRows<ValueF>>(at + 8 * j * Values::kBytes, p_.value_access,
+                                                             slices[n].value[i][j]);
+        }
+      }
+    }
+    __syncwarp();
+    if (leads_ != 0) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) ptx::barrier_arrive_at(slices[n].barrier + 8 * Config::kMaxStages);
+    }
+  }
+
+  // Codes of elements past the head size, which may be those of a NaN, to zeros.
+  __device__ __forceinline__ void zero_tail(Slice& slice) const {
+    if constexpr (kCodesMayBeNaN<KeyF>) {
+      constexpr int kPerWord = 32 / kCodeBits<KeyF>;
+#pragma unroll
+      for (int j = 0; j < Keys::kCount; ++j) {
+#pragma unroll
+        for (int w = 0; w < Keys::kWords; ++w) {
+          const bool inside = (4 * j + pair_) * Keys::kElements + w * kPerWord < p_.head_size;
+          slice.key[0][j][w] = inside ? slice.key[0][j][w] : 0U;
+          slice.key[1][j][w] = inside ? slice.key[1][j][w] : 0U;
+        }
+      }
+    }
+  }
+
+  // Logits in log2, times the row's scale: of the lane's columns and keys.
+  template <int kN, bool kTail>
+  __device__ __forceinline__ void multiply_keys(Slice (&slices)[kN]) {
+    float s[kN][kTiles][kPlanes * kChains][4] = {};
+    float norm[kN][2][4] = {};
+#pragma unroll
+    for (int j = 0; j < Keys::kCount; ++j) {
+      std::uint32_t pairs[kN][2][kPlanes][Keys::kElements / 2];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        KeyOp::template convert<Keys::kElements>(slices[n].key[0][j], lane_table_, pairs[n][0]);
+        KeyOp::template convert<Keys::kElements>(slices[n].key[1][j], lane_table_, pairs[n][1]);
+      }
+#pragma unroll
+      for (int k = 0; k < kStepsOfPiece; ++k) {
+        const int step = j * kStepsOfPiece + k;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            std::uint32_t a[4] = {pairs[n][0][plane][2 * k], pairs[n][1][plane][2 * k], pairs[n][0][plane][2 * k + 1],
+                                  pairs[n][1][plane][2 * k + 1]};
+            if constexpr (kTail && KeyF::kLevelNorm) {
+              const int first = (4 * j + pair_) * Keys::kElements + 4 * k;
+              if (first >= p_.head_size) a[0] = a[1] = a[2] = a[3] = 0U;
+            }
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) {
+              ptx::mma_16x8x16<Config::kBFloat16Keys>(s[n][m][kChains == 2 ? step % 2 : plane], a, query_[m][step][0],
+                                                      query_[m][step][1]);
+            }
+            if constexpr (KeyF::kLevelNorm) {
+              // The squares of a row's levels, on the diagonals.
+              ptx::mma_16x8x16<Config::kBFloat16Keys>(norm[n][0], a, a[0], a[2]);
+              ptx::mma_16x8x16<Config::kBFloat16Keys>(norm[n][1], a, a[1], a[3]);
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if constexpr (KeyF::kLevelNorm) {
+        // Of key_: element (quad, quad) of the first, of the one eight later: of the second's lower half.
+        const int lane = (lane_ & 28) | quad_ / 2;
+        const float squares = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][0][1] : norm[n][0][0], lane);
+        const float later = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][1][3] : norm[n][1][2], lane);
+        slices[n].of_key[0].scale *= rsqrtf(squares);
+        slices[n].of_key[1].scale *= rsqrtf(later);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          slices[n].s[c][i] = logit(s[n][tile_of(c)], slices[n].of_key[i], c, element_of(c, i));
+        }
+      }
+    }
+  }
+
+  // One logit from its products.
+  __device__ __forceinline__ float logit(const float (&products)[kPlanes * kChains][4], format::Affine of_key, int c,
+                                         int element) const {
+    float dot = 0.0F;
+    if constexpr (kChains == 2) {
+      dot = products[0][element] + products[1][element];
+    } else if constexpr (kPlanes == 2) {
+      dot = fmaf(products[1][element], KeyOp::plane(1) / KeyOp::plane(0), products[0][element]);
+    } else {
+      dot = products[0][element];
+    }
+    // Levels of a kLevelNorm format are divided by their norm, in units.
+    constexpr float kPlane = KeyF::kLevelNorm ? 1.0F : KeyOp::plane(0) / kQueryGain;
+    float s = 0.0F;
+    if constexpr (KeyF::kHasOffset || KeyOp::kBias != 0.0F) {
+      constexpr float kBiasInUnits = KeyOp::kBias / kPlane;
+      const float zero = KeyF::kHasOffset ? fmaf(of_key.scale, -kBiasInUnits, of_key.offset * (1.0F / kPlane))
+                                          : of_key.scale * -kBiasInUnits;
+      s = fmaf(zero, query_sum_[c], of_key.scale * dot) * (factor_[c] * kPlane);
+    } else {
+      s = dot * (kHasMeta<KeyF> ? of_key.scale * (factor_[c] * kPlane) : factor_[c] * kPlane);
+    }
+    return KeyF::kLogitsMayBeInfinite ? exact::nan_unless_finite(s) : s;
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void bias(Slice (&slices)[kN], const typename Config::Segment& segment) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const BiasRow row = bias_row(p_, segment.tile, own_.rows[row_of(c)]);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float s = exact::nan_unless_finite(slices[n].s[c][i] * kLn2);
+          slices[n].s[c][i] = kLog2E * add_bias(row, s, slices[n].first_key + key_ + 8 * i);
+        }
+      }
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void mask(Slice (&slices)[kN]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const RowInfo& row = own_.rows[row_of(c)];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = slices[n].first_key + key_ + 8 * i;
+          if (key < row.begin || key >= row.end) slices[n].s[c][i] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Codes of rows that nobody sees to zeros: what lies there may be NaN, and a weight of 0 does not help.
+  template <int kN>
+  __device__ __forceinline__ void zero_unread(Slice (&slices)[kN], const typename Config::Segment& segment) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = slices[n].first_key + (value_key_ ^ i % 2) + i / 2 * 8;
+        if (key >= segment.tile.begin && key < segment.tile.end) continue;
+#pragma unroll
+        for (int j = 0; j < Values::kCount; ++j) {
+#pragma unroll
+          for (int w = 0; w < Values::kWords; ++w) slices[n].value[i][j][w] = 0U;
+        }
+      }
+    }
+  }
+
+  // Logits to weights.
+  template <int kN>
+  __device__ __forceinline__ void weigh(Slice (&slices)[kN], bool careful) {
+    if constexpr (kWeighted) scale_values(slices, inverse_);
+    float base[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) base[c] = max_[c];
+    exponentials(slices, base);
+    float top_weight = 0.0F, top = 0.0F;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          top_weight = fmaxf(top_weight, fabsf(slices[n].weight[c][i]));
+          if constexpr (kWeighted) top = fmaxf(top, slices[n].x[c][i]);
+        }
+      }
+    }
+    if (__any_sync(kFullWarp, !(top_weight <= kMostWeight) || (kWeighted && !(top <= 3e38F)))) move(slices);
+    if (careful) {
+      add_up<true>(slices);
+    } else {
+      add_up<false>(slices);
+    }
+  }
+
+  template <int kN>
+  static __device__ __forceinline__ void scale_values(Slice (&slices)[kN], float factor) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        slices[n].of_value[i].scale *= factor;
+        if constexpr (ValueF::kHasOffset) slices[n].of_value[i].offset *= factor;
+      }
+    }
+  }
+
+  template <int kN>
+  static __device__ __forceinline__ void exponentials(Slice (&slices)[kN], const float (&base)[kColumns]) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          slices[n].x[c][i] = ptx::ex2_approx(slices[n].s[c][i] - base[c]);
+          slices[n].weight[c][i] = kWeighted ? slices[n].x[c][i] * slices[n].of_value[i].scale : slices[n].x[c][i];
+        }
+      }
+    }
+  }
+
+  // The running maxima and the unit move to where the slices' keys have weights of at most 1.
+  template <int kN>
+  __device__ __forceinline__ void move(Slice (&slices)[kN]) {
+    float grow = 1.0F;
+    if constexpr (kWeighted) {
+      float largest = 0.0F;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float scale = fabsf(slices[n].of_value[i].scale);
+          if (exact::is_finite(scale)) largest = fmaxf(largest, scale);
+        }
+      }
+      const std::uint32_t power = __reduce_max_sync(kFullWarp, __float_as_uint(largest)) & 0x7f800000U;
+      if (power > 0x3f800000U || (fresh_ && power > 0x00800000U)) {
+        grow = __uint_as_float(0x7f000000U - power);
+        unit_ *= __uint_as_float(power);
+        inverse_ *= grow;
+        scale_values(slices, grow);
+        fresh_ = false;
+      }
+    }
+    float base[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      float top = fmaxf(slices[0].s[c][0], slices[0].s[c][1]);
+#pragma unroll
+      for (int n = 1; n < kN; ++n) top = fmaxf(top, fmaxf(slices[n].s[c][0], slices[n].s[c][1]));
+      base[c] = fmaxf(KeysOnM::over_row(top, [](float a, float b) { return fmaxf(a, b); }), max_[c]);
+      const float correction = ptx::ex2_approx(max_[c] - base[c]);
+      max_[c] = base[c];
+      sum_[c] *= correction;
+      offset_[c] *= correction * grow;
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t) {
+        acc_[tile_of(c)][t][element_of(c, 0)] *= correction * grow;
+        acc_[tile_of(c)][t][element_of(c, 1)] *= correction * grow;
+      }
+    }
+    exponentials(slices, base);
+  }
+
+  // Sums of weights, and of what offsets add to every dimension. 0 times a NaN scale is not 0: where some row does not
+  // see a key (kCareful), keys without weight do not meet it.
+  template <bool kCareful, int kN>
+  __device__ __forceinline__ void add_up(Slice (&slices)[kN]) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        sum_[c] += slices[n].x[c][0] + slices[n].x[c][1];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const bool skips = kCareful && kWeighted && slices[n].x[c][i] == 0.0F;
+          if (skips) slices[n].weight[c][i] = 0.0F;
+          if constexpr (ValueF::kHasOffset) {
+            const float offset = skips ? 0.0F : slices[n].of_value[i].offset;
+            offset_[c] = fmaf(slices[n].x[c][i], offset, offset_[c]);
+          }
+          if constexpr (ValueOp::kBias != 0.0F) {
+            offset_[c] = fmaf(slices[n].weight[c][i], -ValueOp::kBias, offset_[c]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(const Slice& slice) {
+    std::uint32_t weights[kTiles][ValueOp::kPlanes][2];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int plane = 0; plane < ValueOp::kPlanes; ++plane) {
+        const float factor = ValueOp::plane(plane);
+        const auto at = [&](int column, int key) {
+          return ValueOp::kPlanes == 1 ? slice.weight[column][key] : slice.weight[column][key] * factor;
+        };
+        constexpr bool kBf16 = Config::kBFloat16Values;
+        if constexpr (kSpread) {
+          // Even columns hold keys 0 to 7, odd ones 8 to 15.
+          weights[0][plane][0] = ptx::transpose_8x8(pack_pair<kBf16>(at(0, 0), at(0, 1)));
+          weights[0][plane][1] = __shfl_xor_sync(kFullWarp, weights[0][plane][0], 4);
+        } else {
+          weights[m][plane][0] = ptx::transpose_8x8(pack_pair<kBf16>(at(2 * m, 0), at(2 * m + 1, 0)));
+          weights[m][plane][1] = ptx::transpose_8x8(pack_pair<kBf16>(at(2 * m, 1), at(2 * m + 1, 1)));
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < Values::kCount; ++j) {
+      std::uint32_t early[ValueOp::kPlanes][Values::kElements], late[ValueOp::kPlanes][Values::kElements];
+      ValueOp::template convert<Values::kElements>(slice.value[0][j], slice.value[1][j], early);
+      ValueOp::template convert<Values::kElements>(slice.value[2][j], slice.value[3][j], late);
+#pragma unroll
+      for (int t = 0; t < kTilesOfPiece; ++t) {
+#pragma unroll
+        for (int plane = 0; plane < ValueOp::kPlanes; ++plane) {
+          const std::uint32_t a[4] = {early[plane][2 * t], early[plane][2 * t + 1], late[plane][2 * t],
+                                      late[plane][2 * t + 1]};
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
+            ptx::mma_16x8x16<Config::kBFloat16Values>(acc_[m][j * kTilesOfPiece + t], a, weights[m][plane][0],
+                                                      weights[m][plane][1]);
+          }
+        }
+      }
+    }
+  }
+
+  // ---- the segment's partial result ---------------------------------------------------------------------------------
+
+  // Element `n` of piece j of a column's output, before v_scale.
+  __device__ __forceinline__ float output(int column, int j, int n) const {
+    const float acc = acc_[tile_of(column)][j * kTilesOfPiece + n / 2][element_of(column, n % 2)];
+    return fmaf(acc, ValueOp::kScale / ValueOp::weight(n), offset_[column]) * unit_;
+  }
+
+  __device__ __forceinline__ void finish(const typename Config::Segment& segment) {
+    const auto add = [](float a, float b) { return a + b; };
+    const float value_factor = p_.v_scale.at(segment.tile.batch, head_);
+    const std::int64_t place =
+        (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
+    float4* out = p_.acc + place * (Config::kSets * kHead) + lane_;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      attention::SoftmaxState state{max_[c] == kNothing ? -INFINITY : max_[c] * kLn2, KeysOnM::over_row(sum_[c], add)};
+      offset_[c] = KeysOnM::over_row(offset_[c], add);
+      float y[kHead / 8];
+      bool finite = true;
+#pragma unroll
+      for (int f = 0; f < kHead / 8; ++f) {
+        y[f] = output(c, f / Values::kElements, f % Values::kElements) * value_factor;
+        if (dimension(f) < p_.head_size_v) finite = finite && exact::is_finite(y[f]);
+      }
+      if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
+        if (!__all_sync(kFullWarp, finite)) redo(segment, c, finite, y, state);
+      }
+      if (quad_ == 0) p_.state[place * kRows + row_of(c)] = make_float2(state.max, state.sum);
+#pragma unroll
+      for (int f = 0; f < kHead / 8; f += 4) {
+        out[(c * (kHead / 32) + f / 4) * 32] = make_float4(y[f], y[f + 1], y[f + 2], y[f + 3]);
+      }
+    }
+  }
+
+  // The dimension of this lane's element f.
+  __device__ __forceinline__ int dimension(int f) const {
+    return (f / Values::kElements * 8 + quad_) * Values::kElements + f % Values::kElements;
+  }
+
+  // Rows of a column that met an infinite or NaN value: again, value by value.
+  __device__ __forceinline__ void redo(const typename Config::Segment& segment, int column, bool finite,
+                                       float (&y)[kHead / 8], attention::SoftmaxState& state) {
+    TileRows tile = segment.tile;
+    tile.kv_head = head_;
+    tile.begin = max(tile.begin, segment.first_slice * kSliceKeys);
+    tile.end = min(tile.end, (segment.first_slice + segment.num_slices) * kSliceKeys);
+    auto* row = reinterpret_cast<float*>(own_.queries);  // in registers by now
+    static_assert(Config::kQueryRows * Config::kQueryPitch >= kHead * static_cast<int>(sizeof(float)));
+    const std::uint32_t odd = __ballot_sync(kFullWarp, !finite);
+    for (int t = 0; t < 4; ++t) {
+      const RowInfo& info = own_.rows[__shfl_sync(kFullWarp, row_of(column), t)];
+      if ((odd & (0x11111111U << t)) == 0 || info.query < 0) continue;
+      const attention::SoftmaxState again =
+          exact_row<KeyF, ValueF>(p_, tile, tile.query_begin + info.query, info.head, row, lane_,
+                                  SlicesOfGroup{segment.first_slice, group_, p_.groups});
+      __syncwarp();
+      if (pair_ == t) {
+        state = again;
+#pragma unroll
+        for (int f = 0; f < kHead / 8; ++f) y[f] = dimension(f) < p_.head_size_v ? row[dimension(f)] : 0.0F;
+      }
+      __syncwarp();
+    }
+  }
+
+  const DecodePagesParams& p_;
+  typename Config::Storage& shared_;
+  typename Config::Warp& own_;
+  const int lane_, quad_, pair_, group_, head_;
+  int stage_;
+  std::uint32_t parity_ = 0;
+  std::uint32_t barriers_, lane_table_, leads_;
+  int key_, value_key_;
+  std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // in the first stage
+
+  std::uint32_t query_[kTiles][kSteps][2];
+  float factor_[kColumns], query_sum_[kColumns];
+  bool biased_;
+  float max_[kColumns];                     // in log2
+  float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset in units
+  float unit_, inverse_;
+  bool fresh_;  // unit_ has not been chosen yet
+  float acc_[kTiles][kOutTiles][4];
+};
+
+}  // namespace quire::cuda

@@ -1,0 +1,125 @@
+// decode_pages and merge_pages in the stream, the second launched so that it can start while the first ends.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/kernel/decode_pages/merge.cuh"
+#include "cuda/kernel/decode_pages/params.h"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "format/formats.h"
+
+namespace quire::cuda {
+namespace {
+
+template <int kHead>
+__global__ void __launch_bounds__(32 * (kHead / 32) * kMostMergeSplits)
+    merge_pages(const __grid_constant__ DecodePagesParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __shared__ PagesMerge<kHead> merge;
+  merge.run(p, static_cast<int>(blockIdx.x), static_cast<int>(blockDim.x) / kHead, static_cast<int>(threadIdx.x) / 32,
+            static_cast<int>(threadIdx.x) % 32);
+#endif
+}
+
+cudaError_t launch_merge(const DecodePagesParams& params, int head_class, int splits, cudaStream_t stream) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(static_cast<std::int64_t>(params.batch) * params.list.max_tiles *
+                                              params.num_kv_heads * (params.list.tile_rows / 4)));
+  config.blockDim = dim3(static_cast<unsigned>(head_class * splits));
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  switch (head_class) {
+    case 64:
+      return cudaLaunchKernelEx(&config, &merge_pages<64>, params);
+    case 128:
+      return cudaLaunchKernelEx(&config, &merge_pages<128>, params);
+    default:
+      return cudaLaunchKernelEx(&config, &merge_pages<256>, params);
+  }
+}
+
+// How the list is shared out, and the slots of its partial results.
+struct Sharing {
+  int heads, parts, groups, blocks;
+  std::int64_t slots;
+};
+Sharing share(const PagesKernel& kernel, int num_kv_heads, int num_multiprocessors, std::int64_t tiles,
+              bool batch_invariant, std::int64_t max_keys) {
+  Sharing sharing;
+  sharing.heads = attention::heads_of_slice(num_kv_heads);
+  sharing.parts = num_kv_heads / sharing.heads;
+  sharing.groups = kernel.warps / sharing.heads;
+  sharing.blocks = std::max(1, num_multiprocessors / sharing.parts);
+  const std::int64_t slices = (max_keys + kSliceKeys - 1) / kSliceKeys;
+  sharing.slots =
+      tiles + (batch_invariant ? tiles * ((slices + kInvariantGrain - 1) / kInvariantGrain) : sharing.blocks);
+  return sharing;
+}
+
+std::size_t bytes_of(const PagesKernel& kernel, const Sharing& sharing, int num_kv_heads) {
+  return static_cast<std::size_t>(sharing.slots) * static_cast<std::size_t>(sharing.groups) *
+         static_cast<std::size_t>(num_kv_heads) * static_cast<std::size_t>(kernel.tile_rows) *
+         (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(kernel.head_class));
+}
+
+int access_of(const attention::SliceRows& rows) {
+  const int bits = rows.at | rows.slot_stride | rows.head_stride | 16;
+  return bits & -bits;
+}
+
+}  // namespace
+
+std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& problem) {
+  const std::int64_t rows = std::min<std::int64_t>(
+      kFewRows, problem.max_query_len * (problem.num_q_heads / problem.num_kv_heads));
+  const std::int64_t tiles =
+      problem.max_batch * std::max<std::int64_t>(1, (rows + kernel.tile_rows - 1) / kernel.tile_rows);
+  return bytes_of(kernel,
+                  share(kernel, problem.num_kv_heads, problem.arch.num_multiprocessors, tiles, problem.batch_invariant,
+                        problem.max_seq_len),
+                  problem.num_kv_heads);
+}
+
+cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePagesParams), const AttentionParams& params,
+                         cudaStream_t stream) {
+  DecodePagesParams p{params};
+  p.max_splits = 1;
+  p.num_kv_heads = params.num_q_heads / params.group_size;
+  const auto row_bytes = [](format::FormatId id, int head_size) { return format::format_info(id).row_bytes(head_size); };
+  const auto slice = attention::page_slice(params.key, row_bytes(params.key.format, params.head_size), params.value,
+                                           row_bytes(params.value.format, params.head_size_v), p.num_kv_heads,
+                                           params.block_size);
+  if (!slice) return cudaErrorInvalidValue;  // the plan's problem says that it has one
+  p.slice = *slice;
+  const std::int64_t tiles = static_cast<std::int64_t>(params.batch) * params.sequence_tiles;
+  const std::int64_t max_keys = params.max_blocks * params.block_size;
+  const Sharing sharing =
+      share(kernel, p.num_kv_heads, params.num_multiprocessors, tiles, params.batch_invariant, max_keys);
+  p.list = {kernel.tile_rows, params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 1, sharing.blocks};
+  p.parts = sharing.parts;
+  p.groups = sharing.groups;
+  p.stage_bytes = p.slice.bytes;
+  const int fit = (kernel.shared_bytes - kernel.header_bytes - kernel.slack) / p.stage_bytes;
+  p.num_stages = std::min(fit, kernel.max_stages) / p.groups * p.groups;
+  if (p.num_stages < p.groups) return cudaErrorInvalidValue;
+  p.key_access = access_of(p.slice.key);
+  p.value_access = access_of(p.slice.value);
+  p.value_piece = kernel.value_piece;
+  p.state = params.partials.state;
+  p.acc = reinterpret_cast<float4*>(p.state + sharing.slots * p.groups * p.num_kv_heads * kernel.tile_rows);
+  const cudaError_t error =
+      launch_kernel(function, dim3(static_cast<unsigned>(sharing.blocks * sharing.parts)), kernel.threads,
+                    static_cast<std::size_t>(kernel.shared_bytes), p, stream);
+  if (error != cudaSuccess) return error;
+  // Partials of a row: about as many as blocks a tile.
+  const std::int64_t partials = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;
+  int splits = 1;
+  while (splits < kMostMergeSplits && 4 * splits < partials && splits * kernel.head_class < 1024) splits *= 2;
+  return launch_merge(p, kernel.head_class, splits, stream);
+}
+
+}  // namespace quire::cuda

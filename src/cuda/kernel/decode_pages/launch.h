@@ -1,0 +1,62 @@
+// decode_pages in the table of kernels: a row for each number of query rows of a tile.
+#pragma once
+
+#include "cuda/kernel/decode_pages/kernel.cuh"
+#include "cuda/kernels.h"
+
+namespace quire::cuda {
+
+template <int kRows>
+struct DecodePages {
+  static constexpr std::string_view kName = "decode_pages";
+  static constexpr bool kServesFew = true;
+  static constexpr bool kServesMany = false;
+  static const char* refuses(const KernelDesc& kernel, const AttentionProblem& problem) {
+    if (!runs_sm90a(problem.arch)) return "it is compiled for sm_90a";
+    if (!problem.whole_pages) return "16 slots of a page are no runs of whole 16-byte vectors";
+    if (problem.block_size % kSliceKeys != 0) return "block_size is no multiple of 16";
+    const int least = problem.row_alignment;
+    if (least < 2 || (least < 4 && !(unaligned(kernel.key) && unaligned(kernel.value)))) {
+      return "rows are not aligned to 4 bytes, or slots of both sides to 2";
+    }
+    return refused_by_tensor_cores(kernel, problem);
+  }
+
+  template <class KeyF, class ValueF, int kHead>
+  static constexpr bool kCompiled = has_pieces<KeyF>() && has_pieces<ValueF>() && !ValueF::kLevelNorm &&
+                                    !std::is_same_v<KeyF, format::Float32> && (kHead <= 128 || kRows <= 8);
+  template <class KeyF, class ValueF, int kHead>
+  static constexpr KernelShape kShape = {.tile_rows = kRows,
+                                         .grid_by_sequence = true,
+                                         .blocks_per_multiprocessor = 1,
+                                         .overhead_keys = 128,
+                                         .ns_per_key = kRows <= 8 ? 4 + 0.1 * kRows : 6,
+                                         .persistent = true};
+
+  template <class KeyF, class ValueF, int kHead>
+  static cudaError_t launch(const AttentionParams& params, std::int64_t, cudaStream_t stream) {
+    return launch_pages(kKernel<KeyF, ValueF, kHead>, &decode_pages<KeyF, ValueF, kHead, kRows>, params, stream);
+  }
+  template <class KeyF, class ValueF, int kHead>
+  static std::size_t workspace(const AttentionProblem& problem) {
+    return pages_workspace(kKernel<KeyF, ValueF, kHead>, problem);
+  }
+
+ private:
+  static bool unaligned(format::FormatId id) { return format::format_info(id).meta_place == format::MetaPlace::kInRow; }
+
+  template <class KeyF, class ValueF, int kHead>
+  static constexpr PagesKernel kKernel = {
+      kRows,
+      kHead,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kWarps,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kThreads,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kHeaderBytes,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kSharedBytes,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kSlack,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kMaxStages,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::ValuePieces::kElements,
+  };
+};
+
+}  // namespace quire::cuda

@@ -1,0 +1,43 @@
+// A call of decode_pages, and of the merge after it, as the host describes them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/page_slices.h"
+#include "cuda/attention_params.h"
+#include "cuda/work/page_list.cuh"
+#include "quire/ops.h"
+
+namespace quire::cuda {
+
+struct DecodePagesParams : AttentionParams {
+  int num_kv_heads;
+  PageListShape list;
+  int parts;   // sets of KV heads: block i works on set i % parts
+  int groups;  // of warps, each of which has every head of the part and takes every groups-th slice
+  int num_stages, stage_bytes;
+  int key_access, value_access;  // bytes that divide the address of every row of a slice in shared memory
+  attention::PageSlice slice;
+  int value_piece;  // ValueOperand's pieces, which say in what order partials have elements
+  float2* state;    // [slots, groups, num_kv_heads, tile_rows] (max, sum)
+  float4* acc;      // [slots, groups, num_kv_heads, tile_rows / 4, head class / 32, 32 lanes]
+};
+
+// What the host needs to know of a compiled kernel.
+struct PagesKernel {
+  int tile_rows, head_class, warps, threads;
+  int header_bytes, shared_bytes, slack, max_stages;
+  int value_piece;
+};
+
+// The workspace for calls within a problem's bounds.
+std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& problem);
+
+// Launches `function`, the compiled kernel, and the merge. `workspace` holds pages_workspace.
+cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePagesParams), const AttentionParams& params,
+                         cudaStream_t stream);
+
+}  // namespace quire::cuda

@@ -1,0 +1,180 @@
+// The copying warp of decode_pages: walks the block's runs of the list, tells the other warps what comes, and keeps the
+// stages full.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernel/decode_pages/config.h"
+#include "cuda/ptx/bulk.cuh"
+#include "cuda/work/page_list.cuh"
+#include "cuda/work/rows.cuh"
+
+namespace quire::cuda {
+
+template <class Config>
+class PageProducer {
+ public:
+  // `stages`: the address of the first one. `part`, `place`: of the block among those of its KV heads.
+  __device__ __forceinline__ PageProducer(const DecodePagesParams& p, typename Config::Storage& shared,
+                                          std::uint32_t stages, int part, int place, int lane)
+      : p_(p),
+        shared_(shared),
+        stages_(stages),
+        full_(ptx::shared_address(shared.full)),
+        empty_(ptx::shared_address(shared.empty)),
+        part_(part),
+        place_(place),
+        lane_(lane),
+        policy_(ptx::evict_first_policy()) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int run = lane + 32 * i;
+      if (run >= p.slice.num_runs) continue;
+      const attention::PageRun& from = p.slice.runs[run];
+      copies_[i] = {from.data + part * from.part_stride, from.block_stride, from.slice_stride, from.bytes, from.at};
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const PageList list(p_, p_.list, lane_);
+    const PageRuns runs(p_.list, list.total());
+    const std::int64_t first = static_cast<std::int64_t>(place_) * runs.runs_per_block;
+    for (int i = 0; i < runs.runs_per_block; ++i) {
+      const std::int64_t begin = (first + i) * runs.length;
+      if (begin >= runs.total) break;
+      walk(list, static_cast<int>(first) + i, begin, min(begin + runs.length, runs.total));
+    }
+    start_segment(nullptr, {});
+  }
+
+ private:
+  struct Copy {
+    const std::uint8_t* from = nullptr;
+    std::int64_t block_stride = 0;
+    std::int32_t slice_stride = 0, bytes = 0, at = 0;
+  };
+
+  // One run of the list: a segment for each tile it meets.
+  __device__ __forceinline__ void walk(const PageList& list, int run, std::int64_t begin, std::int64_t end) {
+    auto left = static_cast<int>(end - begin);
+    std::int64_t at = begin;
+    int batch = list.find(at);
+#pragma unroll 1
+    for (; left > 0; ++batch) {
+      const SequenceSlices work = sequence_slices(p_, Config::kRows, batch);
+      const int grains = work.grains(p_.list.grain);
+#pragma unroll 1
+      for (int tile = 0; tile < work.tiles && left > 0; ++tile) {
+        if (at >= grains) {
+          at -= grains;
+          continue;
+        }
+        const auto from = static_cast<int>(at);
+        const int count = min(grains - from, left);
+        typename Config::Segment segment;
+        segment.tile.kv_head = 0;  // each consumer's own
+        segment.tile.batch = batch;
+        segment.tile.split = 0;
+        segment.tile.row_begin = tile * Config::kRows;
+        segment.first_slice = work.first + from * p_.list.grain;
+        segment.num_slices = min(count * p_.list.grain, work.slices - from * p_.list.grain);
+        segment.slot = run + batch * p_.list.max_tiles + tile;
+        complete_rows(p_, Config::kRows, segment.tile);
+        start_segment(&segment, segment);
+        copy_slices(segment);
+        left -= count;
+        at = 0;
+      }
+    }
+  }
+
+  // Null: the end.
+  __device__ __forceinline__ void start_segment(const typename Config::Segment* given,
+                                                const typename Config::Segment& segment) {
+    const int i = segment_ % Config::kSegments;
+    if (lane_ == 0) {
+      ptx::barrier_wait_at(ptx::shared_address(&shared_.segment_empty[i]), segment_ / Config::kSegments % 2 ^ 1);
+      shared_.segments[i].num_slices = 0;
+      if (given != nullptr) shared_.segments[i] = segment;
+      ptx::barrier_arrive_at(ptx::shared_address(&shared_.segment_full[i]));
+    }
+    __syncwarp();
+    ++segment_;
+  }
+
+  // The entry of the block table for a slice; -1: nothing to read. Entries outside the cache are counted once.
+  __device__ __forceinline__ int block_of(const TileRows& tile, int slice) const {
+    const int key = slice * kSliceKeys;
+    const int entry = p_.block_shift >= 0 ? key >> p_.block_shift : key / p_.block_size;
+    if (entry >= p_.max_blocks) return -1;
+    const std::int32_t block = p_.block_table[tile.batch * p_.table_batch_stride + entry * p_.table_block_stride];
+    if (block >= 0 && block < p_.num_blocks) return block;
+    if (part_ == 0 && p_.error_counter != nullptr) {
+      const int keys = min(key + kSliceKeys, tile.end) - max(key, tile.begin);
+      if (keys > 0) atomicAdd(p_.error_counter, static_cast<unsigned long long>(keys));
+    }
+    return -1;
+  }
+
+  __device__ __forceinline__ void copy_slices(const typename Config::Segment& segment) {
+    const TileRows& tile = segment.tile;
+    const int end = segment.first_slice + segment.num_slices;
+    int next = segment.first_slice + lane_ < end ? block_of(tile, segment.first_slice + lane_) : -1;
+    for (int first = segment.first_slice; first < end; first += 32) {
+      const int blocks = next;
+      next = first + 32 + lane_ < end ? block_of(tile, first + 32 + lane_) : -1;
+      const int count = min(32, end - first);
+      for (int i = 0; i < count; ++i) {
+        const int block = __shfl_sync(kFullWarp, blocks, i);
+        const int key = (first + i) * kSliceKeys;
+        const bool careful = block < 0 || key < tile.full_begin || key + kSliceKeys > tile.full_end;
+        copy_slice(block, key, careful);
+      }
+    }
+    // Every segment begins with the first group of warps.
+    for (int i = segment.num_slices % p_.groups; i > 0 && i < p_.groups; ++i) copy_slice(-1, 0, true);
+  }
+
+  __device__ __forceinline__ void copy_slice(int block, int key, bool careful) {
+    constexpr int kNowhere = -(1 << 30);
+    const std::uint32_t barrier = full_ + 8 * stage_;
+    ptx::barrier_wait_at(empty_ + 8 * stage_, parity_);
+    if (lane_ == 0) {
+      shared_.infos[stage_].first_key = block < 0 ? kNowhere : key;
+      shared_.infos[stage_].careful = careful ? 1 : 0;
+      if (block < 0) {
+        ptx::barrier_arrive_at(barrier);
+      } else {
+        ptx::barrier_arrive_expecting(barrier, static_cast<std::uint32_t>(p_.slice.copy_bytes));
+      }
+    }
+    __syncwarp();
+    if (block >= 0) {
+      const int slot = p_.block_shift >= 0 ? key & (p_.block_size - 1) : key % p_.block_size;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Copy& copy = copies_[i];
+        if (copy.bytes == 0) continue;
+        const std::uint8_t* from =
+            copy.from + block * copy.block_stride + static_cast<std::int64_t>(slot / kSliceKeys) * copy.slice_stride;
+        ptx::bulk_copy(stages_ + stage_ * p_.stage_bytes + copy.at, from, static_cast<std::uint32_t>(copy.bytes), barrier,
+                       policy_);
+      }
+    }
+    if (++stage_ == p_.num_stages) {
+      stage_ = 0;
+      parity_ ^= 1U;
+    }
+  }
+
+  const DecodePagesParams& p_;
+  typename Config::Storage& shared_;
+  const std::uint32_t stages_, full_, empty_;
+  const int part_, place_, lane_;
+  const std::uint64_t policy_;
+  Copy copies_[2];
+  int segment_ = 0, stage_ = 0;
+  std::uint32_t parity_ = 1;
+};
+
+}  // namespace quire::cuda
