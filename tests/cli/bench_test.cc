@@ -1,10 +1,12 @@
 // quire bench: which rows it prints and what is in them. Times are not looked at.
 #include <gtest/gtest.h>
 
+#include <map>
 #include <set>
 #include <string>
 
 #include "cli/cli.h"
+#include "support/modes.h"
 
 namespace quire::test {
 namespace {
@@ -51,18 +53,54 @@ TEST(Bench, RowsOfAGrid) {
   EXPECT_EQ(problems.size(), 16U);
 }
 
+// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and in
+// TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
+TEST(Bench, EveryLayoutCountsTheSameBytes) {
+  const std::map<std::string, double> bytes_per_token_head = {{"bfloat16", 2.0 * 64 * 2},
+                                                              {"fp8", 2.0 * 64},
+                                                              {"int8_per_token_head", 2.0 * (64 + 4)},
+                                                              {"int4_per_token_head", 2.0 * (32 + 4)},
+                                                              {"turboquant_4bit_nc", 32 + 2 + 32 + 4}};
+  const std::string layouts = "nhd,hnd,nhd_inline,hnd_inline,vllm,vllm_hnd";
+  std::string modes;
+  for (const auto& [mode, bytes] : bytes_per_token_head) {
+    if (testing::modes_built({mode})) modes += (modes.empty() ? "" : ",") + mode;
+  }
+  const CliResult result =
+      run_cli({"bench", "decode", "--mode", modes, "--batch", "2", "--context", "40", "--num-q-heads", "4",
+               "--num-kv-heads", "2", "--head-size", "64", "--layout", layouts, "--budget-ms", "1", "--json"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const json report = result.json();
+  std::map<std::string, std::string> seen;  // the layouts of each mode
+  for (const json& row : report["rows"]) {
+    const auto mode = row["mode"].get<std::string>();
+    seen[mode] += (seen[mode].empty() ? "" : ",") + row["layout"].get<std::string>();
+    EXPECT_TRUE(row["layout_share"].is_null());
+    const double gbps = 2.0 * 40.0 * 2.0 * bytes_per_token_head.at(mode) / row["ms"].get<double>() * 1e-6;
+    EXPECT_NEAR(row["cache_gbps"].get<double>(), gbps, 1e-9 * gbps) << mode << " " << row["layout"];
+    EXPECT_NEAR(row["bandwidth_share"].get<double>(), gbps / report["linear_read_gbps"].get<double>(), 1e-9);
+  }
+  for (const auto& [mode, bytes] : bytes_per_token_head) {
+    EXPECT_EQ(seen[mode], testing::modes_built({mode}) ? layouts : "") << mode;
+  }
+}
+
+// bf16 in, and rows of the mode out: bf16, or 64 codes and a scale. vLLM's pages take the same bytes.
 TEST(Bench, StoreIsHeldToACopy) {
-  const CliResult result = run_cli({"bench", "store", "--mode", "bfloat16", "--context", "64", "--num-kv-heads", "2",
+  const bool int8 = testing::modes_built({"int8_per_token_head"});
+  const CliResult result = run_cli({"bench", "store", "--mode", int8 ? "bfloat16,int8_per_token_head" : "bfloat16",
+                                    "--layout", "nhd,vllm,vllm_hnd", "--context", "64", "--num-kv-heads", "2",
                                     "--head-size", "64", "--budget-ms", "1", "--json"});
   ASSERT_EQ(result.exit_status, 0) << result.err;
   const json report = result.json();
-  ASSERT_EQ(report["rows"].size(), 1U);
-  const json& row = report["rows"][0];
-  EXPECT_EQ(row["op"], "store");
-  // bf16 in, bf16 out.
-  EXPECT_NEAR(row["cache_gbps"].get<double>(), 2.0 * 64.0 * 2.0 * 128.0 * 2.0 / row["ms"].get<double>() * 1e-6, 1e-9);
-  EXPECT_NEAR(row["bandwidth_share"].get<double>(), row["cache_gbps"].get<double>() / report["copy_gbps"].get<double>(),
-              1e-9);
+  ASSERT_EQ(report["rows"].size(), int8 ? 6U : 3U);
+  for (const json& row : report["rows"]) {
+    EXPECT_EQ(row["op"], "store");
+    const double row_bytes = row["mode"] == "bfloat16" ? 64.0 * 2.0 : 64.0 + 4.0;
+    const double gbps = 2.0 * 64.0 * 2.0 * (64.0 * 2.0 + row_bytes) / row["ms"].get<double>() * 1e-6;
+    EXPECT_NEAR(row["cache_gbps"].get<double>(), gbps, 1e-9 * gbps);
+    EXPECT_NEAR(row["bandwidth_share"].get<double>(), gbps / report["copy_gbps"].get<double>(), 1e-9);
+  }
 }
 
 TEST(Bench, Refuses) {
@@ -88,7 +126,9 @@ TEST(Bench, RefusesSizesInASentence) {
     bench({"decode", "--batch", value}, "--batch is '");
   }
   bench({"encode"}, "op is 'encode', supported are decode, prefill, store");
-  bench({"decode", "--layout", "nhd,dhn"}, "--layout is 'dhn', supported are nhd, hnd, nhd_inline, hnd_inline");
+  bench({"decode", "--layout", "nhd,dhn"},
+        "--layout is 'dhn', supported are nhd, hnd, nhd_inline, "
+        "hnd_inline, vllm, vllm_hnd");
   bench({"decode", "--context", "9223372036854775807"}, "--context is '9223372036854775807', expected a decimal");
   bench({"decode", "--context", "2147483648"}, "--context is '2147483648', expected a decimal integer from 1 to 214");
   for (const char* op : {"decode", "prefill", "store"}) {

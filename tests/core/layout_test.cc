@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "support/attention_case.h"
@@ -101,6 +102,30 @@ TEST(Layout, KnownPages) {
 
 // Pull request 39074 to vLLM: effective_head_size is d, d, d / 2, d / 4, and its page formula adds the scales,
 // 2 * block_size * num_kv_heads * 4 bytes, to block_size * num_kv_heads * (K + V) * element size.
+// As vLLM 0.33.0's engine allocates them, int8, 2 heads of 128, blocks of 128 tokens: a tensor [blocks, 2, 128, 264] with
+// strides (67584, 264, 528, 1) token-major, dense head-major; its Triton backend looks for the scale of K at byte 128 and
+// for that of V at 132 + 128.
+TEST(Layout, VllmsPages) {
+  KVCacheSpec spec;
+  spec.mode = mode_of("int8_per_token_head");
+  spec.num_kv_heads = 2;
+  spec.block_size = 128;
+  spec.packing = KVPacking::kKVInRow;
+  spec.scales = ScalePlacement::kInline;
+  for (const auto& [order, slot_stride, head_stride] :
+       {std::tuple{CacheOrder::kNHD, 528, 264}, std::tuple{CacheOrder::kHND, 264, 128 * 264}}) {
+    spec.order = order;
+    const KVCacheLayout layout = layout_of(spec);
+    EXPECT_EQ(layout.bytes_per_block, 67584);
+    for (const std::int64_t stride : {layout.k_block_stride, layout.v_block_stride}) EXPECT_EQ(stride, 67584);
+    for (const std::int64_t stride : {layout.k_slot_stride, layout.v_slot_stride}) EXPECT_EQ(stride, slot_stride);
+    for (const std::int64_t stride : {layout.k_head_stride, layout.v_head_stride}) EXPECT_EQ(stride, head_stride);
+    EXPECT_EQ(layout.k_scale_offset, 128);
+    EXPECT_EQ(layout.v_offset, 132);
+    EXPECT_EQ(layout.v_offset + layout.v_scale_offset, 132 + 128);
+  }
+}
+
 TEST(Layout, EffectiveHeadSizeGoesIntoVllmsPageFormula) {
   for (const auto& [mode, divisor] : {std::pair{"int8_per_token_head", 1},
                                       {"fp8_per_token_head", 1},

@@ -149,6 +149,18 @@ constexpr LongPrompt kLongPrompts[] = {
        o.group = 8;
        o.layout = Layout::kPackedInline;
      }},
+    {"vLLM's pages",
+     [](Options& o) {
+       o.block_size = 32;
+       o.layout = Layout::kPackedInlineNhd;
+     }},
+    {"pages of three layers, K longer than V",
+     [](Options& o) {
+       o.head_size = 192;
+       o.head_size_v = 128;
+       o.block_size = 64;
+       o.layout = Layout::kLayerPages;
+     }},
     {"smaller heads",
      [](Options& o) {
        o.head_size = 72;

@@ -13,7 +13,8 @@ namespace {
 
 // 9000 rows of 128: the tile of few lanes a row, with its last block partly filled.
 TEST(CudaStore, BytesOfManyRowsEqualTheCpus) {
-  constexpr std::int64_t kTokens = 1125, kHeads = 8, kHeadSize = 128;
+  constexpr std::int64_t kTokens = 1125, kSlots = 1152, kHeads = 8, kHeadSize = 128;
+  int n = 0;
   for (const std::string& mode : table_modes()) {
     for (const Layout layout : kAllLayouts) {
       for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
@@ -23,7 +24,8 @@ TEST(CudaStore, BytesOfManyRowsEqualTheCpus) {
         options.mode = mode;
         options.head_size = kHeadSize;
         options.num_kv_heads = kHeads;
-        options.num_blocks = 72;
+        options.block_size = 16 << n++ % 3;
+        options.num_blocks = kSlots / options.block_size;
         options.layout = layout;
         Random random(17);
         // Rows of nothing, of one value, with an element that is not finite; the rest Gaussian.
@@ -39,7 +41,7 @@ TEST(CudaStore, BytesOfManyRowsEqualTheCpus) {
         key.fill(rows);
         std::reverse(rows.begin(), rows.end());
         value.fill(rows);
-        std::vector<std::int64_t> slots(72 * 16);
+        std::vector<std::int64_t> slots(kSlots);
         for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
         random.shuffle(slots);
         slots.resize(kTokens);

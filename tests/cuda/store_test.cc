@@ -215,6 +215,7 @@ TEST(CudaStore, BytesEqualTheCpusInEveryLayout) {
 
 // Head size 128, the size with kernels of its own, over rows of every kind.
 TEST(CudaStore, BytesOfHostileRowsEqualTheCpusInEveryLayout) {
+  int n = 0;
   for (const std::string& mode : table_modes()) {
     for (const Layout layout : kAllLayouts) {
       for (const DType dtype : kInputs) {
@@ -223,6 +224,7 @@ TEST(CudaStore, BytesOfHostileRowsEqualTheCpusInEveryLayout) {
         options.mode = mode;
         options.head_size = 128;
         options.num_blocks = 3;
+        options.block_size = 16 << n++ % 3;
         options.layout = layout;
         const Inputs inputs(options, {.slots = {47, 1, 2, 30, 9, 8, 22, 14, 0, 3, 4, 31, 17, 6, 5, 33, 40, 16, -1, 7},
                                       .key = dtype,

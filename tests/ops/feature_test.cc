@@ -7,6 +7,7 @@
 #include "support/attention_case.h"
 #include "support/modes.h"
 #include "support/paged_cache.h"
+#include "support/tested_ops.h"
 
 namespace quire::testing {
 namespace {
@@ -134,17 +135,22 @@ TEST_P(Features, ScaleShapes) {
   }
 }
 
+// Rows of 64 and 96 elements from fp32 queries; from 16-bit ones, where a device has kernels for them, 128.
 TEST_P(Features, LayoutsAndBlockSizes) {
-  for (Layout layout : kAllLayouts) {
-    for (int block_size : {1, 3, 16, 64}) {
-      Options options;
-      options.mode = GetParam();
-      options.layout = layout;
-      options.block_size = block_size;
-      options.head_size_v = 96;
-      options.sequences = {{1, 90}, {6, 43}};
-      AttentionCase problem(options);
-      ASSERT_TRUE(problem.check());
+  for (DType dtype : ops.query_dtypes) {
+    for (Layout layout : kAllLayouts) {
+      for (int block_size : {1, 3, 16, 32, 64}) {
+        Options options;
+        options.mode = GetParam();
+        options.dtype = dtype;
+        options.layout = layout;
+        options.block_size = block_size;
+        options.head_size = dtype == DType::kFloat32 ? 64 : 128;
+        options.head_size_v = dtype == DType::kFloat32 ? 96 : 128;
+        options.sequences = {{1, 90}, {6, 43}};
+        AttentionCase problem(options);
+        ASSERT_TRUE(problem.check());
+      }
     }
   }
 }

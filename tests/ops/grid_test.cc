@@ -2,6 +2,7 @@
 // layouts, dtypes and splits take turns over the grid; feature_test.cc combines them at one shape.
 #include <gtest/gtest.h>
 
+#include <iterator>
 #include <string>
 #include <tuple>
 
@@ -35,7 +36,7 @@ TEST_P(Grid, MatchesTheOracle) {
       options.block_size = block_size;
       // A decode over many pages, a continued prefill that crosses a page, a fresh one.
       options.sequences = {{1, block_size < 256 ? 37 + 3 * block_size : 517}, {4, 30}, {3, 3}};
-      options.layout = kAllLayouts[n % 8];
+      options.layout = kAllLayouts[n % std::ssize(kAllLayouts)];
       options.dtype = n % 4 == 1 ? DType::kBFloat16 : n % 4 == 3 ? DType::kFloat16 : DType::kFloat32;
       options.window = n % 5 == 2 ? block_size + 1 : -1;
       options.softcap = n % 7 == 3 ? 20.0F : 0.0F;

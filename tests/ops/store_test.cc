@@ -78,6 +78,7 @@ struct StoreInputs {
 };
 
 TEST_P(Store, BytesAreTheScalarStoresOnEveryTarget) {
+  constexpr int kBlockSizes[] = {16, 5, 32, 64};
   int n = 0;
   for (int head_size : {32, 64, 80, 96, 112, 128, 192, 256, 512}) {
     for (Layout layout : kAllLayouts) {
@@ -86,7 +87,7 @@ TEST_P(Store, BytesAreTheScalarStoresOnEveryTarget) {
       options.head_size = head_size;
       options.head_size_v = n % 3 == 0 ? 96 : 0;
       options.num_kv_heads = 1 + n % 3;
-      options.block_size = n % 2 == 0 ? 16 : 5;
+      options.block_size = kBlockSizes[n % 4];
       options.layout = layout;
       const DType dtypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
       const DType dtype = dtypes[n % 3];

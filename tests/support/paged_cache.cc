@@ -29,15 +29,15 @@ Plane dense(int buffer, std::int64_t row, std::int64_t slots, std::int64_t heads
 // Where everything lies; k, v are the bytes of a row, ks, vs those of its scale (0 or 4).
 Planes place(Layout layout, std::int64_t k, std::int64_t v, std::int64_t ks, std::int64_t vs, std::int64_t slots,
              std::int64_t heads) {
-  const bool head_first = layout == Layout::kHnd;
+  const bool head_first = layout == Layout::kHnd || layout == Layout::kPaddedPages;
   Planes planes{dense(0, k, slots, heads, head_first), dense(1, v, slots, heads, head_first),
                 dense(2, ks, slots, heads, head_first), dense(3, vs, slots, heads, head_first)};
+  Plane* const all[] = {&planes.k, &planes.v, &planes.k_scale, &planes.v_scale};
   switch (layout) {
     case Layout::kNhd:
     case Layout::kHnd:
       break;
-    case Layout::kPadded: {
-      Plane* all[] = {&planes.k, &planes.v, &planes.k_scale, &planes.v_scale};
+    case Layout::kPadded:
       for (Plane* plane : all) {
         plane->head_stride += 8;
         plane->slot_stride = plane->head_stride * heads + 16;
@@ -45,7 +45,6 @@ Planes place(Layout layout, std::int64_t k, std::int64_t v, std::int64_t ks, std
         plane->offset = 32;
       }
       break;
-    }
     case Layout::kPackedRow:
       planes.k = dense(0, k + v, slots, heads, false);
       planes.v = planes.k;
@@ -60,11 +59,17 @@ Planes place(Layout layout, std::int64_t k, std::int64_t v, std::int64_t ks, std
       planes.v_scale.offset = v;
       break;
     case Layout::kPackedInline:
-      planes.k = dense(0, k + ks + v + vs, slots, heads, true);
+    case Layout::kPackedInlineNhd:
+    case Layout::kLayerPages:
+      planes.k = dense(0, k + ks + v + vs, slots, heads, layout != Layout::kPackedInlineNhd);
+      if (layout == Layout::kLayerPages) {
+        planes.k.offset = planes.k.block_stride;
+        planes.k.block_stride *= 3;
+      }
       planes.k_scale = planes.v = planes.v_scale = planes.k;
-      planes.k_scale.offset = k;
-      planes.v.offset = k + ks;
-      planes.v_scale.offset = k + ks + v;
+      planes.k_scale.offset += k;
+      planes.v.offset += k + ks;
+      planes.v_scale.offset += k + ks + v;
       break;
     case Layout::kKVInBlock:
       planes.v = dense(0, v, slots, heads, false);
@@ -72,15 +77,16 @@ Planes place(Layout layout, std::int64_t k, std::int64_t v, std::int64_t ks, std
       planes.k.block_stride += planes.v.block_stride;
       planes.v.block_stride = planes.k.block_stride;
       break;
-    case Layout::kLayerInBlock: {
-      Plane* all[] = {&planes.k, &planes.v, &planes.k_scale, &planes.v_scale};
+    case Layout::kLayerInBlock:
       for (Plane* plane : all) {
         plane->offset = plane->head_stride * heads;
         plane->slot_stride = 3 * plane->head_stride * heads;
         plane->block_stride = slots * plane->slot_stride;
       }
       break;
-    }
+    case Layout::kPaddedPages:
+      for (Plane* plane : all) plane->block_stride += 80;  // an odd multiple of 16
+      break;
   }
   return planes;
 }
@@ -98,8 +104,10 @@ Tensor view_of(std::vector<std::uint8_t>& buffer, const Plane& plane, DType dtyp
 }  // namespace
 
 std::string_view layout_name(Layout layout) {
-  constexpr std::string_view names[] = {"nhd",    "hnd",           "padded",      "packed_row",
-                                        "inline", "packed_inline", "kv_in_block", "layer_in_block"};
+  constexpr std::string_view names[] = {
+      "nhd",           "hnd",         "padded",         "packed_row",        "inline",
+      "packed_inline", "kv_in_block", "layer_in_block", "packed_inline_nhd", "padded_pages",
+      "layer_pages"};
   return names[static_cast<int>(layout)];
 }
 

@@ -1,4 +1,4 @@
-// The caches of one mode in one of eight layouts, over memory that starts as poison: 0xFF is NaN in every float type
+// The caches of one mode in one of the layouts below, over memory that starts as poison: 0xFF is NaN in every float type
 // and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
 #pragma once
 
@@ -15,18 +15,22 @@ namespace quire::testing {
 
 // How rows lie in memory. "row" is a format's row in bytes.
 enum class Layout {
-  kNhd,           // [blocks, slots, heads, row], K and V apart, scale caches apart
-  kHnd,           // [blocks, heads, slots, row], scale caches likewise
-  kPadded,        // kNhd with gaps after every row and every page, everything at an offset
-  kPackedRow,     // [blocks, slots, heads, K row | V row]
-  kInlineScale,   // [blocks, slots, heads, row | scale], K and V apart
-  kPackedInline,  // [blocks, heads, slots, K row | scale | V row | scale]
-  kKVInBlock,     // [blocks, 2, slots, heads, row]
-  kLayerInBlock,  // [blocks, slots, 3 layers, heads, row]: the tensors are the middle layer
+  kNhd,              // [blocks, slots, heads, row], K and V apart, scale caches apart
+  kHnd,              // [blocks, heads, slots, row], scale caches likewise
+  kPadded,           // kNhd with gaps after every row and every page, everything at an offset
+  kPackedRow,        // [blocks, slots, heads, K row | V row]
+  kInlineScale,      // [blocks, slots, heads, row | scale], K and V apart
+  kPackedInline,     // [blocks, heads, slots, K row | scale | V row | scale]: vLLM's LBHNC
+  kKVInBlock,        // [blocks, 2, slots, heads, row]
+  kLayerInBlock,     // [blocks, slots, 3 layers, heads, row]: the tensors are the middle layer
+  kPackedInlineNhd,  // [blocks, slots, heads, K row | scale | V row | scale]: vLLM's LBNHC
+  kPaddedPages,      // kHnd with a gap after every page and none inside
+  kLayerPages,       // [blocks, 3 layers, page of kPackedInline]: the middle layer (vLLM's BLHNC)
 };
-inline constexpr Layout kAllLayouts[] = {Layout::kNhd,       Layout::kHnd,         Layout::kPadded,
-                                         Layout::kPackedRow, Layout::kInlineScale, Layout::kPackedInline,
-                                         Layout::kKVInBlock, Layout::kLayerInBlock};
+inline constexpr Layout kAllLayouts[] = {Layout::kNhd,         Layout::kHnd,          Layout::kPadded,
+                                         Layout::kPackedRow,   Layout::kInlineScale,  Layout::kPackedInline,
+                                         Layout::kKVInBlock,   Layout::kLayerInBlock, Layout::kPackedInlineNhd,
+                                         Layout::kPaddedPages, Layout::kLayerPages};
 std::string_view layout_name(Layout layout);
 
 // The caches of one layer over memory that starts as `poison`.

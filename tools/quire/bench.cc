@@ -1,12 +1,15 @@
 // quire bench decode|prefill|store: times the ops over a grid of problems and holds them against the memory's speed.
 #include <fmt/core.h>
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -33,13 +36,30 @@ Result<Memory> copy_of(Device device, const std::vector<T>& values) {
 }
 
 const std::vector<std::string> kOps = {"decode", "prefill", "store"};
-const std::vector<std::string> kLayouts = {"nhd", "hnd", "nhd_inline", "hnd_inline"};
+
+// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale behind
+// it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's slot is
+// such a row already, which vLLM itself has token-major only.
+struct Placement {
+  CacheOrder order;
+  KVPacking packing;
+  ScalePlacement scales;
+};
+const Choices<Placement> kLayouts = {
+    {"nhd", {CacheOrder::kNHD, KVPacking::kSeparate, ScalePlacement::kSeparate}},
+    {"hnd", {CacheOrder::kHND, KVPacking::kSeparate, ScalePlacement::kSeparate}},
+    {"nhd_inline", {CacheOrder::kNHD, KVPacking::kSeparate, ScalePlacement::kInline}},
+    {"hnd_inline", {CacheOrder::kHND, KVPacking::kSeparate, ScalePlacement::kInline}},
+    {"vllm", {CacheOrder::kNHD, KVPacking::kKVInRow, ScalePlacement::kInline}},
+    {"vllm_hnd", {CacheOrder::kHND, KVPacking::kKVInRow, ScalePlacement::kInline}},
+};
+using Layout = Choices<Placement>::value_type;
 
 struct Options {
   std::string op = "decode";
   Device device = Device::kCpu;
   std::string modes = "auto";
-  std::vector<std::string> layouts = {"nhd"};
+  std::vector<const Layout*> layouts = {&kLayouts[0]};
   std::vector<std::int64_t> batches = {1};
   std::vector<std::int64_t> contexts = {8192};
   std::vector<std::int64_t> q_lens;  // default: 1 for decode, the context for prefill
@@ -54,7 +74,8 @@ struct Options {
 
 struct Problem {
   Device device;
-  std::string mode, layout;
+  std::string mode;
+  const Layout* layout;
   std::int64_t batch, context, q_len;
   int num_q_heads, num_kv_heads, head_size, head_size_v, block_size;
 };
@@ -71,17 +92,26 @@ Result<KVCacheLayout> layout_of(const Problem& problem, ModeId mode) {
   spec.head_size_v = problem.head_size_v;
   spec.num_kv_heads = problem.num_kv_heads;
   spec.block_size = problem.block_size;
-  spec.order = problem.layout.substr(0, 3) == "hnd" ? CacheOrder::kHND : CacheOrder::kNHD;
-  spec.scales = problem.layout.ends_with("_inline") ? ScalePlacement::kInline : ScalePlacement::kSeparate;
+  const Placement& placement = problem.layout->second;
+  spec.order = placement.order;
+  spec.packing = placement.packing;
+  spec.scales = placement.scales;
   return make_layout(spec);
 }
 
+// The first `count` elements of a seed's sequence, which is kept: the rows of a table ask for the same ones.
 std::vector<std::uint16_t> random_rows(std::int64_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<std::uint16_t> rows(static_cast<std::size_t>(count));
-  for (std::uint16_t& x : rows) x = format::float_to_bfloat16(normal(random));
-  return rows;
+  struct Sequence {
+    std::mt19937 random;
+    std::normal_distribution<float> normal;
+    std::vector<std::uint16_t> rows;
+  };
+  static std::map<unsigned, Sequence> sequences;
+  Sequence& sequence = sequences.try_emplace(seed, Sequence{std::mt19937(seed), {}, {}}).first->second;
+  while (std::ssize(sequence.rows) < count) {
+    sequence.rows.push_back(format::float_to_bfloat16(sequence.normal(sequence.random)));
+  }
+  return {sequence.rows.begin(), sequence.rows.begin() + count};
 }
 
 #define QUIRE_ASSIGN(name, expression)               \
@@ -140,7 +170,7 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
   return Json{{"op", op},
               {"device", device_name(problem.device)},
               {"mode", problem.mode},
-              {"layout", problem.layout},
+              {"layout", problem.layout->first},
               {"batch", problem.batch},
               {"context", problem.context},
               {"q_len", problem.q_len},
@@ -376,7 +406,7 @@ std::vector<Problem> problems_of(const Options& options, const std::vector<ModeI
         for (const int q_heads : options.num_q_heads)
           for (const int kv_heads : options.num_kv_heads)
             for (const int head_size : options.head_sizes)
-              for (const std::string& layout : options.layouts)
+              for (const Layout* layout : options.layouts)
                 for (const ModeInfo& mode : modes) {
                   const int head_size_v = options.head_size_v > 0 ? options.head_size_v : head_size;
                   problems.push_back({options.device, mode.name, layout, batch, context, std::min(q_len, context),
@@ -417,7 +447,7 @@ Status run_bench(const Options& options) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
       fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}\n", options.op,
-                 problem.mode, problem.layout, problem.batch, problem.context, problem.q_len,
+                 problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
                  fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
                  r["tflops"].get<double>());
@@ -446,12 +476,14 @@ void add_bench(CLI::App& app, int& exit_status) {
   })->required();
   add_device(*verb, options->device, "Where the ops run");
   verb->add_option("--mode", options->modes, "kv_cache_dtypes, comma-separated, or all");
-  add_text(*verb, "--layout", "nhd, hnd, nhd_inline, hnd_inline", "TEXT,..", [options](const std::string& text) {
-    options->layouts.clear();
-    for (const std::string& part : split_list(text)) {
-      options->layouts.push_back(kLayouts[parse_choice("--layout", part, kLayouts)]);
-    }
-  });
+  const std::vector<std::string> layouts = names_of(kLayouts);
+  add_text(*verb, "--layout", fmt::format("{}", fmt::join(layouts, ", ")), "TEXT,..",
+           [options, layouts](const std::string& text) {
+             options->layouts.clear();
+             for (const std::string& part : split_list(text)) {
+               options->layouts.push_back(&kLayouts[parse_choice("--layout", part, layouts)]);
+             }
+           });
   constexpr int kMost = std::numeric_limits<std::int32_t>::max();
   add_integers<std::int64_t>(*verb, "--batch", options->batches, "sequences", 1, kMost);
   add_integers<std::int64_t>(*verb, "--context", options->contexts, "keys of a sequence, new tokens included", 1,
