@@ -50,6 +50,7 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.table_block_stride = args.block_table.strides[1];
 
   p.mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.mm_prefix_clamp_window);
+  p.plain_mask = p.mask.window < 0 && p.mask.chunk == 0 && !args.mm_prefix_range.defined();
   p.causal = args.causal;
   if (args.causal_per_seq.defined()) {
     p.causal_per_seq = args.causal_per_seq.ptr<const std::uint8_t>();

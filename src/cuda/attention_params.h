@@ -63,6 +63,7 @@ struct AttentionParams {
   std::int64_t table_batch_stride = 0, table_block_stride = 1;
 
   attention::MaskRule mask;
+  bool plain_mask = false;  // no window, chunks or ranges: a sequence's last row sees all of its keys
   bool causal = true;
   const std::uint8_t* causal_per_seq = nullptr;  // [batch], may be null
   std::int64_t causal_stride = 1;

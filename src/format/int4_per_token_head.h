@@ -67,7 +67,9 @@ struct Int4PerTokenHead : ScaleCacheDefaults {
   static QUIRE_HD Affine read_meta(const std::uint8_t* meta, RowShape) {
     const std::uint32_t bits = load_as<std::uint32_t>(meta);
     const float scale = exact::from_bits(bits & ~15U);
-    return {scale, static_cast<float>(kCenter - static_cast<std::int32_t>(bits & 15U)) * scale};
+    // kCenter - zp: 2^23 + zp has zp in its low bits.
+    const float zero = 0x1p23F + kCenter - exact::from_bits((bits & 15U) | 0x4b000000U);
+    return {scale, zero * scale};
   }
   static QUIRE_HD constexpr float unrotate(RowShape shape) { return 1.0F / static_cast<float>(shape.block); }
 };

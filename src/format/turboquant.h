@@ -111,7 +111,7 @@ struct TurboQuantKey : FormatDefaults {
     for (int i = 0; i < kUnit; ++i) level[i] = centroid<kBits>(static_cast<int>(codes[i]));
   }
   static QUIRE_HD Affine read_meta(const std::uint8_t* meta, RowShape) {
-    return {half_to_float(load_as<std::uint16_t>(meta)), 0.0F};
+    return {half_to_float_any_nan(load_as<std::uint16_t>(meta)), 0.0F};
   }
   static QUIRE_HD float unrotate(RowShape shape) {
     return exact::reciprocal(exact::sqrt(static_cast<float>(shape.block)));
@@ -195,8 +195,8 @@ struct TurboQuantValue : FormatDefaults {
     for (int i = 0; i < kUnit; ++i) level[i] = static_cast<float>(static_cast<std::int32_t>(codes[i]) - kCenter);
   }
   static QUIRE_HD Affine read_meta(const std::uint8_t* meta, RowShape) {
-    const float scale = half_to_float(load_as<std::uint16_t>(meta));
-    const float low = half_to_float(load_as<std::uint16_t>(meta + 2));
+    const float scale = half_to_float_any_nan(load_as<std::uint16_t>(meta));
+    const float low = half_to_float_any_nan(load_as<std::uint16_t>(meta + 2));
     return {scale, low + static_cast<float>(kCenter) * scale};
   }
 };

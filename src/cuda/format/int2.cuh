@@ -60,8 +60,8 @@ struct KeyOperand<format::Int2PerTokenHead> : NoOperandTable, Int2Planes {
   static constexpr int element(int pair, int half) { return pair / 8 * 16 + pair % 8 + 8 * half; }
   static constexpr float weight(int pair) { return static_cast<float>(1 << (2 * (pair % 4))); }
   template <int kElements, int kWords>
-  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
-                                                 std::uint32_t (&pairs)[2][kElements / 2]) {
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t*,
+                                                 std::uint32_t, std::uint32_t (&pairs)[2][kElements / 2]) {
 #pragma unroll
     for (int i = 0; i < kElements / 2; ++i) {
       const std::uint32_t word = i % 8 < 4 ? words[i / 8] : words[i / 8] >> 8;

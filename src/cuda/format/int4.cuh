@@ -26,8 +26,8 @@ struct KeyOperand<format::Int4PerTokenHead> : NoOperandTable {
   static constexpr int element(int pair, int half) { return pair / 4 * 8 + pair % 4 + 4 * half; }
   static constexpr float weight(int pair) { return pair % 2 == 0 ? 1.0F : 16.0F; }
   template <int kElements, int kWords>
-  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
-                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t*,
+                                                 std::uint32_t, std::uint32_t (&pairs)[1][kElements / 2]) {
 #pragma unroll
     for (int i = 0; i < kElements / 2; i += 2) {
       const std::uint32_t word = i % 4 == 0 ? words[i / 4] : words[i / 4] >> 8;

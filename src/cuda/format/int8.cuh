@@ -29,8 +29,8 @@ struct KeyOperand<format::Int8PerTokenHead> : NoOperandTable {
   static constexpr int element(int pair, int half) { return 2 * pair + half; }
   static constexpr float weight(int) { return 1.0F; }
   template <int kElements, int kWords>
-  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
-                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t*,
+                                                 std::uint32_t, std::uint32_t (&pairs)[1][kElements / 2]) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const std::uint32_t codes = words[w] ^ 0x80808080U;

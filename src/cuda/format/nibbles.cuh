@@ -37,8 +37,8 @@ struct ValuesNibble {
     for (int n = 0; n < kElements; n += 2) {
       std::uint32_t both = ptx::permute(a[n / 8], b[n / 8], n % 8 < 4 ? 0x5410U : 0x7632U);
       if (n % 4 == 2) both >>= 8;
-      const std::uint32_t low = place_bits(both, 0x000f000fU, kPairOf1024);
-      const std::uint32_t high = place_bits(both, 0x00f000f0U, kPairOf1024);
+      const std::uint32_t low = plus_1024(both, 0x000f000fU);
+      const std::uint32_t high = plus_1024(both, 0x00f000f0U);
       values[0][n] = pair_bits(__hsub2(as_half2(low), as_half2(0x64086408U)));
       values[0][n + 1] = pair_bits(__hfma2(as_half2(high), as_half2(0x2c002c00U), as_half2(0xd480d480U)));
     }

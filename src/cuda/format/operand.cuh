@@ -4,7 +4,8 @@
 //
 // K: lane t of a quad holds pieces of kElements neighbouring elements of a row. KeyOperand<F>:
 //
-//   convert(words, tables, pairs)   the piece's elements, two in each of kElements / 2 registers, for each of kPlanes
+//   convert(words, table, lane4, pairs)   the piece's elements, two in each of kElements / 2 registers, for each of
+//                                   kPlanes; table: kTableBytes of shared memory that fill() has filled
 //   element(pair, half)             which element of the piece that is
 //   weight(pair)                    a power of two by which the pair is too large
 //
@@ -92,8 +93,8 @@ struct KeyOperand : NoOperandTable {
   static constexpr int element(int pair, int half) { return 2 * pair + half; }
   static constexpr float weight(int) { return 1.0F; }
   template <int kElements, int kWords>
-  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t,
-                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t*,
+                                                 std::uint32_t, std::uint32_t (&pairs)[1][kElements / 2]) {
     piece_levels<F, kElements>(words, pairs[0]);
   }
 };
@@ -118,23 +119,33 @@ struct ValueOperand {
   }
 };
 
-// The bits of `bits` that `mask` has, over those of the fp16 pair `base`: one instruction.
-__device__ __forceinline__ std::uint32_t place_bits(std::uint32_t bits, std::uint32_t mask, std::uint32_t base) {
-  return (bits & mask) | base;
+// The integers below 1024 in the bits that `mask` has of a pair, plus 1024, as fp16.
+__device__ __forceinline__ std::uint32_t plus_1024(std::uint32_t bits, std::uint32_t mask) {
+  return ptx::and_or(bits, mask, 0x64006400U);
 }
-inline constexpr std::uint32_t kPairOf1024 = 0x64006400U;
 
-// kBytes bytes at an address of shared memory. `access`: the power of two, at least 4 unless kUnaligned, that divides
-// the address of every row. Unaligned rows start at even addresses; words past the piece hold anything.
-template <int kBytes, bool kUnaligned>
+// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: the power of two, 2 to 16,
+// that divides the address of every row, or 0, where `access` says it.
+template <int kBytes, int kAccess>
 __device__ __forceinline__ void load_piece(std::uint32_t at, int access, std::uint32_t (&words)[(kBytes + 3) / 4]) {
   constexpr int kWords = (kBytes + 3) / 4;
-  if constexpr (kUnaligned) {
-    if (kBytes % 4 == 0 && access >= 4) {
+  if constexpr (kAccess == 0) {
+    if (access >= 8) return load_piece<kBytes, 8>(at, access, words);
+    if (access >= 4) return load_piece<kBytes, 4>(at, access, words);
+    load_piece<kBytes, 2>(at, access, words);
+  } else if constexpr (kAccess >= 16 && kBytes % 16 == 0) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] = ptx::load_shared_32(at + 4 * w);
-      return;
-    }
+    for (int w = 0; w < kWords; w += 4) ptx::load_shared_128(at + 4 * w, words + w);
+  } else if constexpr (kAccess >= 8 && kBytes % 8 == 0) {
+#pragma unroll
+    for (int w = 0; w < kWords; w += 2) ptx::load_shared_64(at + 4 * w, words + w);
+  } else if constexpr (kAccess >= 4 && kBytes % 4 == 0) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = ptx::load_shared_32(at + 4 * w);
+  } else if constexpr (kBytes == 2) {
+    words[0] = ptx::load_shared_16(at);
+  } else {
+    // Pieces of an odd number of bytes start anywhere, others at even addresses.
     constexpr int kLoads = (kBytes + (kBytes % 2 == 0 ? 2 : 3) + 3) / 4;
     const std::uint32_t shift = (at & 3U) * 8;
     at &= ~3U;
@@ -143,19 +154,6 @@ __device__ __forceinline__ void load_piece(std::uint32_t at, int access, std::ui
     for (int w = 0; w < kLoads; ++w) raw[w] = ptx::load_shared_32(at + 4 * w);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = __funnelshift_r(raw[w], raw[w + 1], shift);
-  } else if constexpr (kBytes == 2) {
-    words[0] = ptx::load_shared_16(at);
-  } else {
-    if (kBytes % 16 == 0 && access >= 16) {
-#pragma unroll
-      for (int w = 0; w + 3 < kWords; w += 4) ptx::load_shared_128(at + 4 * w, words + w);
-    } else if (kBytes % 8 == 0 && access >= 8) {
-#pragma unroll
-      for (int w = 0; w + 1 < kWords; w += 2) ptx::load_shared_64(at + 4 * w, words + w);
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] = ptx::load_shared_32(at + 4 * w);
-    }
   }
 }
 

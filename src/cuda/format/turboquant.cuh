@@ -122,13 +122,27 @@ struct ValueOperand<format::TurboQuantV3> {
 #pragma unroll
     for (int n = 0; n < kElements; ++n) {
       if (n % 3 == 0) both = ptx::permute(bits_from(a, 3 * n), bits_from(b, 3 * n), 0x5410U);
-      const std::uint32_t placed = place_bits(both, 0x00070007U << (3 * (n % 3)), kPairOf1024);
+      const std::uint32_t placed = plus_1024(both, 0x00070007U << (3 * (n % 3)));
       values[0][n] = pair_bits(__hfma2(as_half2(placed), as_half2(kFactor[n % 3]), as_half2(kOffset[n % 3])));
     }
   }
 };
 template <>
 struct ValueOperand<format::TurboQuantV4> : ValuesNibble {};
+
+// The levels of two neighbouring codes, by the bits of both.
+template <class F, int kBits>
+struct KeyPairs {
+  std::uint32_t pairs[1 << (2 * kBits)] = {};
+  constexpr KeyPairs() {
+    for (int codes = 0; codes < 1 << (2 * kBits); ++codes) {
+      pairs[codes] = constant_half(format::centroid<kBits>(codes % (1 << kBits)) * level_unit<F>) |
+                     constant_half(format::centroid<kBits>(codes >> kBits) * level_unit<F>) << 16;
+    }
+  }
+};
+template <class F, int kBits>
+__device__ const KeyPairs<F, kBits> key_pairs;
 
 // Keys: two neighbouring codes at a time are looked up in a table of pairs, of which every lane has its own copy so that
 // no two lanes meet in a bank.
@@ -141,18 +155,15 @@ struct KeyPairTable {
   static constexpr int element(int pair, int half) { return 2 * pair + half; }
   static constexpr float weight(int) { return 1.0F; }
   static __device__ __forceinline__ void fill(std::uint8_t* table, int thread, int num_threads) {
-    constexpr std::uint32_t kMask = (1U << kBits) - 1;
+#pragma unroll 8
     for (int i = thread; i < 32 << (2 * kBits); i += num_threads) {
-      const std::uint32_t codes = static_cast<std::uint32_t>(i) / 32;
-      reinterpret_cast<__half2*>(table)[i] =
-          __floats2half2_rn(format::centroid<kBits>(static_cast<int>(codes & kMask)) * level_unit<F>,
-                            format::centroid<kBits>(static_cast<int>(codes >> kBits)) * level_unit<F>);
+      reinterpret_cast<std::uint32_t*>(table)[i] = key_pairs<F, kBits>.pairs[i / 32];
     }
   }
-  // `lane_table`: the address of this lane's copy.
+  // `lane4`: 4 times the lane, whose copy of an entry is that many bytes into it.
   template <int kElements, int kWords>
-  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t lane_table,
-                                                 std::uint32_t (&pairs)[1][kElements / 2]) {
+  static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t* table,
+                                                 std::uint32_t lane4, std::uint32_t (&pairs)[1][kElements / 2]) {
     constexpr std::uint32_t kMask = ((1U << (2 * kBits)) - 1) << 7;
 #pragma unroll
     for (int i = 0; i < kElements / 2; ++i) {
@@ -165,7 +176,7 @@ struct KeyPairTable {
       } else {
         at = shift >= 0 ? words[w] >> shift : words[w] << -shift;
       }
-      pairs[0][i] = ptx::load_shared_32(lane_table + (at & kMask));
+      pairs[0][i] = *reinterpret_cast<const std::uint32_t*>(table + ptx::and_or(at, kMask, lane4));
     }
   }
 };

@@ -21,9 +21,23 @@ __device__ __forceinline__ float sqrt_approx(float x) {
   return y;
 }
 
+// 1 / sqrt, 2 ulp.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Four bytes chosen from the eight of (a, b), by the low nibbles of `selector`.
 __device__ __forceinline__ std::uint32_t permute(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
   return __byte_perm(a, b, selector);
+}
+
+// (a & b) | c: one instruction, where the compiler may make two of it.
+__device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
 }
 
 // a * b + c, one rounding: up, or to nearest and limited to [0, 1] (NaN gives 0).

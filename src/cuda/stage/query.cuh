@@ -117,4 +117,78 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Til
   }
 }
 
+// One warp: four query rows of a tile at once, eight lanes a row, rotated and rounded as put_query does it; to shared
+// memory, `pitch` bytes apart. Their infos, but for scale and sum, are there already.
+template <class KeyF, int kHead>
+__device__ __forceinline__ void put_four_queries(const AttentionParams& p, const TileRows& tile, RowInfo* infos,
+                                                 std::uint8_t* rows, int pitch, int lane) {
+  constexpr int kPer = kHead / 8;
+  constexpr bool kBFloat16 = std::is_same_v<KeyF, format::BFloat16>;
+  const int row = lane / 8;
+  const int first = lane % 8 * kPer;
+  RowInfo& info = infos[row];
+  std::uint32_t words[kPer / 2] = {};
+  if (info.query >= 0) {
+    const std::uint8_t* from = p.query + (tile.query_begin + info.query) * p.query_token_stride +
+                               info.head * p.query_head_stride + first * p.query_element_bytes;
+#pragma unroll
+    for (int w = 0; w < kPer / 2; w += 4) {
+      const int elements = p.head_size - first - 2 * w;
+      if (elements <= 0) break;
+      const std::uint8_t* at = from + 2 * w * p.query_element_bytes;
+      const uint4 vector = p.query_vectors ? *reinterpret_cast<const uint4*>(at)
+                                           : fetch_elements(at, elements, p.query_dtype, p.query_element_bytes);
+      words[w] = vector.x;
+      words[w + 1] = vector.y;
+      words[w + 2] = vector.z;
+      words[w + 3] = vector.w;
+    }
+  }
+  float y[kPer];
+  const bool is_half = p.query_dtype != DType::kBFloat16;
+#pragma unroll
+  for (int w = 0; w < kPer / 2; ++w) {
+    const float2 halves = __half22float2(as_half2(words[w]));
+    y[2 * w] = is_half ? halves.x : __uint_as_float(words[w] << 16);
+    y[2 * w + 1] = is_half ? halves.y : __uint_as_float(words[w] & 0xffff0000U);
+  }
+  rotate<LaneMap<kPer, 8, true>>(KeyF::kRotation, y, lane % 8, format::row_shape(p.head_size).block);
+  float unit = 1.0F;
+  if constexpr (!kBFloat16) {
+    float largest = 0.0F;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) largest = fmaxf(largest, fabsf(y[j]));
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
+    const std::uint32_t exponent = __float_as_uint(largest) & 0x7f800000U;
+    if (exponent > 0x08000000U && exponent < 0x7f000000U) unit = __uint_as_float(exponent);
+  }
+  const float inverse = 1.0F / unit;
+  float total = 0.0F;
+  std::uint32_t codes[kPer / 2];
+#pragma unroll
+  for (int w = 0; w < kPer / 2; ++w) {
+    if constexpr (kBFloat16) {
+      codes[w] = format::float_to_bfloat16(y[2 * w]) |
+                 static_cast<std::uint32_t>(format::float_to_bfloat16(y[2 * w + 1])) << 16;
+      total += __uint_as_float(codes[w] << 16) + __uint_as_float(codes[w] & 0xffff0000U);
+    } else {
+      const __half2 pair = __floats2half2_rn(y[2 * w] * inverse, y[2 * w + 1] * inverse);
+      codes[w] = pair_bits(pair);
+      total += __low2float(pair) + __high2float(pair);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
+  std::uint8_t* to = rows + row * pitch + 2 * first;
+#pragma unroll
+  for (int w = 0; w < kPer / 2; w += 4) {
+    *reinterpret_cast<uint4*>(to + 4 * w) = make_uint4(codes[w], codes[w + 1], codes[w + 2], codes[w + 3]);
+  }
+  if (lane % 8 == 0) {
+    info.scale = unit;
+    info.sum = total;
+  }
+}
+
 }  // namespace quire::cuda

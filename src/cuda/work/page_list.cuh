@@ -1,5 +1,5 @@
 // The work of a launch as one list, cut into runs: the slices (16 keys) of every row tile of every sequence, one after
-// the other. decode_pages gives each block runs of it; merge_pages finds the runs of a tile.
+// the other. decode_pages gives each block runs of it, and notes the first and the last run of each tile for the merge.
 //
 //   slice    keys 16 i to 16 i + 15 of a sequence, from the first to the last that some row sees
 //   grain    so many slices of a tile: 1, or what batch_invariant fixes
@@ -20,27 +20,46 @@
 namespace quire::cuda {
 
 inline constexpr int kSliceKeys = 16;
-inline constexpr int kInvariantGrain = 128;  // slices
+inline constexpr int kInvariantGrain = 7;  // log2 of slices
 
 struct PageListShape {
-  int tile_rows, max_tiles;  // of a row tile; of a sequence
-  int grain;                 // slices
-  int blocks;                // that share the list
+  int max_tiles;    // of a sequence
+  int grain_shift;  // a grain is 2^grain_shift slices
+  int blocks;       // that share the list
 };
 
-// One sequence's part of the list.
+// One sequence's part of the list. The plan sees to it that all grains of a call fit an int.
 struct SequenceSlices {
+  int query_begin = 0, rows = 0;         // of this launch; 0 rows: another's
   int tiles = 0, first = 0, slices = 0;  // row tiles; each has these slices
-  __device__ __forceinline__ int grains(int grain) const { return (slices + grain - 1) / grain; }
+  __device__ __forceinline__ int grains(const PageListShape& shape) const {
+    return (slices + (1 << shape.grain_shift) - 1) >> shape.grain_shift;
+  }
 };
-__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int tile_rows, int batch) {
+
+template <int kTileRows>
+__device__ __forceinline__ SequenceSlices sequence_rows(const AttentionParams& p, int batch) {
   SequenceSlices work;
-  const int begin = p.cu_seqlens_q[batch * p.cu_stride];
-  const int query_len = p.cu_seqlens_q[(batch + 1) * p.cu_stride] - begin;
-  const int rows = query_len * p.group_size;
-  if (rows <= 0 || rows < p.min_rows || rows > p.max_rows) return work;
-  work.tiles = (rows + tile_rows - 1) / tile_rows;
-  const attention::SequenceMask sequence = load_sequence(p, batch, query_len);
+  work.query_begin = p.cu_seqlens_q[batch * p.cu_stride];
+  work.rows = (p.cu_seqlens_q[(batch + 1) * p.cu_stride] - work.query_begin) * p.group_size;
+  if (work.rows < p.min_rows || work.rows > p.max_rows) work.rows = 0;
+  work.tiles = (work.rows + kTileRows - 1) / kTileRows;
+  return work;
+}
+// Where nothing limits what rows see, most of a mask's rules need not be asked.
+template <int kTileRows>
+__device__ __forceinline__ SequenceSlices plain_slices(const AttentionParams& p, int batch) {
+  SequenceSlices work = sequence_rows<kTileRows>(p, batch);
+  const int seq_len = p.seq_lens[batch * p.seq_stride];
+  work.slices = work.rows > 0 && seq_len > 0 ? (seq_len + kSliceKeys - 1) / kSliceKeys : 0;
+  return work;
+}
+template <int kTileRows>
+__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int batch) {
+  if (p.plain_mask) return plain_slices<kTileRows>(p, batch);
+  SequenceSlices work = sequence_rows<kTileRows>(p, batch);
+  if (work.rows <= 0) return work;
+  const attention::SequenceMask sequence = load_sequence(p, batch, work.rows / p.group_size);
   const attention::KeyRange range =
       attention::visible_range(p.mask, sequence, sequence.context_len, sequence.seq_len - 1);
   work.first = range.begin / kSliceKeys;
@@ -50,50 +69,71 @@ __device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams&
 
 // How the list is cut, by its number of grains.
 struct PageRuns {
-  std::int64_t total;  // grains
-  int length;          // grains of a run
+  int total;   // grains
+  int length;  // grains of a run
   int runs_per_block;
-  __device__ __forceinline__ PageRuns(const PageListShape& shape, std::int64_t total_grains) : total(total_grains) {
-    const auto each = static_cast<int>((total + shape.blocks - 1) / shape.blocks);
+  __device__ __forceinline__ PageRuns(const PageListShape& shape, int total_grains) : total(total_grains) {
+    const int each = static_cast<int>((static_cast<unsigned>(total) + shape.blocks - 1) /
+                                      static_cast<unsigned>(shape.blocks));
     constexpr int kLeast = 2;  // slices of a run: a shorter one costs more to merge than it saves
-    length = shape.grain > 1 ? 1 : max(each, kLeast);
-    runs_per_block = shape.grain > 1 ? each : 1;
+    length = shape.grain_shift > 0 ? 1 : max(each, kLeast);
+    runs_per_block = shape.grain_shift > 0 ? each : 1;
   }
 };
 
-// A warp's view of the list: lane l has the grains of sequences l n to l n + n - 1, and those before.
+// What the merge needs to know of a row tile, as int4: the first and the last run that it lies in (set by those who have
+// them), its first query token, and its rows, negative where it has no slices.
+template <int kTileRows>
+__device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
+  for (int t = 0; t < shape.max_tiles; ++t) {
+    const int rows = max(work.rows - t * kTileRows, 0);
+    tiles[t].z = work.query_begin;
+    tiles[t].w = work.slices == 0 ? -rows : rows;
+  }
+}
+
+// A warp's view of the list: lane l has the grains of sequences l n to l n + n - 1, and those before. `tiles` (one warp's
+// of the launch is not null) receives what the merge needs.
+template <int kTileRows>
 struct PageList {
   int per_lane;
-  std::int64_t own = 0, through;  // grains of this lane's sequences; with those before
-  __device__ __forceinline__ PageList(const AttentionParams& p, const PageListShape& shape, int lane)
+  int own = 0, through;  // grains of this lane's sequences; with those before
+  __device__ __forceinline__ PageList(const AttentionParams& p, const PageListShape& shape, int4* tiles, int lane)
       : per_lane((p.batch + 31) / 32) {
     const int first = lane * per_lane;
     const int last = min(first + per_lane, p.batch);
+    const auto add = [&](int b, const SequenceSlices& work) {
+      own += work.tiles * work.grains(shape);
+      if (tiles != nullptr) {
+        note_tiles<kTileRows>(shape, work, tiles + static_cast<std::int64_t>(b) * shape.max_tiles);
+      }
+    };
+    if (p.plain_mask) {
+      constexpr int kAtOnce = 4;  // whose lengths are on their way together
 #pragma unroll 1
-    for (int b = first; b < last; ++b) {
-      const SequenceSlices work = sequence_slices(p, shape.tile_rows, b);
-      own += static_cast<std::int64_t>(work.tiles) * work.grains(shape.grain);
+      for (int b = first; b < last; b += kAtOnce) {
+        SequenceSlices works[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) works[i] = plain_slices<kTileRows>(p, min(b + i, last - 1));
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (b + i < last) add(b + i, works[i]);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int b = first; b < last; ++b) add(b, sequence_slices<kTileRows>(p, b));
     }
     through = own;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const std::int64_t before = __shfl_up_sync(kFullWarp, through, step);
+      const int before = __shfl_up_sync(kFullWarp, through, step);
       if (lane >= step) through += before;
     }
   }
-  __device__ __forceinline__ std::int64_t total() const { return __shfl_sync(kFullWarp, through, 31); }
-  // The grains before a sequence. All lanes call.
-  __device__ __forceinline__ std::int64_t before(const AttentionParams& p, const PageListShape& shape, int batch) const {
-    const int lane = batch / per_lane;
-    std::int64_t sum = __shfl_sync(kFullWarp, through - own, lane);
-    for (int b = lane * per_lane; b < batch; ++b) {
-      const SequenceSlices work = sequence_slices(p, shape.tile_rows, b);
-      sum += static_cast<std::int64_t>(work.tiles) * work.grains(shape.grain);
-    }
-    return sum;
-  }
+  __device__ __forceinline__ int total() const { return __shfl_sync(kFullWarp, through, 31); }
   // The first sequence of the lane whose sequences have grain `at`, and how many grains on that is. All lanes call.
-  __device__ __forceinline__ int find(std::int64_t& at) const {
+  __device__ __forceinline__ int find(int& at) const {
     const std::uint32_t after = __ballot_sync(kFullWarp, through > at);
     const int lane = after == 0 ? 31 : __ffs(static_cast<int>(after)) - 1;
     at -= __shfl_sync(kFullWarp, through - own, lane);

@@ -12,8 +12,6 @@
 
 namespace quire::cuda {
 
-template <class F>
-inline constexpr bool kUnalignedRows = F::kMetaPlace == format::MetaPlace::kInRow;
 // Whether codes that nobody wrote may be NaN.
 template <class F>
 inline constexpr bool kCodesMayBeNaN =
@@ -33,15 +31,24 @@ struct DecodePagesConfig {
   static constexpr int kSets = kRows / 4;                    // of four rows, in partials
 
   // Table look-ups wait on one another: more warps.
+#ifdef W16
+  static constexpr int kWarps = 16;
+#else
   static constexpr int kWarps = KeyOperand<KeyF>::kTableBytes > 0 && kHead <= 128 && kRows <= 8 ? 16 : 8;
+#endif
   static constexpr int kThreads = 32 * (kWarps + 4);  // a warpgroup for the copies, so that it can give registers
   static constexpr int kConsumerRegisters = kWarps == 16 ? 104 : 216;
   static constexpr int kProducerRegisters = kWarps == 16 ? 64 : 72;
   // Slices at once.
   static constexpr int kRawWords =
       2 * KeyPieces::kCount * KeyPieces::kWords + 4 * ValuePieces::kCount * ValuePieces::kWords;
-  static constexpr bool kTwoSlices = kRawWords <= 32 && kRows <= 8 && kHead <= 128;
+  static constexpr bool kTwoSlices = kRawWords <= 32 && kRows <= 8 && kHead <= 128 && kWarps == 8;
   static constexpr bool kLateValues = kRawWords > 32;  // loaded once K's registers are free
+  // What divides the address of every row where nothing is odd about the layout: rows of slots are as aligned as a slot.
+  static constexpr bool kSlots =
+      KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
+  static constexpr int kRowBytes = static_cast<int>(format::row_bytes<KeyF>(kHead) | format::row_bytes<ValueF>(kHead));
+  static constexpr int kAccess = !kSlots ? 16 : kRowBytes % 4 == 0 ? 4 : 2;
   static constexpr bool kTail = kCodesMayBeNaN<KeyF> || KeyF::kLevelNorm;  // elements past the head size matter
 
   static constexpr int kMaxStages = 32;

@@ -45,7 +45,7 @@ class PageConsumer {
         head_(part * p.slice.num_heads + warp % p.slice.num_heads),
         stage_(group_),
         barriers_(ptx::shared_address(shared.full)),
-        lane_table_(ptx::shared_address(shared.table) + 4 * lane) {
+        lane4_(4 * static_cast<std::uint32_t>(lane)) {
     // Row g of a product is key g ^ (g >> 1 & 1) of the slice, so that the keys of one load of V lie in both halves of
     // the banks.
     const int head = warp % p.slice.num_heads;
@@ -64,7 +64,7 @@ class PageConsumer {
     leads_ = lane == 0 ? 1U : 0U;
     // Kept in registers, not computed again in the loop.
     asm volatile("" : "+r"(key_at_), "+r"(value_at_[0]), "+r"(value_at_[1]), "+r"(key_meta_), "+r"(value_meta_));
-    asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane_table_));
+    asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane4_));
   }
 
   __device__ __forceinline__ void run() {
@@ -76,13 +76,13 @@ class PageConsumer {
       begin(segment);
       const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
       int left = slices;
-      if (Config::kTail && (p_.head_size < kHead)) {
-        for (; left > 0; --left) take<1, true>(segment);
+      if ((Config::kTail && p_.head_size < kHead) || !p_.aligned) {
+        for (; left > 0; --left) take<1, Config::kTail, 0>(segment);
       } else {
         if constexpr (Config::kTwoSlices) {
-          for (; left >= 2; left -= 2) take<2, false>(segment);
+          for (; left >= 2; left -= 2) take<2, false, Config::kAccess>(segment);
         }
-        for (; left > 0; --left) take<1, false>(segment);
+        for (; left > 0; --left) take<1, false, Config::kAccess>(segment);
       }
       finish(segment);
       __syncwarp();
@@ -132,17 +132,10 @@ class PageConsumer {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      constexpr int kAtOnce = 4;
 #pragma unroll 1
-      for (int r = 0; r < Config::kQueryRows; r += kAtOnce) {
-        QueryRow rows[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) rows[i] = fetch_query(p_, tile, own_.rows[8 * m + r + i], lane_);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          put_query<KeyF, kHead>(p_, rows[i], row_chunks(own_.queries + (r + i) * Config::kQueryPitch),
-                                 own_.rows[8 * m + r + i], lane_);
-        }
+      for (int r = 0; r < Config::kQueryRows; r += 4) {
+        put_four_queries<KeyF, kHead>(p_, tile, own_.rows + 8 * m + r, own_.queries + r * Config::kQueryPitch,
+                                      Config::kQueryPitch, lane_);
       }
       __syncwarp();
       keep_queries(m);
@@ -159,7 +152,8 @@ class PageConsumer {
     }
     unit_ = inverse_ = 1.0F;
     fresh_ = true;
-    biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr;
+    biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr ? 1U : 0U;
+    asm volatile("" : "+r"(biased_));  // asked once
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -213,19 +207,32 @@ class PageConsumer {
     float weight[kColumns][2];  // times the scale of the value, over unit_
   };
 
-  template <int kN, bool kTail>
+  // The next kN slices of this group. kTail: there are elements past the head size that matter; kAccess: load_piece's.
+  template <int kN, bool kTail, int kAccess>
   __device__ __forceinline__ void take(const typename Config::Segment& segment) {
+#ifdef PIPELINE_ONLY
+    for (int n = 0; n < kN; ++n) {
+      const std::uint32_t barrier = barriers_ + 8 * stage_;
+      ptx::barrier_wait_at(barrier, parity_);
+      sum_[0] += __uint_as_float(ptx::load_shared_32((key_at_ + stage_ * p_.stage_bytes) & ~3u));
+      stage_ += p_.groups;
+      if (stage_ >= p_.num_stages) { stage_ -= p_.num_stages; parity_ ^= 1U; }
+      __syncwarp();
+      if (leads_ != 0) ptx::barrier_arrive_at(barrier + 8 * Config::kMaxStages);
+    }
+    return;
+#endif
     Slice slices[kN];
     int careful = 0;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) careful |= load_keys(slices[n]);
+    for (int n = 0; n < kN; ++n) careful |= load_keys<kAccess>(slices[n]);
     if constexpr (kTail) zero_tail(slices[0]);
     multiply_keys<kN, kTail>(slices);
-    if constexpr (!Config::kLateValues) load_values(slices);
-    if (biased_) bias(slices, segment);
+    if constexpr (!Config::kLateValues) load_values<kAccess>(slices);
+    if (biased_ != 0) bias(slices, segment);
     if (careful != 0) mask(slices);
     weigh(slices, careful != 0);
-    if constexpr (Config::kLateValues) load_values(slices);
+    if constexpr (Config::kLateValues) load_values<kAccess>(slices);
     if constexpr (kCodesMayBeNaN<ValueF>) {
       if (careful != 0) zero_unread(slices, segment);
     }
@@ -234,6 +241,7 @@ class PageConsumer {
   }
 
   // Waits for the next stage of this group; its keys and scales to registers. Whether to be careful.
+  template <int kAccess>
   __device__ __forceinline__ int load_keys(Slice& slice) {
     slice.barrier = barriers_ + 8 * stage_;
     slice.at = static_cast<std::uint32_t>(stage_ * p_.stage_bytes);
@@ -250,7 +258,8 @@ class PageConsumer {
       const std::uint32_t at = slice.at + key_at_ + i * 8 * p_.slice.key.slot_stride;
 #pragma unroll
       for (int j = 0; j < Keys::kCount; ++j) {
-        load_piece<Keys::kBytes, kUnalignedRows<KeyF>>(at + 4 * j * Keys::kBytes, p_.key_access, slice.key[i][j]);
+        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, p_.key_access,
+                                                                 slice.key[i][j]);
       }
       slice.of_key[i] = load_meta<KeyF>(slice.at + key_meta_, i, p_.slice.key, p_.slice.key_scale, p_.head_size);
       slice.of_value[i] =
@@ -278,7 +287,7 @@ class PageConsumer {
   }
 
   // Values to registers, and the stages back.
-  template <int kN>
+  template <int kAccess, int kN>
   __device__ __forceinline__ void load_values(Slice (&slices)[kN]) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -287,8 +296,8 @@ class PageConsumer {
         const std::uint32_t at = slices[n].at + value_at_[i % 2] + i / 2 * 8 * p_.slice.value.slot_stride;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
-          load_piece<Values::kBytes, kUnalignedRows<ValueF>>(at + 8 * j * Values::kBytes, p_.value_access,
-                                                             slices[n].value[i][j]);
+          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, p_.value_access,
+                                                                       slices[n].value[i][j]);
         }
       }
     }
@@ -325,8 +334,8 @@ class PageConsumer {
       std::uint32_t pairs[kN][2][kPlanes][Keys::kElements / 2];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        KeyOp::template convert<Keys::kElements>(slices[n].key[0][j], lane_table_, pairs[n][0]);
-        KeyOp::template convert<Keys::kElements>(slices[n].key[1][j], lane_table_, pairs[n][1]);
+        KeyOp::template convert<Keys::kElements>(slices[n].key[0][j], shared_.table, lane4_, pairs[n][0]);
+        KeyOp::template convert<Keys::kElements>(slices[n].key[1][j], shared_.table, lane4_, pairs[n][1]);
       }
 #pragma unroll
       for (int k = 0; k < kStepsOfPiece; ++k) {
@@ -348,8 +357,10 @@ class PageConsumer {
             }
             if constexpr (KeyF::kLevelNorm) {
               // The squares of a row's levels, on the diagonals.
-              ptx::mma_16x8x16<Config::kBFloat16Keys>(norm[n][0], a, a[0], a[2]);
-              ptx::mma_16x8x16<Config::kBFloat16Keys>(norm[n][1], a, a[1], a[3]);
+              ptx::mma_16x8x8(norm[n][0], a[0], a[1], a[0]);
+              ptx::mma_16x8x8(norm[n][1], a[0], a[1], a[1]);
+              ptx::mma_16x8x8(norm[n][0], a[2], a[3], a[2]);
+              ptx::mma_16x8x8(norm[n][1], a[2], a[3], a[3]);
             }
           }
         }
@@ -362,8 +373,8 @@ class PageConsumer {
         const int lane = (lane_ & 28) | quad_ / 2;
         const float squares = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][0][1] : norm[n][0][0], lane);
         const float later = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][1][3] : norm[n][1][2], lane);
-        slices[n].of_key[0].scale *= rsqrtf(squares);
-        slices[n].of_key[1].scale *= rsqrtf(later);
+        slices[n].of_key[0].scale *= ptx::rsqrt_approx(squares);
+        slices[n].of_key[1].scale *= ptx::rsqrt_approx(later);
       }
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -628,10 +639,10 @@ class PageConsumer {
     const float value_factor = p_.v_scale.at(segment.tile.batch, head_);
     const std::int64_t place =
         (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
-    float4* out = p_.acc + place * (Config::kSets * kHead) + lane_;
+    float4* out = p_.partials_of_pages.acc + place * (Config::kSets * kHead) + lane_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      attention::SoftmaxState state{max_[c] == kNothing ? -INFINITY : max_[c] * kLn2, KeysOnM::over_row(sum_[c], add)};
+      attention::SoftmaxState state{max_[c] == kNothing ? -INFINITY : max_[c], KeysOnM::over_row(sum_[c], add)};
       offset_[c] = KeysOnM::over_row(offset_[c], add);
       float y[kHead / 8];
       bool finite = true;
@@ -643,7 +654,7 @@ class PageConsumer {
       if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
         if (!__all_sync(kFullWarp, finite)) redo(segment, c, finite, y, state);
       }
-      if (quad_ == 0) p_.state[place * kRows + row_of(c)] = make_float2(state.max, state.sum);
+      if (quad_ == 0) p_.partials_of_pages.state[place * kRows + row_of(c)] = make_float2(state.max, state.sum);
 #pragma unroll
       for (int f = 0; f < kHead / 8; f += 4) {
         out[(c * (kHead / 32) + f / 4) * 32] = make_float4(y[f], y[f + 1], y[f + 2], y[f + 3]);
@@ -674,7 +685,7 @@ class PageConsumer {
                                   SlicesOfGroup{segment.first_slice, group_, p_.groups});
       __syncwarp();
       if (pair_ == t) {
-        state = again;
+        state = {again.max * kLog2E, again.sum};
 #pragma unroll
         for (int f = 0; f < kHead / 8; ++f) y[f] = dimension(f) < p_.head_size_v ? row[dimension(f)] : 0.0F;
       }
@@ -688,13 +699,13 @@ class PageConsumer {
   const int lane_, quad_, pair_, group_, head_;
   int stage_;
   std::uint32_t parity_ = 0;
-  std::uint32_t barriers_, lane_table_, leads_;
+  std::uint32_t barriers_, lane4_, leads_;
   int key_, value_key_;
   std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // in the first stage
 
   std::uint32_t query_[kTiles][kSteps][2];
   float factor_[kColumns], query_sum_[kColumns];
-  bool biased_;
+  std::uint32_t biased_;
   float max_[kColumns];                     // in log2
   float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset in units
   float unit_, inverse_;

@@ -13,7 +13,7 @@ namespace {
 
 template <int kHead>
 __global__ void __launch_bounds__(32 * (kHead / 32) * kMostMergeSplits)
-    merge_pages(const __grid_constant__ DecodePagesParams p) {
+    merge_pages(const __grid_constant__ MergePagesParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ PagesMerge<kHead> merge;
   merge.run(p, static_cast<int>(blockIdx.x), static_cast<int>(blockDim.x) / kHead, static_cast<int>(threadIdx.x) / 32,
@@ -21,25 +21,35 @@ __global__ void __launch_bounds__(32 * (kHead / 32) * kMostMergeSplits)
 #endif
 }
 
-cudaError_t launch_merge(const DecodePagesParams& params, int head_class, int splits, cudaStream_t stream) {
+// Launches a kernel that may start while the one before it in the stream ends; it waits for that itself.
+template <class Params>
+cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes,
+                              const Params& params, cudaStream_t stream) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(static_cast<std::int64_t>(params.batch) * params.list.max_tiles *
-                                              params.num_kv_heads * (params.list.tile_rows / 4)));
-  config.blockDim = dim3(static_cast<unsigned>(head_class * splits));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  switch (head_class) {
-    case 64:
-      return cudaLaunchKernelEx(&config, &merge_pages<64>, params);
-    case 128:
-      return cudaLaunchKernelEx(&config, &merge_pages<128>, params);
-    default:
-      return cudaLaunchKernelEx(&config, &merge_pages<256>, params);
-  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+cudaError_t launch_merge(const MergePagesParams& params, std::int64_t tiles, int head_class, int splits,
+                         cudaStream_t stream) {
+  const std::int64_t blocks = tiles * params.num_kv_heads * (params.tile_rows / 4);
+  void (*kernel)(MergePagesParams) = head_class == 64    ? &merge_pages<64>
+                                     : head_class == 128 ? &merge_pages<128>
+                                                         : &merge_pages<256>;
+  return launch_overlapped(kernel, blocks, head_class * splits, 0, params, stream);
 }
 
 // How the list is shared out, and the slots of its partial results.
@@ -56,12 +66,13 @@ Sharing share(const PagesKernel& kernel, int num_kv_heads, int num_multiprocesso
   sharing.blocks = std::max(1, num_multiprocessors / sharing.parts);
   const std::int64_t slices = (max_keys + kSliceKeys - 1) / kSliceKeys;
   sharing.slots =
-      tiles + (batch_invariant ? tiles * ((slices + kInvariantGrain - 1) / kInvariantGrain) : sharing.blocks);
+      tiles + (batch_invariant ? tiles * ((slices >> kInvariantGrain) + 1) : sharing.blocks);
   return sharing;
 }
 
-std::size_t bytes_of(const PagesKernel& kernel, const Sharing& sharing, int num_kv_heads) {
-  return static_cast<std::size_t>(sharing.slots) * static_cast<std::size_t>(sharing.groups) *
+std::size_t bytes_of(const PagesKernel& kernel, const Sharing& sharing, std::int64_t tiles, int num_kv_heads) {
+  return static_cast<std::size_t>(tiles) * sizeof(int4) +
+         static_cast<std::size_t>(sharing.slots) * static_cast<std::size_t>(sharing.groups) *
          static_cast<std::size_t>(num_kv_heads) * static_cast<std::size_t>(kernel.tile_rows) *
          (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(kernel.head_class));
 }
@@ -81,7 +92,7 @@ std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& p
   return bytes_of(kernel,
                   share(kernel, problem.num_kv_heads, problem.arch.num_multiprocessors, tiles, problem.batch_invariant,
                         problem.max_seq_len),
-                  problem.num_kv_heads);
+                  tiles, problem.num_kv_heads);
 }
 
 cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePagesParams), const AttentionParams& params,
@@ -99,7 +110,7 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   const std::int64_t max_keys = params.max_blocks * params.block_size;
   const Sharing sharing =
       share(kernel, p.num_kv_heads, params.num_multiprocessors, tiles, params.batch_invariant, max_keys);
-  p.list = {kernel.tile_rows, params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 1, sharing.blocks};
+  p.list = {params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 0, sharing.blocks};
   p.parts = sharing.parts;
   p.groups = sharing.groups;
   p.stage_bytes = p.slice.bytes;
@@ -108,18 +119,23 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   if (p.num_stages < p.groups) return cudaErrorInvalidValue;
   p.key_access = access_of(p.slice.key);
   p.value_access = access_of(p.slice.value);
-  p.value_piece = kernel.value_piece;
-  p.state = params.partials.state;
-  p.acc = reinterpret_cast<float4*>(p.state + sharing.slots * p.groups * p.num_kv_heads * kernel.tile_rows);
+  p.aligned = std::min(p.key_access, p.value_access) >= kernel.access;
+  PagePartials& partials = p.partials_of_pages;
+  partials.tiles = static_cast<int4*>(static_cast<void*>(params.partials.state));
+  partials.state = static_cast<float2*>(static_cast<void*>(partials.tiles + tiles));
+  partials.acc = reinterpret_cast<float4*>(partials.state +
+                                           sharing.slots * p.groups * p.num_kv_heads * kernel.tile_rows);
   const cudaError_t error =
-      launch_kernel(function, dim3(static_cast<unsigned>(sharing.blocks * sharing.parts)), kernel.threads,
-                    static_cast<std::size_t>(kernel.shared_bytes), p, stream);
+      launch_overlapped(function, static_cast<std::int64_t>(sharing.blocks) * sharing.parts, kernel.threads,
+                        static_cast<std::size_t>(kernel.shared_bytes), p, stream);
   if (error != cudaSuccess) return error;
   // Partials of a row: about as many as blocks a tile.
-  const std::int64_t partials = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;
+  const std::int64_t count = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;
   int splits = 1;
-  while (splits < kMostMergeSplits && 4 * splits < partials && splits * kernel.head_class < 1024) splits *= 2;
-  return launch_merge(p, kernel.head_class, splits, stream);
+  while (splits < kMostMergeSplits && 4 * splits < count && splits * kernel.head_class < 1024) splits *= 2;
+  const MergePagesParams merge{partials, kernel.tile_rows,   p.list.max_tiles, p.num_kv_heads, p.group_size,
+                               p.groups, kernel.value_piece, p.num_tokens,     p.output};
+  return launch_merge(merge, tiles, kernel.head_class, splits, stream);
 }
 
 }  // namespace quire::cuda

@@ -15,6 +15,10 @@ struct DecodePages {
     if (!runs_sm90a(problem.arch)) return "it is compiled for sm_90a";
     if (!problem.whole_pages) return "16 slots of a page are no runs of whole 16-byte vectors";
     if (problem.block_size % kSliceKeys != 0) return "block_size is no multiple of 16";
+    const std::int64_t slices = (problem.max_seq_len + kSliceKeys - 1) / kSliceKeys;
+    if (checked_product({problem.max_batch, tiles_of_sequence(kernel, problem), slices}).value_or(INT64_MAX) > INT32_MAX) {
+      return "all sequences have 2^31 slices of 16 keys or more";
+    }
     const int least = problem.row_alignment;
     if (least < 2 || (least < 4 && !(unaligned(kernel.key) && unaligned(kernel.value)))) {
       return "rows are not aligned to 4 bytes, or slots of both sides to 2";
@@ -56,6 +60,7 @@ struct DecodePages {
       DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kSlack,
       DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kMaxStages,
       DecodePagesConfig<KeyF, ValueF, kHead, kRows>::ValuePieces::kElements,
+      DecodePagesConfig<KeyF, ValueF, kHead, kRows>::kAccess,
   };
 };
 

@@ -13,6 +13,13 @@
 
 namespace quire::cuda {
 
+// What blocks leave to the merge. A slot is of a part of a row tile (work/page_list.cuh).
+struct PagePartials {
+  int4* tiles;    // [tiles] note_tiles
+  float2* state;  // [slots, groups, num_kv_heads, tile_rows] (max in log2, sum)
+  float4* acc;    // [slots, groups, num_kv_heads, tile_rows / 4, head class / 32, 32 lanes]
+};
+
 struct DecodePagesParams : AttentionParams {
   int num_kv_heads;
   PageListShape list;
@@ -20,17 +27,25 @@ struct DecodePagesParams : AttentionParams {
   int groups;  // of warps, each of which has every head of the part and takes every groups-th slice
   int num_stages, stage_bytes;
   int key_access, value_access;  // bytes that divide the address of every row of a slice in shared memory
+  bool aligned;                  // both are at least PagesKernel::access: the plain loop serves
   attention::PageSlice slice;
+  PagePartials partials_of_pages;
+};
+
+// What the merge is given: little, since a kernel of microseconds waits for each line of its parameters.
+struct MergePagesParams {
+  PagePartials partials;
+  int tile_rows, max_tiles, num_kv_heads, group_size, groups;
   int value_piece;  // ValueOperand's pieces, which say in what order partials have elements
-  float2* state;    // [slots, groups, num_kv_heads, tile_rows] (max, sum)
-  float4* acc;      // [slots, groups, num_kv_heads, tile_rows / 4, head class / 32, 32 lanes]
+  std::int64_t num_tokens;
+  OutputRule output;
 };
 
 // What the host needs to know of a compiled kernel.
 struct PagesKernel {
   int tile_rows, head_class, warps, threads;
   int header_bytes, shared_bytes, slack, max_stages;
-  int value_piece;
+  int value_piece, access;
 };
 
 // The workspace for calls within a problem's bounds.

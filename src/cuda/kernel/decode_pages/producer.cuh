@@ -36,13 +36,14 @@ class PageProducer {
   }
 
   __device__ __forceinline__ void run() {
-    const PageList list(p_, p_.list, lane_);
+    const PageList<Config::kRows> list(p_, p_.list, part_ == 0 && place_ == 0 ? p_.partials_of_pages.tiles : nullptr, lane_);
     const PageRuns runs(p_.list, list.total());
-    const std::int64_t first = static_cast<std::int64_t>(place_) * runs.runs_per_block;
+    const int first = place_ * runs.runs_per_block;
+#pragma unroll 1
     for (int i = 0; i < runs.runs_per_block; ++i) {
-      const std::int64_t begin = (first + i) * runs.length;
+      const int begin = (first + i) * runs.length;
       if (begin >= runs.total) break;
-      walk(list, static_cast<int>(first) + i, begin, min(begin + runs.length, runs.total));
+      walk(list, first + i, begin, min(runs.length, runs.total - begin));
     }
     start_segment(nullptr, {});
   }
@@ -54,32 +55,36 @@ class PageProducer {
     std::int32_t slice_stride = 0, bytes = 0, at = 0;
   };
 
-  // One run of the list: a segment for each tile it meets.
-  __device__ __forceinline__ void walk(const PageList& list, int run, std::int64_t begin, std::int64_t end) {
-    auto left = static_cast<int>(end - begin);
-    std::int64_t at = begin;
+  // One run of the list, `left` grains from grain `at` on: a segment for each tile it meets.
+  __device__ __forceinline__ void walk(const PageList<Config::kRows>& list, int run, int at, int left) {
     int batch = list.find(at);
 #pragma unroll 1
     for (; left > 0; ++batch) {
-      const SequenceSlices work = sequence_slices(p_, Config::kRows, batch);
-      const int grains = work.grains(p_.list.grain);
+      const SequenceSlices work = sequence_slices<Config::kRows>(p_, batch);
+      const int grains = work.grains(p_.list);
 #pragma unroll 1
       for (int tile = 0; tile < work.tiles && left > 0; ++tile) {
         if (at >= grains) {
           at -= grains;
           continue;
         }
-        const auto from = static_cast<int>(at);
+        const int from = at;
         const int count = min(grains - from, left);
         typename Config::Segment segment;
         segment.tile.kv_head = 0;  // each consumer's own
         segment.tile.batch = batch;
         segment.tile.split = 0;
         segment.tile.row_begin = tile * Config::kRows;
-        segment.first_slice = work.first + from * p_.list.grain;
-        segment.num_slices = min(count * p_.list.grain, work.slices - from * p_.list.grain);
+        const int before = from << p_.list.grain_shift;
+        segment.first_slice = work.first + before;
+        segment.num_slices = min(count << p_.list.grain_shift, work.slices - before);
         segment.slot = run + batch * p_.list.max_tiles + tile;
         complete_rows(p_, Config::kRows, segment.tile);
+        if (part_ == 0 && lane_ == 0) {
+          int4& runs = p_.partials_of_pages.tiles[batch * p_.list.max_tiles + tile];
+          if (from == 0) runs.x = run;
+          if (from + count == grains) runs.y = run;
+        }
         start_segment(&segment, segment);
         copy_slices(segment);
         left -= count;
