@@ -59,6 +59,8 @@ struct UnifiedAttentionArgs {
   int chunk_lookback = -1;              // >= 0: chunked local attention, replaces the window test; -1: off
   Tensor mm_prefix_range;               // [B, R, 2] int32, optional: inclusive spans that see themselves both ways
   bool mm_prefix_clamp_window = false;  // the window also limits those spans
+  Tensor rswa_prefix_lens;              // [B] int32, optional, with rswa_window: R-SWA, keys below it stay visible
+  int rswa_window = -1;                 // >= 1: and keys with p - j < rswa_window, instead of sliding_window; -1: off
   float softcap = 0.0F;                 // > 0, finite: s = softcap * tanh(s / softcap)
   Tensor sinks;                         // [Hq] float32, optional: one extra logit per head, finite or -inf (none)
   Tensor alibi_slopes;                  // [Hq] float32, optional
