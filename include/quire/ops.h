@@ -59,6 +59,8 @@ struct UnifiedAttentionArgs {
   int chunk_lookback = -1;              // >= 0: chunked local attention, replaces the window test; -1: off
   Tensor mm_prefix_range;               // [B, R, 2] int32, optional: inclusive spans that see themselves both ways
   bool mm_prefix_clamp_window = false;  // the window also limits those spans
+  Tensor rswa_prefix_lens;              // [B] int32, optional, with rswa_window: R-SWA, keys below it stay visible
+  int rswa_window = -1;                 // >= 1: and keys with p - j < rswa_window, instead of sliding_window; -1: off
   float softcap = 0.0F;                 // > 0, finite: s = softcap * tanh(s / softcap)
   Tensor sinks;                         // [Hq] float32, optional: one extra logit per head, finite or -inf (none)
   Tensor alibi_slopes;                  // [Hq] float32, optional
@@ -103,7 +105,7 @@ struct AttentionProblem {
   std::int64_t max_seq_len = 0;
   DType query_dtype = DType::kBFloat16;
   DType cache_dtype = DType::kBFloat16;  // what an "auto" cache holds
-  int row_alignment = 16;        // the power of two, at most 16, that divides the address of every row of both caches
+  int row_alignment = 16;  // the power of two, at most 16, that divides the address of every row of both caches
   // 16 neighbouring slots of a page, with all of their heads and scales, lie in runs of whole, aligned 16-byte vectors.
   bool whole_pages = true;
   bool has_centre = false;       // rows of a cache have a centre (UnifiedAttentionArgs::k_page_meta, k_head_vector, ..)

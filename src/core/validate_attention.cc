@@ -27,6 +27,7 @@ constexpr TensorField<UnifiedAttentionArgs> kTensors[] = {{"query", &UnifiedAtte
                                                           {"block_table", &UnifiedAttentionArgs::block_table},
                                                           {"causal_per_seq", &UnifiedAttentionArgs::causal_per_seq},
                                                           {"mm_prefix_range", &UnifiedAttentionArgs::mm_prefix_range},
+                                                          {"rswa_prefix_lens", &UnifiedAttentionArgs::rswa_prefix_lens},
                                                           {"sinks", &UnifiedAttentionArgs::sinks},
                                                           {"alibi_slopes", &UnifiedAttentionArgs::alibi_slopes},
                                                           {"qq_bias", &UnifiedAttentionArgs::qq_bias},
@@ -162,6 +163,19 @@ Status check_scalars(const UnifiedAttentionArgs& args) {
                             str(args.sliding_window) +
                             "; the window must be given and hold chunk_lookback + 1 chunks of at least one token");
   }
+  if (args.rswa_window != -1 && args.rswa_window < 1) {
+    return invalid_argument("rswa_window is " + str(args.rswa_window) + "; supported: 1 and more, or -1 for none");
+  }
+  if ((args.rswa_window == -1) == args.rswa_prefix_lens.defined()) {
+    return invalid_argument("rswa_prefix_lens is " +
+                            (args.rswa_prefix_lens.defined() ? to_string(args.rswa_prefix_lens) : "not given") +
+                            " with rswa_window " + str(args.rswa_window) + "; the two go together");
+  }
+  if (args.rswa_window != -1 && args.sliding_window != -1) {
+    return invalid_argument("rswa_window is " + str(args.rswa_window) + " with sliding_window " +
+                            str(args.sliding_window) +
+                            "; R-SWA takes the window's place and has no chunks: sliding_window must be -1");
+  }
   if (!(args.softcap >= 0.0F && std::isfinite(args.softcap))) {
     return invalid_argument("softcap is " + std::to_string(args.softcap) +
                             "; supported: finite values above 0, or 0 for none");
@@ -204,6 +218,11 @@ Status check_masks_and_biases(const UnifiedAttentionArgs& args, AttentionShape& 
     QUIRE_RETURN_IF_ERROR(check_count("mm_prefix_range", args.mm_prefix_range, "num_ranges", num_ranges, 0));
     shape.num_mm_ranges = static_cast<int>(num_ranges);
   }
+  QUIRE_RETURN_IF_ERROR(check(args.rswa_prefix_lens, {.name = "rswa_prefix_lens",
+                                                      .dtypes = {DType::kInt32},
+                                                      .shape = {batch},
+                                                      .shape_text = "[batch]",
+                                                      .optional = true}));
   if (args.qq_bias.defined()) {
     const std::int64_t rows = args.qq_bias.ndim > 0 ? args.qq_bias.shape[0] : 0;
     QUIRE_RETURN_IF_ERROR(check(args.qq_bias, {.name = "qq_bias",

@@ -24,6 +24,7 @@
 namespace quire::cpu {
 namespace {
 
+using attention::KeySpan;
 using attention::SequenceMask;
 using attention::SoftmaxState;
 
@@ -44,10 +45,9 @@ struct Partials {
 };
 
 // The keys of split `index` (counted from the tile's first) inside the tile's range.
-std::pair<std::int64_t, std::int64_t> split_keys(const AttentionCall& call, const QueryTile& tile, int index) {
+KeySpan split_keys(const AttentionCall& call, const QueryTile& tile, int index) {
   const std::int64_t start = (tile.first_split + index) * call.split_size;
-  return {std::max<std::int64_t>(start, tile.range.begin),
-          std::min<std::int64_t>(start + call.split_size, tile.range.end)};
+  return attention::clip(tile.range, start, start + call.split_size);
 }
 
 void attend_all_splits(const AttentionCall& call, const QueryTile& tile, int kv_head, Scratch& scratch) {
@@ -58,8 +58,7 @@ void attend_all_splits(const AttentionCall& call, const QueryTile& tile, int kv_
   std::fill_n(scratch.total_state, num_rows, SoftmaxState{});
   if (tile.num_splits > 0) load_queries(call, tile, rows, scratch);
   for (int s = 0; s < tile.num_splits; ++s) {
-    const auto [begin, end] = split_keys(call, tile, s);
-    attend_split(call, tile, sequence, rows, begin, end, scratch);
+    attend_split(call, tile, sequence, rows, split_keys(call, tile, s), scratch);
     for (int m = 0; m < num_rows; ++m) {
       const std::int64_t at = static_cast<std::int64_t>(m) * call.v_stride;
       fold(scratch.acc + at, scratch.state[m], call.v_stride, scratch.total + at, scratch.total_state[m]);
@@ -76,8 +75,7 @@ void attend_one_split(const AttentionCall& call, const QueryTile& tile, int kv_h
                       const Partials& partials, Scratch& scratch) {
   const RowOf rows{call.shape.group_size(), kv_head};
   load_queries(call, tile, rows, scratch);
-  const auto [begin, end] = split_keys(call, tile, split);
-  attend_split(call, tile, call.sequence(tile.batch), rows, begin, end, scratch);
+  attend_split(call, tile, call.sequence(tile.batch), rows, split_keys(call, tile, split), scratch);
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, split);
     std::copy_n(scratch.acc + static_cast<std::int64_t>(m) * call.v_stride, call.v_stride, partial);
@@ -116,7 +114,8 @@ std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile,
       const int first = sequence.context_len + row;
       tile.range = attention::visible_range(call.mask, sequence, first, first + tile.num_tokens - 1);
       if (tile.range.begin < tile.range.end) {
-        tile.first_split = static_cast<int>(tile.range.begin / call.split_size);
+        const int first_key = tile.range.prefix_end > 0 ? 0 : tile.range.begin;
+        tile.first_split = static_cast<int>(first_key / call.split_size);
         tile.num_splits = static_cast<int>((tile.range.end - 1) / call.split_size) - tile.first_split + 1;
       }
       if (query_len <= kParallelSplitTokens && tile.num_splits > 1) {
@@ -139,10 +138,13 @@ struct Task {
 // A block id that would be read but does not exist, before anything is written.
 Status check_blocks(const AttentionCall& call, const std::vector<QueryTile>& tiles) {
   for (const QueryTile& tile : tiles) {
-    if (tile.range.begin >= tile.range.end) continue;
+    const KeySpan keys = attention::clip(tile.range, 0, tile.range.end);
+    if (keys.begin >= keys.end) continue;
     const int size = call.shape.block_size;
-    for (int block = tile.range.begin / size; block <= (tile.range.end - 1) / size; ++block) {
-      const int id = call.block_of(tile.batch, static_cast<std::int64_t>(block) * size);
+    for (int block = keys.first / size; block <= (keys.end - 1) / size; ++block) {
+      const std::int64_t first = static_cast<std::int64_t>(block) * size;
+      if (first >= keys.prefix_end && first + size <= keys.begin) continue;
+      const int id = call.block_of(tile.batch, first);
       if (id < 0 || id >= call.shape.num_blocks) {
         return out_of_range("block_table[" + std::to_string(tile.batch) + ", " + std::to_string(block) + "] is " +
                             std::to_string(id) + "; the cache has " +
@@ -193,7 +195,8 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
                          shape.head_size, backend, &decode_threw, false),
       .value = make_reader(args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
                            shape.value_format, shape.head_size_v, backend, &decode_threw, true),
-      .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.mm_prefix_clamp_window),
+      .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
+                                        args.mm_prefix_clamp_window),
       .q_scale = make_scale_view(args.q_scale),
       .k_scale = make_scale_view(args.k_scale),
       .v_scale = make_scale_view(args.v_scale),

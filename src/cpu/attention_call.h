@@ -2,6 +2,7 @@
 // the threads start, and only read from then on.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "attention/mask.h"
@@ -32,6 +33,7 @@ struct AttentionCall {
     sequence.causal = args.causal_per_seq.defined()
                           ? args.causal_per_seq.ptr<const std::uint8_t>()[b * args.causal_per_seq.strides[0]] != 0
                           : args.causal;
+    if (args.rswa_prefix_lens.defined()) sequence.prefix_len = std::max(0, int_at(args.rswa_prefix_lens, b));
     if (const Tensor& ranges = args.mm_prefix_range; ranges.defined()) {
       sequence.ranges = ranges.ptr<const std::int32_t>() + b * ranges.strides[0];
       sequence.range_stride = ranges.strides[1];

@@ -8,6 +8,7 @@
 
 namespace quire::cpu {
 
+using attention::KeySpan;
 using attention::LogitRule;
 using attention::SequenceMask;
 using attention::SoftmaxState;
@@ -83,8 +84,8 @@ void make_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
   const bool has_rule = call.args.softcap > 0.0F || call.args.alibi_slopes.defined() || call.args.qq_bias.defined();
   const int first_position = sequence.context_len + tile.first_row;
   // Below the diagonal of a plain causal mask there is nothing to test.
-  const bool all_visible = sequence.causal && call.mask.window < 0 && call.mask.chunk == 0 && first_position >= 0 &&
-                           first_key + num_keys <= first_position + 1;
+  const bool all_visible = sequence.causal && call.mask.window < 0 && call.mask.rswa_window < 0 &&
+                           call.mask.chunk == 0 && first_position >= 0 && first_key + num_keys <= first_position + 1;
   const LevelTile& k = scratch.k_tile;
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     float* scores = scratch.scores + static_cast<std::int64_t>(m) * kKeyTile;
@@ -129,16 +130,19 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
 }  // namespace
 
 void attend_split(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                  std::int64_t begin, std::int64_t end, Scratch& scratch) {
+                  const KeySpan& keys, Scratch& scratch) {
   const int num_rows = tile.num_tokens * rows.group;
   std::fill_n(scratch.acc, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
   std::fill_n(scratch.offset_sum, num_rows, 0.0F);
   std::fill_n(scratch.state, num_rows, SoftmaxState{});
 
   // Tiles start at multiples of kKeyTile, so a row's arithmetic does not depend on where its tile's range begins.
-  for (std::int64_t aligned = begin / kKeyTile * kKeyTile; aligned < end; aligned += kKeyTile) {
-    const auto first_key = static_cast<int>(std::max(aligned, begin));
-    const auto num_keys = static_cast<int>(std::min(aligned + kKeyTile, end) - first_key);
+  for (std::int64_t next = keys.first; next < keys.end;) {
+    if (next >= keys.prefix_end && next < keys.begin) next = keys.begin;
+    const auto first_key = static_cast<int>(next);
+    next = std::min<std::int64_t>((next / kKeyTile + 1) * kKeyTile, keys.end);
+    if (first_key < keys.prefix_end) next = std::min<std::int64_t>(next, keys.prefix_end);
+    const auto num_keys = static_cast<int>(next - first_key);
     RowAddress k_rows[kKeyTile];
     RowAddress v_rows[kKeyTile];
     for (int n = 0; n < num_keys; ++n) {

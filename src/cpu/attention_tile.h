@@ -46,9 +46,9 @@ struct RowOf {
 // Fills the queries of the scratch, rotated as the keys are.
 void load_queries(const AttentionCall& call, const QueryTile& tile, const RowOf& rows, Scratch& scratch);
 
-// Attention of a query tile over keys [begin, end): leaves acc and state, acc complete (offsets added).
+// Attention of a query tile over keys: leaves acc and state, acc complete (offsets added).
 void attend_split(const AttentionCall& call, const QueryTile& tile, const attention::SequenceMask& sequence,
-                  const RowOf& rows, std::int64_t begin, std::int64_t end, Scratch& scratch);
+                  const RowOf& rows, const attention::KeySpan& keys, Scratch& scratch);
 
 // Folds one more part into a row's running state.
 void fold(const float* part, const attention::SoftmaxState& part_state, int size, float* total,

@@ -49,8 +49,9 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.table_batch_stride = args.block_table.strides[0];
   p.table_block_stride = args.block_table.strides[1];
 
-  p.mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.mm_prefix_clamp_window);
-  p.plain_mask = p.mask.window < 0 && p.mask.chunk == 0 && !args.mm_prefix_range.defined();
+  p.mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
+                                     args.mm_prefix_clamp_window);
+  p.plain_mask = p.mask.window < 0 && p.mask.chunk == 0 && p.mask.rswa_window < 0 && !args.mm_prefix_range.defined();
   p.causal = args.causal;
   if (args.causal_per_seq.defined()) {
     p.causal_per_seq = args.causal_per_seq.ptr<const std::uint8_t>();
@@ -62,6 +63,10 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
     p.range_stride = args.mm_prefix_range.strides[1];
     p.bound_stride = args.mm_prefix_range.strides[2];
     p.num_ranges = shape.num_mm_ranges;
+  }
+  if (args.rswa_prefix_lens.defined()) {
+    p.prefix_lens = args.rswa_prefix_lens.ptr<const std::int32_t>();
+    p.prefix_stride = args.rswa_prefix_lens.strides[0];
   }
 
   p.softcap = args.softcap;

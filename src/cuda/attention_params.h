@@ -70,6 +70,8 @@ struct AttentionParams {
   const std::int32_t* ranges = nullptr;  // [batch, num_ranges, 2], may be null
   std::int64_t ranges_batch_stride = 0, range_stride = 0, bound_stride = 0;
   int num_ranges = 0;
+  const std::int32_t* prefix_lens = nullptr;  // [batch], R-SWA; may be null
+  std::int64_t prefix_stride = 1;
 
   float softcap = 0.0F;
   const float* alibi_slopes = nullptr;  // [num_q_heads], may be null

@@ -107,11 +107,11 @@ std::vector<Tensor*> tensors_of(ReshapeAndCacheArgs& args) {
 }
 
 std::vector<Tensor*> tensors_of(UnifiedAttentionArgs& args) {
-  return {&args.query,           &args.out,          &args.key_cache,     &args.value_cache,  &args.k_scale_cache,
-          &args.v_scale_cache,   &args.cu_seqlens_q, &args.seq_lens,      &args.block_table,  &args.causal_per_seq,
-          &args.mm_prefix_range, &args.sinks,        &args.alibi_slopes,  &args.qq_bias,      &args.q_scale,
-          &args.k_scale,         &args.v_scale,      &args.output_scale,  &args.lse,          &args.error_counter,
-          &args.k_page_meta,     &args.v_page_meta,  &args.k_head_vector, &args.v_head_vector};
+  return {&args.query,           &args.out,          &args.key_cache,     &args.value_cache,   &args.k_scale_cache,
+          &args.v_scale_cache,   &args.cu_seqlens_q, &args.seq_lens,      &args.block_table,   &args.causal_per_seq,
+          &args.mm_prefix_range, &args.sinks,        &args.alibi_slopes,  &args.qq_bias,       &args.q_scale,
+          &args.k_scale,         &args.v_scale,      &args.output_scale,  &args.lse,           &args.error_counter,
+          &args.k_page_meta,     &args.v_page_meta,  &args.k_head_vector, &args.v_head_vector, &args.rswa_prefix_lens};
 }
 
 std::vector<Tensor*> tensors_of(MergeAttnStatesArgs& args) {

@@ -103,6 +103,9 @@ bool visible(const UnifiedAttentionArgs& args, const Sequence& sequence, std::in
   if (args.chunk_lookback >= 0) {
     const std::int64_t chunk = window / (args.chunk_lookback + 1);
     seen = seen && p / chunk - j / chunk <= args.chunk_lookback;
+  } else if (args.rswa_prefix_lens.defined()) {
+    const bool in_prefix = j < integer(args.rswa_prefix_lens, sequence.index);
+    seen = seen && (in_prefix || p - j < args.rswa_window);
   } else {
     seen = seen && in_window;
   }

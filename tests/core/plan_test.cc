@@ -51,11 +51,20 @@ class CudaPlan : public ::testing::Test {
 };
 
 TEST_F(CudaPlan, NamesItsKernels) {
-  EXPECT_NE(kernel_of(decode_problem("int4_per_token_head")).find("decode_split<128>"), std::string::npos);
+  AttentionProblem decode = decode_problem("int4_per_token_head");
+  EXPECT_NE(kernel_of(decode).find("decode_pages<128> (4 rows"), std::string::npos) << kernel_of(decode);
+  decode.max_query_len = 4;  // 16 rows of a KV head
+  EXPECT_NE(kernel_of(decode).find("decode_pages<128> (16 rows"), std::string::npos) << kernel_of(decode);
+  decode = decode_problem("int4_per_token_head");
+  decode.block_size = 24;
+  EXPECT_NE(kernel_of(decode).find("decode_split<128>"), std::string::npos) << kernel_of(decode);
+  decode.block_size = 16;
+  decode.whole_pages = false;
+  EXPECT_NE(kernel_of(decode).find("decode_split<128>"), std::string::npos) << kernel_of(decode);
   const Result<AttentionPlan> prefill = plan_unified_attention(prefill_problem("int4_per_token_head"));
   ASSERT_TRUE(prefill.ok()) << prefill.status().message();
   EXPECT_NE(prefill->kernel.find("prefill"), std::string::npos) << prefill->kernel;
-  EXPECT_NE(prefill->kernel.find("decode_split"), std::string::npos) << prefill->kernel;
+  EXPECT_NE(prefill->kernel.find("decode_pages"), std::string::npos) << prefill->kernel;
   EXPECT_TRUE(prefill->tensor_cores);
 
   AttentionProblem problem = prefill_problem("int4_per_token_head");
@@ -82,6 +91,7 @@ TEST_F(CudaPlan, CoversTheKeysWithItsSplits) {
 // The splits are for the GPU of the problem, not for the one they were tuned on.
 TEST_F(CudaPlan, FitsItsSplitsToTheMultiprocessors) {
   AttentionProblem problem = decode_problem("int4_per_token_head");
+  problem.whole_pages = false;  // decode_pages needs no splits
   problem.max_num_tokens = problem.max_batch = 1;
   problem.max_seq_len = 131072;
   std::int64_t before = 0;

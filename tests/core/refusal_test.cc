@@ -238,6 +238,12 @@ T& first(OwnedTensor& tensor) {
   return tensor.view.ptr<T>()[0];
 }
 
+// Prefix lengths and a window of R-SWA that are accepted.
+void give_prefixes(AttentionCase& c) {
+  c.args.rswa_prefix_lens = c.seq_lens.view;
+  c.args.rswa_window = 8;
+}
+
 const BadRead kBadReads[] = {
     {"int4_per_token_head", StatusCode::kNotFound, "mode id 2000000",
      [](AttentionCase& c) { c.args.mode = static_cast<ModeId>(2000000); }},
@@ -381,6 +387,56 @@ const BadRead kBadReads[] = {
        c.args.sliding_window = 4;
      }},
     {"int4_per_token_head", kInvalid, "chunk_lookback is -3", [](AttentionCase& c) { c.args.chunk_lookback = -3; }},
+    {"int4_per_token_head", kInvalid, "rswa_window is 0; supported: 1 and more, or -1 for none",
+     [](AttentionCase& c) { c.args.rswa_window = 0; }},
+    {"int4_per_token_head", kInvalid, "rswa_window is -2",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_window = -2;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is not given with rswa_window 8; the two go together",
+     [](AttentionCase& c) { c.args.rswa_window = 8; }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is [3] int32 with rswa_window -1; the two go together",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_window = -1;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_window is 8 with sliding_window 4",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.sliding_window = 4;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_window is 8 with sliding_window 4",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.sliding_window = 4;
+       c.args.chunk_lookback = 1;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_prefix_lens.shape[0] = 2;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is [3, 1] int32",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_prefix_lens = Tensor::contiguous(c.query.view.data, DType::kInt32, {3, 1});
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is int64",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_prefix_lens.dtype = DType::kInt64;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is on cuda",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_prefix_lens.device = Device::kCuda;
+     }},
+    {"int4_per_token_head", kInvalid, "rswa_prefix_lens is not aligned",
+     [](AttentionCase& c) {
+       give_prefixes(c);
+       c.args.rswa_prefix_lens.data = c.query.view.ptr<std::uint8_t>() + 2;
+     }},
     {"int4_per_token_head", kInvalid, "softcap is -1", [](AttentionCase& c) { c.args.softcap = -1.0F; }},
     {"int4_per_token_head", kInvalid, "softcap is",
      [](AttentionCase& c) { c.args.softcap = std::numeric_limits<float>::quiet_NaN(); }},

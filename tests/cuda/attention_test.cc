@@ -98,7 +98,13 @@ TEST_P(CudaSmall, StoreAndAttend) {
   prompt.sequences = {{45, 300}, {2, 200}};
   Options large_heads = prompt;
   large_heads.head_size = 136;
-  for (const Options& options : {wide, narrow, prompt, large_heads}) {
+  Options prefixes = prompt;
+  prefixes.rswa_window = 60;
+  prefixes.rswa_prefix_lens = {70, 33};
+  Options wide_prefixes = wide;
+  wide_prefixes.rswa_window = 40;
+  wide_prefixes.rswa_prefix_lens = {90, 3};
+  for (const Options& options : {wide, narrow, prompt, large_heads, prefixes, wide_prefixes}) {
     if (!packs(options.mode, options.head_size)) continue;
     AttentionCase problem(options);
     const PagedCache stored(problem.cache->options());
@@ -142,6 +148,22 @@ constexpr LongPrompt kLongPrompts[] = {
        o.chunk_lookback = 1;
      }},
     {"prefix ranges", [](Options& o) { o.mm_prefix = true; }},
+    {"R-SWA",
+     [](Options& o) {
+       o.rswa_window = 150;
+       o.rswa_prefix_lens = {300, 100, 0, 140};
+     }},
+    {"R-SWA, long windows and prefixes",
+     [](Options& o) {
+       o.rswa_window = 500;
+       o.rswa_prefix_lens = {560, 1000, 33, -1};
+     }},
+    {"R-SWA, not causal",
+     [](Options& o) {
+       o.rswa_window = 70;
+       o.rswa_prefix_lens = {600, 130, 40, 5};
+       o.causal = false;
+     }},
     {"rows with gaps", [](Options& o) { o.layout = Layout::kPadded; }},
     {"one KV head, packed",
      [](Options& o) {

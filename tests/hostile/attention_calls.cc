@@ -40,6 +40,14 @@ AttentionCase::Options with_everything(const std::string& mode) {
   return options;
 }
 
+AttentionCase::Options with_prefixes(const std::string& mode) {
+  AttentionCase::Options options = small(mode);
+  options.rswa_window = 4;
+  options.rswa_prefix_lens = {5, 2};
+  options.mm_prefix = true;
+  return options;
+}
+
 AttentionCase::Options float8_in_and_out(const std::string& mode) {
   AttentionCase::Options options = small(mode);
   options.dtype = DType::kFloat8E4M3;
@@ -71,10 +79,26 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
   for (const auto& buffer : c.cache->bytes()) {
     if (!buffer.empty()) call.buffers.push_back(const_cast<std::vector<std::uint8_t>*>(&buffer));
   }
-  for (OwnedTensor* tensor :
-       {&c.query, &c.out, &c.lse, &c.cu_seqlens_q, &c.seq_lens, &c.block_table, &c.causal_per_seq, &c.mm_prefix_range,
-        &c.sinks, &c.alibi_slopes, &c.qq_bias, &c.q_scale, &c.k_scale, &c.v_scale, &c.output_scale,
-        &c.cache->k_page_meta, &c.cache->v_page_meta, &c.cache->k_head_vector, &c.cache->v_head_vector}) {
+  for (OwnedTensor* tensor : {&c.query,
+                              &c.out,
+                              &c.lse,
+                              &c.cu_seqlens_q,
+                              &c.seq_lens,
+                              &c.block_table,
+                              &c.causal_per_seq,
+                              &c.mm_prefix_range,
+                              &c.sinks,
+                              &c.alibi_slopes,
+                              &c.qq_bias,
+                              &c.q_scale,
+                              &c.k_scale,
+                              &c.v_scale,
+                              &c.output_scale,
+                              &c.cache->k_page_meta,
+                              &c.cache->v_page_meta,
+                              &c.cache->k_head_vector,
+                              &c.cache->v_head_vector,
+                              &c.rswa_prefix_lens}) {
     if (!tensor->bytes.empty()) call.buffers.push_back(&tensor->bytes);
   }
   // "auto" reads any float: only the caller knows that the cache holds bfloat16.
@@ -97,6 +121,7 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
                   {"block_table", &args.block_table, "batch ~max_blocks"},
                   {"causal_per_seq", &args.causal_per_seq, "batch"},
                   {"mm_prefix_range", &args.mm_prefix_range, "batch !num_ranges =2"},
+                  {"rswa_prefix_lens", &args.rswa_prefix_lens, "batch"},
                   {"sinks", &args.sinks, "num_q_heads"},
                   {"alibi_slopes", &args.alibi_slopes, "num_q_heads"},
                   {"qq_bias", &args.qq_bias, "=max_query_len =max_query_len"},
@@ -133,6 +158,8 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   for (const char* name : {"cu_seqlens_q", "seq_lens", "block_table"}) index_probes(call, name);
   if (options.causal_per_seq) index_probes(call, "causal_per_seq", Expect::kAccepted);
   if (options.mm_prefix) index_probes(call, "mm_prefix_range", Expect::kAccepted);
+  const bool prefixes = options.rswa_window != -1;
+  if (prefixes) index_probes(call, "rswa_prefix_lens", Expect::kAccepted);
   // NaN and infinity show in the output, or make no difference, or are refused; what is certain is where they go.
   for (const char* name : {"alibi_slopes", "qq_bias", "k_scale", "v_scale"}) {
     float_probes(call, name, Expect::kConfined, Expect::kConfined, Expect::kConfined);
@@ -161,8 +188,15 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
                         .accepted = {0.0F, -0.0F, 30.0F},
                         .confined = {kTiny, kHuge}});
   const bool chunks = options.chunk_lookback >= 0;
-  scalar_probes<int>(call, "sliding_window", &args.sliding_window,
-                     {.refused = {0, -2, kInt32Min}, .right = {-1, 1}, .accepted = {2, 5, kInt32Max - 1, kInt32Max}});
+  scalar_probes<int>(
+      call, "sliding_window", &args.sliding_window,
+      prefixes
+          ? Values<int>{.refused = {0, -2, kInt32Min, 1, 5, kInt32Max}, .accepted = {-1}}
+          : Values<int>{.refused = {0, -2, kInt32Min}, .right = {-1, 1}, .accepted = {2, 5, kInt32Max - 1, kInt32Max}});
+  scalar_probes<int>(
+      call, "rswa_window", &args.rswa_window,
+      prefixes ? Values<int>{.refused = {0, -2, kInt32Min, -1}, .accepted = {1, 2, 5, 1000, kInt32Max - 1, kInt32Max}}
+               : Values<int>{.refused = {0, -2, kInt32Min, 1, 5, kInt32Max}, .accepted = {-1}});
   scalar_probes<int>(
       call, "chunk_lookback", &args.chunk_lookback,
       {.refused = {-2, kInt32Min, kInt32Max, kInt32Max - 1}, .right = {0, 1, 2, 5, 1000}, .accepted = {-1}});
@@ -337,6 +371,7 @@ std::vector<Group> attention_groups() {
       group("turboquant", small("turboquant_k8v4"), {.tensors = "cache"}, 220),
       group("pair", small("k=int8_per_token_head,v=int4_per_token_head"), {.tensors = "cache"}, 220),
       group("everything", with_everything("int4_per_token_head"), {.swaps = true}, 1100),
+      group("prefixes", with_prefixes("int8_per_token_head"), {}, 600),
       group("float8", float8_in_and_out("int8_per_token_head"), {.tensors = "scale"}, 220),
       group("ones", ones("int4_per_token_head"), {}, 500)};
   groups.insert(groups.end(), of_every_build.begin(), of_every_build.end());

@@ -45,6 +45,11 @@ AttentionCase::Options random_options(std::uint64_t seed) {
   if (options.window > 2 && one_in(3)) options.chunk_lookback = one_of(random, {0, 1, options.window - 1});
   options.mm_prefix = one_in(3);
   options.clamp_mm_prefix = options.mm_prefix && options.window > 0 && one_in(2);
+  if (options.window == -1 && one_in(2)) {
+    options.rswa_window = one_of(random, {1, 2, 3, 8, 50, 1000, kInt32Max});
+    options.rswa_prefix_lens = {one_of(random, {0, 1, 8, 17, 64, -1, kInt32Min}),
+                                one_of(random, {0, 3, 15, 16, 40, 1000, kInt32Max})};
+  }
   if (one_in(3)) options.softcap = one_of(random, {0.5F, 5.0F, 30.0F});
   options.sinks = one_in(3);
   options.alibi = one_in(3);

@@ -1,6 +1,7 @@
 // What must not be read, what is empty, and what is at a border.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -87,6 +88,51 @@ TEST_P(Edge, APoisonedRowReachesOnlyThoseWhoSeeIt) {
         }
       }
     }
+  }
+}
+
+// Under R-SWA: a NaN in the prefix reaches every row, one behind it the rows whose window it is in, and no other. The
+// first row that does not see it has a prefix and a window of its own, in a tile with rows whose ranges are whole.
+TEST_P(Edge, APoisonedRowBehindThePrefixReachesOnlyTheWindow) {
+  for (bool key_side : {true, false}) {
+    for (const std::int64_t poisoned_key : {std::int64_t{3}, std::int64_t{17}, std::int64_t{40}}) {
+      Options options = base();
+      options.sequences = {{30, 80}};
+      options.rswa_window = 35;
+      options.rswa_prefix_lens = {17};
+      AttentionCase problem(options);
+      OwnedTensor& side = key_side ? problem.key : problem.value;
+      side.view.ptr<float>()[(poisoned_key * 2 + 1) * options.head_size + 5] = std::numeric_limits<float>::quiet_NaN();
+      ASSERT_TRUE(problem.store().ok());
+      ASSERT_TRUE(problem.check());
+      for (std::int64_t t = 0; t < 30; ++t) {
+        const bool sees = poisoned_key < 17 || 50 + t - poisoned_key < 35;
+        for (std::int64_t h = 0; h < 4; ++h) {
+          EXPECT_EQ(std::isnan(problem.out.get(t, h, 5)), sees && h >= 2) << "token " << t << " head " << h;
+        }
+      }
+    }
+  }
+}
+
+// Rows in the gap that no query sees, and their pages, may hold anything: what was stored there is overwritten by NaNs.
+TEST_P(Edge, TheGapIsNotRead) {
+  for (const int query_len : {1, 4, 40}) {
+    Options options = base();
+    options.block_size = 8;
+    options.sequences = {{query_len, 300}};
+    options.rswa_window = 50;
+    options.rswa_prefix_lens = {37};
+    AttentionCase problem(options);
+    const std::int64_t gap_end = 300 - query_len - 50 + 1;
+    for (OwnedTensor* side : {&problem.key, &problem.value}) {
+      float* row = side->view.ptr<float>();
+      const std::int64_t row_floats = 2 * options.head_size;
+      std::fill(row + 37 * row_floats, row + gap_end * row_floats, std::numeric_limits<float>::quiet_NaN());
+    }
+    ASSERT_TRUE(problem.store().ok());
+    for (int num_splits : {0, 1, 5}) ASSERT_TRUE(problem.check(num_splits));
+    for (std::int64_t t = 0; t < query_len; ++t) ASSERT_TRUE(std::isfinite(problem.out.get(t, 3, 5)));
   }
 }
 

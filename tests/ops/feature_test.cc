@@ -3,6 +3,7 @@
 
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "support/attention_case.h"
 #include "support/modes.h"
@@ -32,6 +33,7 @@ const Feature kFeatures[] = {
        o.mm_prefix = o.clamp_mm_prefix = true;
        if (o.window == -1) o.window = 7;
      }},
+    {"rswa", [](Options& o) { o.rswa_window = 11; }},
     {"softcap", [](Options& o) { o.softcap = 3.0F; }},
     {"sinks", [](Options& o) { o.sinks = true; }},
     {"alibi", [](Options& o) { o.alibi = true; }},
@@ -75,6 +77,7 @@ TEST_P(Features, AloneAndInPairs) {
       first.apply(options);
       second.apply(options);
       if (dtype_bytes(options.dtype) != 1) options.q_scale = ScaleShape::kNone;
+      if (options.rswa_window != -1 && options.window != -1) continue;  // refused
       AttentionCase problem(options);
       ASSERT_TRUE(problem.check());
     }
@@ -113,6 +116,51 @@ TEST_P(Features, ChunkedLocalAttention) {
         ASSERT_TRUE(problem.check());
       }
     }
+  }
+}
+
+// Windows and prefixes of R-SWA: none, of a page, ending inside one, meeting the window, past the sequence's end.
+TEST_P(Features, PrefixesAndTheirWindows) {
+  const int block = 8;
+  for (int window : {1, 2, block - 1, block, block + 1, 40, 200, std::numeric_limits<int>::max()}) {
+    for (bool causal : {true, false}) {
+      Options options;
+      options.mode = GetParam();
+      options.block_size = block;
+      options.rswa_window = window;
+      options.causal = causal;
+      options.sequences = {{1, 65}, {1, 140},  {1, 9},   {11, 150}, {17, 17},
+                           {1, 1},  {70, 160}, {3, 200}, {5, 90},   {3, 2}};
+      options.seed = static_cast<std::uint64_t>(window % 97) + 1;
+      for (const std::vector<std::int64_t>& prefix_lens :
+           std::vector<std::vector<std::int64_t>>{{0},
+                                                  {1},
+                                                  {64, 63, 8, 65},
+                                                  {33, 0, -5, 1000, 12, std::numeric_limits<std::int32_t>::max(), 70},
+                                                  {std::numeric_limits<std::int32_t>::min()}}) {
+        options.rswa_prefix_lens = prefix_lens;
+        AttentionCase problem(options);
+        ASSERT_TRUE(problem.check());
+      }
+    }
+  }
+}
+
+// Splits that end in the prefix, in the gap and in the window.
+TEST_P(Features, PrefixesInSplits) {
+  for (int num_splits : {0, 1, 3, 7, 30}) {
+    Options options;
+    options.mode = GetParam();
+    options.num_kv_heads = 1;
+    options.group = 3;
+    options.sequences = {{1, 2500}, {2, 1025}, {1, 300}, {18, 1330}, {40, 700}};
+    options.rswa_window = num_splits == 7 ? 500 : 100;
+    options.rswa_prefix_lens = {num_splits == 3 ? 1100 : 130, 64, 0, 400, 700};
+    options.sinks = num_splits % 2 == 0;
+    options.seed = static_cast<std::uint64_t>(num_splits) + 1;
+    AttentionCase problem(options);
+    ASSERT_TRUE(problem.check(num_splits));
+    ASSERT_TRUE(problem.check(0, true));
   }
 }
 

@@ -36,6 +36,10 @@ std::string AttentionCase::Options::describe() const {
   if (chunk_lookback != -1) text << " chunk_lookback " << chunk_lookback;
   if (mm_prefix) text << " mm_prefix";
   if (clamp_mm_prefix) text << " clamp_mm_prefix";
+  if (rswa_window != -1) {
+    text << " rswa_window " << rswa_window << " rswa_prefix_lens";
+    for (const std::int64_t prefix_len : rswa_prefix_lens) text << " " << prefix_len;
+  }
   if (softcap != 0.0F) text << " softcap " << softcap;
   if (sinks) text << " sinks";
   if (alibi) text << (alibi_sqrt ? " alibi_sqrt" : " alibi");
@@ -142,10 +146,25 @@ void AttentionCase::build_cache(Random& random) {
       }
     }
   }
+  // Nor do those between the prefix and the first row's R-SWA window.
+  if (options.garbage_out_of_window && options.rswa_window > 0 && !options.mm_prefix) {
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const Lengths& s = options.sequences[static_cast<std::size_t>(b)];
+      const std::int64_t begin = std::max(0, s.seq_len - s.query_len) - std::int64_t{options.rswa_window} + 1;
+      const std::int64_t prefix_len = std::max<std::int64_t>(0, rswa_prefix_len(b));
+      for (std::int64_t page = (prefix_len + block_size - 1) / block_size; (page + 1) * block_size <= begin; ++page) {
+        table[static_cast<std::size_t>(b * columns + page)] = garbage[page % 5];
+      }
+    }
+  }
   block_table = OwnedTensor(DType::kInt32, {batch, columns}, 3);
   block_table.fill_integers(table);
   cache->apply(args);
   args.block_table = block_table.view;
+}
+
+std::int64_t AttentionCase::rswa_prefix_len(std::int64_t sequence) const {
+  return options.rswa_prefix_lens[static_cast<std::size_t>(sequence) % options.rswa_prefix_lens.size()];
 }
 
 void AttentionCase::build_inputs(Random& random) {
@@ -209,6 +228,16 @@ void AttentionCase::build_inputs(Random& random) {
     mm_prefix_range.fill_integers(spans);
     args.mm_prefix_range = mm_prefix_range.view;
   }
+  args.rswa_window = options.rswa_window;
+  if (options.rswa_window != -1) {
+    // A column of a table of two.
+    rswa_prefix_lens = OwnedTensor(DType::kInt32, {batch, 1}, 1);
+    std::vector<std::int64_t> prefix_lens;
+    for (std::int64_t b = 0; b < batch; ++b) prefix_lens.push_back(rswa_prefix_len(b));
+    rswa_prefix_lens.fill_integers(prefix_lens);
+    args.rswa_prefix_lens =
+        Tensor::strided(rswa_prefix_lens.view.data, DType::kInt32, {batch}, {rswa_prefix_lens.view.strides[0]});
+  }
   if (options.sinks) {
     sinks = OwnedTensor(DType::kFloat32, {num_q_heads});
     sinks.fill(uniforms(random, num_q_heads, -1.0, 3.0));
@@ -262,25 +291,16 @@ Status AttentionCase::run(int num_splits, bool batch_invariant) {
 
 Result<AttentionPlan> AttentionCase::plan() const {
   UnifiedAttentionArgs planned = args;
-  for (Tensor* tensor : {&planned.query,
-                         &planned.out,
-                         &planned.key_cache,
-                         &planned.value_cache,
-                         &planned.k_scale_cache,
-                         &planned.v_scale_cache,
-                         &planned.cu_seqlens_q,
-                         &planned.seq_lens,
-                         &planned.block_table,
-                         &planned.causal_per_seq,
-                         &planned.mm_prefix_range,
-                         &planned.sinks,
-                         &planned.alibi_slopes,
-                         &planned.qq_bias,
-                         &planned.q_scale,
-                         &planned.k_scale,
-                         &planned.v_scale,
-                         &planned.output_scale,
-                         &planned.lse,
+  for (Tensor* tensor : {&planned.query,           &planned.out,
+                         &planned.key_cache,       &planned.value_cache,
+                         &planned.k_scale_cache,   &planned.v_scale_cache,
+                         &planned.cu_seqlens_q,    &planned.seq_lens,
+                         &planned.block_table,     &planned.causal_per_seq,
+                         &planned.mm_prefix_range, &planned.rswa_prefix_lens,
+                         &planned.sinks,           &planned.alibi_slopes,
+                         &planned.qq_bias,         &planned.q_scale,
+                         &planned.k_scale,         &planned.v_scale,
+                         &planned.output_scale,    &planned.lse,
                          &planned.error_counter}) {
     tensor->device = ops.device;
   }

@@ -46,6 +46,8 @@ class AttentionCase {
     int chunk_lookback = -1;
     bool mm_prefix = false;
     bool clamp_mm_prefix = false;
+    int rswa_window = -1;
+    std::vector<std::int64_t> rswa_prefix_lens = {21, 0, 7};  // sequences take turns; not given without the window
     float softcap = 0.0F;
     bool sinks = false;
     bool alibi = false;
@@ -101,12 +103,14 @@ class AttentionCase {
   UnifiedAttentionArgs args;
   std::unique_ptr<PagedCache> cache;
   OwnedTensor query, out, lse;
-  OwnedTensor cu_seqlens_q, seq_lens, block_table, causal_per_seq, mm_prefix_range, sinks, alibi_slopes, qq_bias;
+  OwnedTensor cu_seqlens_q, seq_lens, block_table, causal_per_seq, mm_prefix_range, rswa_prefix_lens;
+  OwnedTensor sinks, alibi_slopes, qq_bias;
   OwnedTensor q_scale, k_scale, v_scale, output_scale;
   OwnedTensor expected_out, expected_lse;
   OwnedTensor key, value, slot_mapping;  // what was stored, [sum of seq_lens, Hk, d]
 
  private:
+  std::int64_t rswa_prefix_len(std::int64_t sequence) const;
   void build_cache(Random& random);
   void build_inputs(Random& random);
 };

@@ -130,8 +130,8 @@ constexpr TensorRule kTensorRules[] = {
     {"v_scale_cache", "oo-----"}, {"k_scale", "ooo----"},      {"v_scale", "ooo----"},
     {"q_scale", "-oo----"},       {"output_scale", "-oo----"}, {"sinks", "-oo----"},
     {"alibi_slopes", "-oo----"},  {"qq_bias", "-oo----"},      {"mm_prefix_range", "-oo----"},
-    {"midpoints", "---R---"},     {"signs", "----R--"},        {"centroids", "---R-R-"},
-    {"codes", "------R"},
+    {"midpoints", "---R---"},     {"signs", "----R--"},        {"rswa_prefix_lens", "-oo----"},
+    {"centroids", "---R-R-"},     {"codes", "------R"},
 };
 
 Status check_tensors(const GoldenCase& golden, const CaseKind& kind) {

@@ -96,6 +96,7 @@ Status replay_attention(Replay& replay) {
   args.alibi_slopes = golden.tensor("alibi_slopes");
   args.qq_bias = golden.tensor("qq_bias");
   args.mm_prefix_range = golden.tensor("mm_prefix_range");
+  args.rswa_prefix_lens = golden.tensor("rswa_prefix_lens");
   args.q_scale = golden.tensor("q_scale");
   args.k_scale = golden.tensor("k_scale");
   args.v_scale = golden.tensor("v_scale");
@@ -103,9 +104,9 @@ Status replay_attention(Replay& replay) {
   for (Status status :
        {golden.read("softmax_scale", &args.softmax_scale), golden.read("softcap", &args.softcap),
         golden.read("sliding_window", &args.sliding_window), golden.read("chunk_lookback", &args.chunk_lookback),
-        golden.read("use_alibi_sqrt", &args.use_alibi_sqrt), golden.confirm("num_q_heads", args.query.shape[1]),
-        golden.confirm("head_size", args.query.shape[2]), golden.confirm("head_size_v", theirs.shape[2]),
-        golden.confirm("num_kv_heads", args.key_cache.shape[2]),
+        golden.read("rswa_window", &args.rswa_window), golden.read("use_alibi_sqrt", &args.use_alibi_sqrt),
+        golden.confirm("num_q_heads", args.query.shape[1]), golden.confirm("head_size", args.query.shape[2]),
+        golden.confirm("head_size_v", theirs.shape[2]), golden.confirm("num_kv_heads", args.key_cache.shape[2]),
         golden.confirm("block_size", args.key_cache.shape[1])}) {
     if (!status) return status;
   }

@@ -58,14 +58,15 @@ template <class F>
 constexpr bool has_pieces() {
   if constexpr (kRaw16<F>) return true;
   if constexpr (!kRaw16<F>) {
-    return Fragment<F>::kElements == 32 && 8 % F::kUnit == 0 && !F::kHistory &&
-           std::is_same_v<Tables<F>, NoTables> && !std::is_same_v<F, format::Float32>;
+    return Fragment<F>::kElements == 32 && 8 % F::kUnit == 0 && !F::kHistory && std::is_same_v<Tables<F>, NoTables> &&
+           !std::is_same_v<F, format::Float32>;
   }
 }
 
 // The levels of a piece as pairs in the order of elements.
 template <class F, int kElements, int kWords>
-__device__ __forceinline__ void piece_levels(const std::uint32_t (&words)[kWords], std::uint32_t (&pairs)[kElements / 2]) {
+__device__ __forceinline__ void piece_levels(const std::uint32_t (&words)[kWords],
+                                             std::uint32_t (&pairs)[kElements / 2]) {
   if constexpr (kRaw16<F>) {
 #pragma unroll
     for (int i = 0; i < kElements / 2; ++i) pairs[i] = words[i];

@@ -68,7 +68,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
   attention::SoftmaxState state;
   float acc[16] = {};
   float offset = 0.0F;
-  for (int key = tile.begin; key < tile.end; ++key) {
+  for (int key = tile.first; key < tile.end; ++key) {
     if (!has(key) || !attention::visible(p.mask, tile.sequence, position, key)) continue;
     const KeyPlace place = find_key(p, tile, key, false);
     if (place.block < 0) continue;

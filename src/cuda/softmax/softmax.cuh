@@ -145,7 +145,9 @@ struct RunningSoftmax {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowInfo& seen = rows[at.row(m, r)];
-        const int begin = seen.begin - first_key;
+        // Not seen: [prefix_end, begin), in one comparison, and from `end` on.
+        const int prefix_end = seen.prefix_end - first_key;
+        const auto gap_keys = static_cast<unsigned>(seen.begin - seen.prefix_end);
         const int end = seen.end - first_key;
 #pragma unroll
         for (int t = 0; t < kFragments; ++t) {
@@ -153,7 +155,8 @@ struct RunningSoftmax {
           for (int i = 0; i < 4; ++i) {
             if (at.row_of(i) != r) continue;
             const int n = at.key(t, at.key_of(i));
-            if (n < begin || n >= end || (readable[n / 32] >> (n % 32) & 1U) == 0) s[m][t][i] = -INFINITY;
+            const bool outside = static_cast<unsigned>(n - prefix_end) < gap_keys || n >= end;
+            if (outside || (readable[n / 32] >> (n % 32) & 1U) == 0) s[m][t][i] = -INFINITY;
           }
         }
       }

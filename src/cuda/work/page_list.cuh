@@ -1,7 +1,8 @@
 // The work of a launch as one list, cut into runs: the slices (16 keys) of every row tile of every sequence, one after
 // the other. decode_pages gives each block runs of it, and notes the first and the last run of each tile for the merge.
 //
-//   slice    keys 16 i to 16 i + 15 of a sequence, from the first to the last that some row sees
+//   slice    keys 16 i to 16 i + 15 of a sequence, from the first to the last that some row sees, less those between
+//            R-SWA's prefix and its windows
 //   grain    so many slices of a tile: 1, or what batch_invariant fixes
 //   run      so many grains of the list, which may cross tiles; a block takes runs_per_block neighbouring ones
 //   slot     where the partial result of the part of a tile that lies in a run goes: run + tile. No two parts have the
@@ -10,6 +11,7 @@
 // A run of batch_invariant is one grain: where it begins and ends depends on its sequence alone.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "attention/mask.h"
@@ -28,10 +30,25 @@ struct PageListShape {
   int blocks;       // that share the list
 };
 
+// Slices first, first + 1, .. of a sequence, from the gap_at-th on `gap` later.
+struct SliceRun {
+  int first = 0, gap_at = INT_MAX, gap = 0;
+  __device__ __forceinline__ int slice(int i) const { return first + i + (i >= gap_at ? gap : 0); }
+  // Which one a slice is that is among them.
+  __device__ __forceinline__ int index(int slice) const {
+    const int i = slice - first;
+    return i >= gap_at ? i - gap : i;
+  }
+  __device__ __forceinline__ SliceRun from(int i) const {
+    return {slice(i), i >= gap_at || gap == 0 ? INT_MAX : gap_at - i, gap};
+  }
+};
+
 // One sequence's part of the list. The plan sees to it that all grains of a call fit an int.
 struct SequenceSlices {
-  int query_begin = 0, rows = 0;         // of this launch; 0 rows: another's
-  int tiles = 0, first = 0, slices = 0;  // row tiles; each has these slices
+  int query_begin = 0, rows = 0;  // of this launch; 0 rows: another's
+  int tiles = 0, slices = 0;      // row tiles; each has so many slices:
+  SliceRun run;
   __device__ __forceinline__ int grains(const PageListShape& shape) const {
     return (slices + (1 << shape.grain_shift) - 1) >> shape.grain_shift;
   }
@@ -62,8 +79,16 @@ __device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams&
   const attention::SequenceMask sequence = load_sequence(p, batch, work.rows / p.group_size);
   const attention::KeyRange range =
       attention::visible_range(p.mask, sequence, sequence.context_len, sequence.seq_len - 1);
-  work.first = range.begin / kSliceKeys;
-  if (range.end > range.begin) work.slices = (range.end + kSliceKeys - 1) / kSliceKeys - work.first;
+  if (range.end <= range.begin) return work;
+  const int begin = range.begin / kSliceKeys;
+  const int end = (range.end + kSliceKeys - 1) / kSliceKeys;
+  const int prefix = (range.prefix_end + kSliceKeys - 1) / kSliceKeys;
+  work.slices = prefix + end - max(begin, prefix);
+  if (prefix == 0) {
+    work.run.first = begin;
+  } else if (begin > prefix) {
+    work.run = {0, prefix, begin - prefix};
+  }
   return work;
 }
 
@@ -73,8 +98,8 @@ struct PageRuns {
   int length;  // grains of a run
   int runs_per_block;
   __device__ __forceinline__ PageRuns(const PageListShape& shape, int total_grains) : total(total_grains) {
-    const int each = static_cast<int>((static_cast<unsigned>(total) + shape.blocks - 1) /
-                                      static_cast<unsigned>(shape.blocks));
+    const int each =
+        static_cast<int>((static_cast<unsigned>(total) + shape.blocks - 1) / static_cast<unsigned>(shape.blocks));
     constexpr int kLeast = 2;  // slices of a run: a shorter one costs more to merge than it saves
     length = shape.grain_shift > 0 ? 1 : max(each, kLeast);
     runs_per_block = shape.grain_shift > 0 ? each : 1;

@@ -13,11 +13,19 @@ struct KeyPlace {
   std::int32_t block;  // -1: the key is not read
   int slot;
 };
+
+// Whether a key below tile.begin is one of [tile.first, tile.prefix_end). Written with what lies in memory: only R-SWA
+// asks, and two fields more would stay in registers through the kernels' loops.
+__device__ __forceinline__ bool in_prefix(const AttentionParams& p, const TileRows& tile, int key) {
+  return p.prefix_lens != nullptr && key >= tile.split * p.split_size &&
+         key < p.prefix_lens[tile.batch * p.prefix_stride];
+}
+
 __device__ __forceinline__ KeyPlace find_key(const AttentionParams& p, const TileRows& tile, int key,
                                              bool counts_errors) {
   const int entry = p.block_shift >= 0 ? key >> p.block_shift : key / p.block_size;
   KeyPlace place{-1, key - entry * p.block_size};
-  if (key < tile.begin || key >= tile.end || entry >= p.max_blocks) return place;
+  if (key >= tile.end || entry >= p.max_blocks || (key < tile.begin && !in_prefix(p, tile, key))) return place;
   place.block = p.block_table[tile.batch * p.table_batch_stride + entry * p.table_block_stride];
   if (place.block < 0 || place.block >= p.num_blocks) {
     place.block = -1;

@@ -45,7 +45,10 @@ struct TileRows {
   int row_begin;    // first row of the tile, within the sequence
   int num_rows;     // rows of the sequence (the plan bounds all rows by 2^31)
   attention::SequenceMask sequence;
-  int begin, end;            // keys of this block: seen by some row, in this split
+  // Keys of this block: those that some row sees, in this split. [begin, end) and, where R-SWA's prefix has keys in the
+  // split that do not meet them, [first, prefix_end) before; first is begin and prefix_end 0 elsewhere.
+  int first, prefix_end;
+  int begin, end;
   int full_begin, full_end;  // keys that every row sees
 };
 
@@ -55,11 +58,20 @@ __device__ __forceinline__ attention::SequenceMask load_sequence(const Attention
   sequence.seq_len = p.seq_lens[batch * p.seq_stride];
   sequence.context_len = sequence.seq_len - query_len;
   sequence.causal = p.causal_per_seq != nullptr ? p.causal_per_seq[batch * p.causal_stride] != 0 : p.causal;
+  sequence.prefix_len = p.prefix_lens == nullptr ? 0 : max(0, p.prefix_lens[batch * p.prefix_stride]);
   sequence.ranges = p.ranges == nullptr ? nullptr : p.ranges + batch * p.ranges_batch_stride;
   sequence.range_stride = p.range_stride;
   sequence.bound_stride = p.bound_stride;
   sequence.num_ranges = p.num_ranges;
   return sequence;
+}
+
+// attention::visible_range; where nothing limits what rows see, most of a mask's rules need not be asked.
+__device__ __forceinline__ attention::KeyRange visible_keys(const AttentionParams& p,
+                                                            const attention::SequenceMask& sequence, int first,
+                                                            int last) {
+  if (!p.plain_mask) return attention::visible_range(p.mask, sequence, first, last);
+  return {0, last < 0 ? 0 : (sequence.causal ? min(last + 1, sequence.seq_len) : sequence.seq_len)};
 }
 
 // Fills in a tile whose batch, KV head, split and row_begin are set; false where it has no rows of this launch.
@@ -74,21 +86,17 @@ __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile
   const int last_row = min(tile.row_begin + tile_rows, tile.num_rows) - 1;
   const int first = sequence.context_len + tile.row_begin / p.group_size;
   const int last = sequence.context_len + last_row / p.group_size;
-  const attention::KeyRange range = attention::visible_range(p.mask, sequence, first, last);
+  const attention::KeyRange range = visible_keys(p, sequence, first, last);
   const auto split = static_cast<std::int64_t>(tile.split);
-  tile.begin = static_cast<int>(max(static_cast<std::int64_t>(range.begin), split * p.split_size));
-  tile.end = range.end;
-  if (split + 1 < p.max_splits) {
-    tile.end = static_cast<int>(min(static_cast<std::int64_t>(range.end), (split + 1) * p.split_size));
-  }
-  tile.full_begin = tile.full_end = 0;
-  if (first >= 0 && p.num_ranges == 0 && p.mask.chunk == 0) {
-    tile.full_end = sequence.causal ? first + 1 : sequence.seq_len;
-    if (p.mask.window >= 0) {
-      tile.full_begin = last - p.mask.window + 1;
-      if (!sequence.causal && p.mask.window < tile.full_end - first) tile.full_end = first + p.mask.window;
-    }
-  }
+  const attention::KeySpan span = attention::clip(
+      range, split * p.split_size, split + 1 < p.max_splits ? (split + 1) * p.split_size : std::int64_t{range.end});
+  tile.first = span.first;
+  tile.prefix_end = span.prefix_end;
+  tile.begin = span.begin;
+  tile.end = span.end;
+  const attention::FullRange full = attention::full_range(p.mask, sequence, first, last);
+  tile.full_begin = full.begin;
+  tile.full_end = full.end;
   return true;
 }
 
@@ -97,7 +105,8 @@ struct RowInfo {
   int query;         // query token within the sequence; -1: past the end
   int position;      // of that token; negative: sees nothing
   int head;          // query head
-  int begin, end;    // the keys it sees: every kind of mask leaves a row one interval (attention/mask.h)
+  int begin, end;    // the keys it sees: every kind of mask leaves a row one interval (attention/mask.h),
+  int prefix_end;    // and R-SWA those below this; 0 where they meet the interval, or there are none
   float scale, sum;  // its 16-bit query times `scale` is the rotated query; `sum` adds up the 16-bit one
 };
 
@@ -109,9 +118,10 @@ __device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const Tile
   info.position = info.query < 0 ? -1 : tile.sequence.context_len + query;
   info.head = tile.kv_head * p.group_size + (index - query * p.group_size);
   if (info.position >= 0) {
-    const attention::KeyRange range = attention::visible_range(p.mask, tile.sequence, info.position, info.position);
+    const attention::KeyRange range = visible_keys(p, tile.sequence, info.position, info.position);
     info.begin = range.begin;
     info.end = range.end;
+    info.prefix_end = range.prefix_end;
   }
   return info;
 }

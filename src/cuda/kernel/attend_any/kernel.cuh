@@ -221,7 +221,7 @@ class AttendAnyBlock {
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
       const bool seen =
-          key >= tile_.begin && key < tile_.end && attention::visible(p_.mask, tile_.sequence, position_[r], key);
+          key >= tile_.first && key < tile_.end && attention::visible(p_.mask, tile_.sequence, position_[r], key);
       sees_[r] = __ballot_sync(kFullWarp, seen);
       warp_sees |= sees_[r];
     }
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kColumns == 1 ? 4 : 2)
   if (!find_rows(p, block, Config::kRows, tile)) return;
   AttendAnyBlock<kColumns> work(p, tile, shared, block.thread);
   work.load_queries();
-  for (int key0 = tile.begin / Config::kKeys * Config::kKeys; key0 < tile.end; key0 += Config::kKeys) work.attend(key0);
+  for (int key0 = tile.first / Config::kKeys * Config::kKeys; key0 < tile.end; key0 += Config::kKeys) work.attend(key0);
   work.finish();
 }
 

@@ -26,16 +26,12 @@ struct DecodePagesConfig {
   static constexpr bool kBFloat16Values = std::is_same_v<ValueF, format::BFloat16>;
   // Up to four rows stand on the even columns of a product, a row a lane: no lane computes the softmax of padding.
   static constexpr bool kSpread = kRows == 4;
-  static constexpr int kTiles = kSpread ? 1 : kRows / 8;  // of 8 columns
+  static constexpr int kTiles = kSpread ? 1 : kRows / 8;     // of 8 columns
   static constexpr int kColumns = kSpread ? 1 : 2 * kTiles;  // rows of a lane
   static constexpr int kSets = kRows / 4;                    // of four rows, in partials
 
   // Table look-ups wait on one another: more warps.
-#ifdef W16
-  static constexpr int kWarps = 16;
-#else
   static constexpr int kWarps = KeyOperand<KeyF>::kTableBytes > 0 && kHead <= 128 && kRows <= 8 ? 16 : 8;
-#endif
   static constexpr int kThreads = 32 * (kWarps + 4);  // a warpgroup for the copies, so that it can give registers
   static constexpr int kConsumerRegisters = kWarps == 16 ? 104 : 216;
   static constexpr int kProducerRegisters = kWarps == 16 ? 64 : 72;
@@ -58,7 +54,8 @@ struct DecodePagesConfig {
 
   struct Segment {
     TileRows tile;
-    int first_slice, num_slices;  // none: the end
+    SliceRun run;
+    int num_slices;  // none: the end
     int slot;
   };
   struct StageInfo {

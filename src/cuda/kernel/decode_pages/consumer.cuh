@@ -22,10 +22,9 @@ namespace quire::cuda {
 
 // The keys of a segment that a group of warps has.
 struct SlicesOfGroup {
-  int first_slice, group, groups;
-  __device__ __forceinline__ bool operator()(int key) const {
-    return (key / kSliceKeys - first_slice) % groups == group;
-  }
+  SliceRun run;
+  int group, groups;
+  __device__ __forceinline__ bool operator()(int key) const { return run.index(key / kSliceKeys) % groups == group; }
 };
 
 template <class KeyF, class ValueF, int kHead, int kRows>
@@ -97,9 +96,9 @@ class PageConsumer {
   using ValueOp = ValueOperand<ValueF>;
   static constexpr int kTiles = Config::kTiles;
   static constexpr int kColumns = Config::kColumns;
-  static constexpr int kSteps = kHead / 16;             // of the first product
+  static constexpr int kSteps = kHead / 16;  // of the first product
   static constexpr int kStepsOfPiece = Keys::kElements / 4;
-  static constexpr int kOutTiles = kHead / 16;          // of the second: 16 dimensions each
+  static constexpr int kOutTiles = kHead / 16;  // of the second: 16 dimensions each
   static constexpr int kTilesOfPiece = Values::kElements / 2;
   static constexpr int kPlanes = KeyOp::kPlanes;
   // Two chains of products where one would wait for itself.
@@ -184,7 +183,8 @@ class PageConsumer {
           return (KeyOp::element(pair, 0) % 2 == 0 ? 0x0010U : 0x0032U) |
                  (KeyOp::element(pair, 1) % 2 == 0 ? 0x5400U : 0x7600U);
         };
-        std::uint32_t both = ptx::permute(words[KeyOp::element(i, 0) / 2], words[KeyOp::element(i, 1) / 2], selector(i));
+        std::uint32_t both =
+            ptx::permute(words[KeyOp::element(i, 0) / 2], words[KeyOp::element(i, 1) / 2], selector(i));
         if constexpr (kQueryGain != 1.0F) {
           both = pair_bits(__hmul2(as_half2(both), __float2half2_rn(kQueryGain / KeyOp::weight(i))));
         }
@@ -210,18 +210,6 @@ class PageConsumer {
   // The next kN slices of this group. kTail: there are elements past the head size that matter; kAccess: load_piece's.
   template <int kN, bool kTail, int kAccess>
   __device__ __forceinline__ void take(const typename Config::Segment& segment) {
-#ifdef PIPELINE_ONLY
-    for (int n = 0; n < kN; ++n) {
-      const std::uint32_t barrier = barriers_ + 8 * stage_;
-      ptx::barrier_wait_at(barrier, parity_);
-      sum_[0] += __uint_as_float(ptx::load_shared_32((key_at_ + stage_ * p_.stage_bytes) & ~3u));
-      stage_ += p_.groups;
-      if (stage_ >= p_.num_stages) { stage_ -= p_.num_stages; parity_ ^= 1U; }
-      __syncwarp();
-      if (leads_ != 0) ptx::barrier_arrive_at(barrier + 8 * Config::kMaxStages);
-    }
-    return;
-#endif
     Slice slices[kN];
     int careful = 0;
 #pragma unroll
@@ -258,8 +246,7 @@ class PageConsumer {
       const std::uint32_t at = slice.at + key_at_ + i * 8 * p_.slice.key.slot_stride;
 #pragma unroll
       for (int j = 0; j < Keys::kCount; ++j) {
-        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, p_.key_access,
-                                                                 slice.key[i][j]);
+        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, p_.key_access, slice.key[i][j]);
       }
       slice.of_key[i] = load_meta<KeyF>(slice.at + key_meta_, i, p_.slice.key, p_.slice.key_scale, p_.head_size);
       slice.of_value[i] =
@@ -269,8 +256,7 @@ class PageConsumer {
   }
 
   template <class F>
-  static __device__ __forceinline__ format::Affine load_meta(std::uint32_t at, int i,
-                                                             const attention::SliceRows& rows,
+  static __device__ __forceinline__ format::Affine load_meta(std::uint32_t at, int i, const attention::SliceRows& rows,
                                                              const attention::SliceRows& scales, int head_size) {
     alignas(4) std::uint8_t meta[kHasMeta<F> ? (F::kMetaBytes + 3) / 4 * 4 : 4] = {};
     if constexpr (kHasScaleCache<F>) {
@@ -296,8 +282,7 @@ class PageConsumer {
         const std::uint32_t at = slices[n].at + value_at_[i % 2] + i / 2 * 8 * p_.slice.value.slot_stride;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
-          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, p_.value_access,
-                                                                       slices[n].value[i][j]);
+          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, p_.value_access, slices[n].value[i][j]);
         }
       }
     }
@@ -437,7 +422,8 @@ class PageConsumer {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int key = slices[n].first_key + key_ + 8 * i;
-          if (key < row.begin || key >= row.end) slices[n].s[c][i] = -INFINITY;
+          const bool in_prefix = static_cast<unsigned>(key) < static_cast<unsigned>(row.prefix_end);
+          if (!in_prefix && (key < row.begin || key >= row.end)) slices[n].s[c][i] = -INFINITY;
         }
       }
     }
@@ -451,7 +437,8 @@ class PageConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = slices[n].first_key + (value_key_ ^ i % 2) + i / 2 * 8;
-        if (key >= segment.tile.begin && key < segment.tile.end) continue;
+        const TileRows& tile = segment.tile;
+        if ((key >= tile.begin && key < tile.end) || (key >= tile.first && key < tile.prefix_end)) continue;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
 #pragma unroll
@@ -637,8 +624,7 @@ class PageConsumer {
   __device__ __forceinline__ void finish(const typename Config::Segment& segment) {
     const auto add = [](float a, float b) { return a + b; };
     const float value_factor = p_.v_scale.at(segment.tile.batch, head_);
-    const std::int64_t place =
-        (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
+    const std::int64_t place = (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
     float4* out = p_.partials_of_pages.acc + place * (Config::kSets * kHead) + lane_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -672,8 +658,8 @@ class PageConsumer {
                                        float (&y)[kHead / 8], attention::SoftmaxState& state) {
     TileRows tile = segment.tile;
     tile.kv_head = head_;
-    tile.begin = max(tile.begin, segment.first_slice * kSliceKeys);
-    tile.end = min(tile.end, (segment.first_slice + segment.num_slices) * kSliceKeys);
+    tile.first = max(tile.first, segment.run.first * kSliceKeys);
+    tile.end = min(tile.end, (segment.run.slice(segment.num_slices - 1) + 1) * kSliceKeys);
     auto* row = reinterpret_cast<float*>(own_.queries);  // in registers by now
     static_assert(Config::kQueryRows * Config::kQueryPitch >= kHead * static_cast<int>(sizeof(float)));
     const std::uint32_t odd = __ballot_sync(kFullWarp, !finite);
@@ -682,7 +668,7 @@ class PageConsumer {
       if ((odd & (0x11111111U << t)) == 0 || info.query < 0) continue;
       const attention::SoftmaxState again =
           exact_row<KeyF, ValueF>(p_, tile, tile.query_begin + info.query, info.head, row, lane_,
-                                  SlicesOfGroup{segment.first_slice, group_, p_.groups});
+                                  SlicesOfGroup{segment.run, group_, p_.groups});
       __syncwarp();
       if (pair_ == t) {
         state = {again.max * kLog2E, again.sum};

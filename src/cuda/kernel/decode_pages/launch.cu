@@ -65,16 +65,15 @@ Sharing share(const PagesKernel& kernel, int num_kv_heads, int num_multiprocesso
   sharing.groups = kernel.warps / sharing.heads;
   sharing.blocks = std::max(1, num_multiprocessors / sharing.parts);
   const std::int64_t slices = (max_keys + kSliceKeys - 1) / kSliceKeys;
-  sharing.slots =
-      tiles + (batch_invariant ? tiles * ((slices >> kInvariantGrain) + 1) : sharing.blocks);
+  sharing.slots = tiles + (batch_invariant ? tiles * ((slices >> kInvariantGrain) + 1) : sharing.blocks);
   return sharing;
 }
 
 std::size_t bytes_of(const PagesKernel& kernel, const Sharing& sharing, std::int64_t tiles, int num_kv_heads) {
   return static_cast<std::size_t>(tiles) * sizeof(int4) +
          static_cast<std::size_t>(sharing.slots) * static_cast<std::size_t>(sharing.groups) *
-         static_cast<std::size_t>(num_kv_heads) * static_cast<std::size_t>(kernel.tile_rows) *
-         (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(kernel.head_class));
+             static_cast<std::size_t>(num_kv_heads) * static_cast<std::size_t>(kernel.tile_rows) *
+             (sizeof(float2) + sizeof(float) * static_cast<std::size_t>(kernel.head_class));
 }
 
 int access_of(const attention::SliceRows& rows) {
@@ -85,8 +84,8 @@ int access_of(const attention::SliceRows& rows) {
 }  // namespace
 
 std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& problem) {
-  const std::int64_t rows = std::min<std::int64_t>(
-      kFewRows, problem.max_query_len * (problem.num_q_heads / problem.num_kv_heads));
+  const std::int64_t rows =
+      std::min<std::int64_t>(kFewRows, problem.max_query_len * (problem.num_q_heads / problem.num_kv_heads));
   const std::int64_t tiles =
       problem.max_batch * std::max<std::int64_t>(1, (rows + kernel.tile_rows - 1) / kernel.tile_rows);
   return bytes_of(kernel,
@@ -100,10 +99,12 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   DecodePagesParams p{params};
   p.max_splits = 1;
   p.num_kv_heads = params.num_q_heads / params.group_size;
-  const auto row_bytes = [](format::FormatId id, int head_size) { return format::format_info(id).row_bytes(head_size); };
-  const auto slice = attention::page_slice(params.key, row_bytes(params.key.format, params.head_size), params.value,
-                                           row_bytes(params.value.format, params.head_size_v), p.num_kv_heads,
-                                           params.block_size);
+  const auto row_bytes = [](format::FormatId id, int head_size) {
+    return format::format_info(id).row_bytes(head_size);
+  };
+  const auto slice =
+      attention::page_slice(params.key, row_bytes(params.key.format, params.head_size), params.value,
+                            row_bytes(params.value.format, params.head_size_v), p.num_kv_heads, params.block_size);
   if (!slice) return cudaErrorInvalidValue;  // the plan's problem says that it has one
   p.slice = *slice;
   const std::int64_t tiles = static_cast<std::int64_t>(params.batch) * params.sequence_tiles;
@@ -123,11 +124,10 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   PagePartials& partials = p.partials_of_pages;
   partials.tiles = static_cast<int4*>(static_cast<void*>(params.partials.state));
   partials.state = static_cast<float2*>(static_cast<void*>(partials.tiles + tiles));
-  partials.acc = reinterpret_cast<float4*>(partials.state +
-                                           sharing.slots * p.groups * p.num_kv_heads * kernel.tile_rows);
-  const cudaError_t error =
-      launch_overlapped(function, static_cast<std::int64_t>(sharing.blocks) * sharing.parts, kernel.threads,
-                        static_cast<std::size_t>(kernel.shared_bytes), p, stream);
+  partials.acc =
+      reinterpret_cast<float4*>(partials.state + sharing.slots * p.groups * p.num_kv_heads * kernel.tile_rows);
+  const cudaError_t error = launch_overlapped(function, static_cast<std::int64_t>(sharing.blocks) * sharing.parts,
+                                              kernel.threads, static_cast<std::size_t>(kernel.shared_bytes), p, stream);
   if (error != cudaSuccess) return error;
   // Partials of a row: about as many as blocks a tile.
   const std::int64_t count = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;

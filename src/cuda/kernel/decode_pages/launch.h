@@ -16,7 +16,8 @@ struct DecodePages {
     if (!problem.whole_pages) return "16 slots of a page are no runs of whole 16-byte vectors";
     if (problem.block_size % kSliceKeys != 0) return "block_size is no multiple of 16";
     const std::int64_t slices = (problem.max_seq_len + kSliceKeys - 1) / kSliceKeys;
-    if (checked_product({problem.max_batch, tiles_of_sequence(kernel, problem), slices}).value_or(INT64_MAX) > INT32_MAX) {
+    if (checked_product({problem.max_batch, tiles_of_sequence(kernel, problem), slices}).value_or(INT64_MAX) >
+        INT32_MAX) {
       return "all sequences have 2^31 slices of 16 keys or more";
     }
     const int least = problem.row_alignment;

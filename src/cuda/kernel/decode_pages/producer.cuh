@@ -36,7 +36,8 @@ class PageProducer {
   }
 
   __device__ __forceinline__ void run() {
-    const PageList<Config::kRows> list(p_, p_.list, part_ == 0 && place_ == 0 ? p_.partials_of_pages.tiles : nullptr, lane_);
+    const PageList<Config::kRows> list(p_, p_.list, part_ == 0 && place_ == 0 ? p_.partials_of_pages.tiles : nullptr,
+                                       lane_);
     const PageRuns runs(p_.list, list.total());
     const int first = place_ * runs.runs_per_block;
 #pragma unroll 1
@@ -76,7 +77,7 @@ class PageProducer {
         segment.tile.split = 0;
         segment.tile.row_begin = tile * Config::kRows;
         const int before = from << p_.list.grain_shift;
-        segment.first_slice = work.first + before;
+        segment.run = work.run.from(before);
         segment.num_slices = min(count << p_.list.grain_shift, work.slices - before);
         segment.slot = run + batch * p_.list.max_tiles + tile;
         complete_rows(p_, Config::kRows, segment.tile);
@@ -115,7 +116,7 @@ class PageProducer {
     const std::int32_t block = p_.block_table[tile.batch * p_.table_batch_stride + entry * p_.table_block_stride];
     if (block >= 0 && block < p_.num_blocks) return block;
     if (part_ == 0 && p_.error_counter != nullptr) {
-      const int keys = min(key + kSliceKeys, tile.end) - max(key, tile.begin);
+      const int keys = min(key + kSliceKeys, tile.end) - max(key, tile.first);
       if (keys > 0) atomicAdd(p_.error_counter, static_cast<unsigned long long>(keys));
     }
     return -1;
@@ -123,15 +124,18 @@ class PageProducer {
 
   __device__ __forceinline__ void copy_slices(const typename Config::Segment& segment) {
     const TileRows& tile = segment.tile;
-    const int end = segment.first_slice + segment.num_slices;
-    int next = segment.first_slice + lane_ < end ? block_of(tile, segment.first_slice + lane_) : -1;
-    for (int first = segment.first_slice; first < end; first += 32) {
+    const SliceRun& run = segment.run;
+    const int end = segment.num_slices;
+    int next = lane_ < end ? block_of(tile, run.slice(lane_)) : -1;
+#pragma unroll 1
+    for (int first = 0; first < end; first += 32) {
       const int blocks = next;
-      next = first + 32 + lane_ < end ? block_of(tile, first + 32 + lane_) : -1;
+      next = first + 32 + lane_ < end ? block_of(tile, run.slice(first + 32 + lane_)) : -1;
       const int count = min(32, end - first);
+#pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const int block = __shfl_sync(kFullWarp, blocks, i);
-        const int key = (first + i) * kSliceKeys;
+        const int key = run.slice(first + i) * kSliceKeys;
         const bool careful = block < 0 || key < tile.full_begin || key + kSliceKeys > tile.full_end;
         copy_slice(block, key, careful);
       }
@@ -162,8 +166,8 @@ class PageProducer {
         if (copy.bytes == 0) continue;
         const std::uint8_t* from =
             copy.from + block * copy.block_stride + static_cast<std::int64_t>(slot / kSliceKeys) * copy.slice_stride;
-        ptx::bulk_copy(stages_ + stage_ * p_.stage_bytes + copy.at, from, static_cast<std::uint32_t>(copy.bytes), barrier,
-                       policy_);
+        ptx::bulk_copy(stages_ + stage_ * p_.stage_bytes + copy.at, from, static_cast<std::uint32_t>(copy.bytes),
+                       barrier, policy_);
       }
     }
     if (++stage_ == p_.num_stages) {

@@ -60,7 +60,7 @@ class DecodeWarp {
         value_dense_(is_dense<ValueF, kHead>(p.value, p.head_size_v)),
         query_rows_(Config::kQueryInRegisters ? shared.query_at_first : shared.query_kept),
         query_address_(ptx::shared_address(query_rows_) + ptx::first_operand(lane, kPitch16<kHead>)),
-        first_slice_(tile.begin / kSlice),
+        first_slice_(tile.first / kSlice),
         last_slice_(tile.end > tile.begin ? (tile.end - 1) / kSlice : first_slice_ - 1) {}
 
   // The warps share this.

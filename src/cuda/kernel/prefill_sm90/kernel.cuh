@@ -202,7 +202,7 @@ __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, con
   auto& shared = *reinterpret_cast<typename Config::Storage*>(shared_bytes + skew);
   TileRows tile;
   if (!find_rows(p, block, Config::kRows, tile)) return;
-  const int first_key = tile.begin / kKeys * kKeys;
+  const int first_key = tile.first / kKeys * kKeys;
   const int num_tiles = tile.begin < tile.end ? (tile.end - first_key + kKeys - 1) / kKeys : 0;
   const int thread = block.thread % Config::kWarpgroup;
   // The same in all lanes, and known to be.

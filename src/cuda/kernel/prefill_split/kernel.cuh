@@ -270,7 +270,7 @@ __device__ __forceinline__ void prefill_block(const AttentionParams& p, const Bl
   PrefillBlock<KeyF, ValueF, kHead> work(p, tile, shared, block.thread);
   FragmentTables<KeyF>::fill(shared.key_tables, block.thread, kAttentionThreads);
   FragmentTables<ValueF>::fill(shared.value_tables, block.thread, kAttentionThreads);
-  int first_key = tile.begin / Config::kKeys * Config::kKeys;
+  int first_key = tile.first / Config::kKeys * Config::kKeys;
   if (tile.begin < tile.end) work.start(first_key);
   work.load_queries();
   RunningSoftmax<RowsOnM, Config::kWarpRows / 16> state(p, log2_factor<KeyF>(p, tile), shared.row + work.first_row(),
