@@ -40,9 +40,12 @@ struct PageSlice {
   PageRun runs[kMaxRuns];
 };
 
-// The most heads, at most 8, that divide the cache's.
-constexpr int heads_of_slice(int num_kv_heads) {
-  int heads = std::min(num_kv_heads, 8);
+// The most heads, at most 8, that divide the cache's and keep a slice within 64 KiB. row_bytes: of a row of K and one of
+// V.
+constexpr int heads_of_slice(int num_kv_heads, std::int64_t row_bytes) {
+  constexpr std::int64_t kMostBytes = 64 * 1024;
+  const std::int64_t fit = std::max<std::int64_t>(1, kMostBytes / (kSliceSlots * std::max<std::int64_t>(row_bytes, 1)));
+  int heads = static_cast<int>(std::min<std::int64_t>({num_kv_heads, 8, fit}));
   while (num_kv_heads % heads != 0) --heads;
   return heads;
 }
@@ -116,7 +119,7 @@ inline std::optional<PageSlice> page_slice(const PagedRows& key, std::int64_t ke
   using slices::Region;
   if (block_size % kSliceSlots != 0) return std::nullopt;
   PageSlice slice;
-  slice.num_heads = heads_of_slice(num_kv_heads);
+  slice.num_heads = heads_of_slice(num_kv_heads, key_bytes + value_bytes);
   // One head's stride is anything.
   const auto head_stride = [&](std::int64_t stride, std::int64_t slot) { return num_kv_heads == 1 ? slot : stride; };
   struct Part {

@@ -16,6 +16,7 @@ namespace quire::cuda {
 using PairKernels = format::TypeList<DecodePages<4>,   //
                                      DecodePages<8>,   //
                                      DecodePages<16>,  //
+                                     DecodePages<32>,  //
                                      DecodeSplit,      //
                                      PrefillSplit,     //
                                      PrefillSm90>;

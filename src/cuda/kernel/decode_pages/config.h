@@ -38,7 +38,9 @@ struct DecodePagesConfig {
   // Slices at once.
   static constexpr int kRawWords =
       2 * KeyPieces::kCount * KeyPieces::kWords + 4 * ValuePieces::kCount * ValuePieces::kWords;
-  static constexpr bool kTwoSlices = kRawWords <= 32 && kRows <= 8 && kHead <= 128 && kWarps == 8;
+  static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 8 || kHead > 128 || kRawWords > 32 ? 1
+                                       : kRawWords > 8                                          ? 2
+                                                                                                : 3;
   static constexpr bool kLateValues = kRawWords > 32;  // loaded once K's registers are free
   // What divides the address of every row where nothing is odd about the layout: rows of slots are as aligned as a slot.
   static constexpr bool kSlots =
@@ -51,6 +53,8 @@ struct DecodePagesConfig {
   static constexpr int kSegments = 4;
   static constexpr int kQueryRows = kRows < 8 ? kRows : 8;  // on their way to registers
   static constexpr int kQueryPitch = 2 * kHead + 16;
+  // Where accumulators take the registers, queries are kept in shared memory, as fragments.
+  static constexpr bool kQueryInShared = kRows * kHead > 16 * 128;
 
   struct Segment {
     TileRows tile;
@@ -65,6 +69,7 @@ struct DecodePagesConfig {
   struct Warp {
     alignas(16) std::uint8_t queries[kQueryRows * kQueryPitch];
     RowInfo rows[kRows];
+    uint2 fragments[kQueryInShared ? kTiles : 1][kQueryInShared ? kHead / 16 : 1][kQueryInShared ? 32 : 1];
   };
   struct Storage {
     alignas(128) std::uint8_t table[KeyOperand<KeyF>::kTableBytes > 0 ? KeyOperand<KeyF>::kTableBytes : 16];

@@ -78,8 +78,9 @@ class PageConsumer {
       if ((Config::kTail && p_.head_size < kHead) || !p_.aligned) {
         for (; left > 0; --left) take<1, Config::kTail, 0>(segment);
       } else {
-        if constexpr (Config::kTwoSlices) {
-          for (; left >= 2; left -= 2) take<2, false, Config::kAccess>(segment);
+        if constexpr (Config::kSlicesAtOnce > 1) {
+          constexpr int kN = Config::kSlicesAtOnce;
+          for (; left >= kN; left -= kN) take<kN, false, Config::kAccess>(segment);
         }
         for (; left > 0; --left) take<1, false, Config::kAccess>(segment);
       }
@@ -188,9 +189,19 @@ class PageConsumer {
         if constexpr (kQueryGain != 1.0F) {
           both = pair_bits(__hmul2(as_half2(both), __float2half2_rn(kQueryGain / KeyOp::weight(i))));
         }
-        query_[m][j * kStepsOfPiece + i / 2][i % 2] = empty ? 0U : both;
+        const int step = j * kStepsOfPiece + i / 2;
+        if constexpr (Config::kQueryInShared) {
+          (i % 2 == 0 ? own_.fragments[m][step][lane_].x : own_.fragments[m][step][lane_].y) = both;
+        } else {
+          query_[m][step][i % 2] = empty ? 0U : both;
+        }
       }
     }
+  }
+
+  __device__ __forceinline__ uint2 query_fragment(int m, int step) const {
+    if constexpr (Config::kQueryInShared) return own_.fragments[m][step][lane_];
+    return make_uint2(query_[m][step][0], query_[m][step][1]);
   }
 
   // ---- slices -------------------------------------------------------------------------------------------------------
@@ -337,8 +348,8 @@ class PageConsumer {
             }
 #pragma unroll
             for (int m = 0; m < kTiles; ++m) {
-              ptx::mma_16x8x16<Config::kBFloat16Keys>(s[n][m][kChains == 2 ? step % 2 : plane], a, query_[m][step][0],
-                                                      query_[m][step][1]);
+              const uint2 query = query_fragment(m, step);
+              ptx::mma_16x8x16<Config::kBFloat16Keys>(s[n][m][kChains == 2 ? step % 2 : plane], a, query.x, query.y);
             }
             if constexpr (KeyF::kLevelNorm) {
               // The squares of a row's levels, on the diagonals.
@@ -689,7 +700,7 @@ class PageConsumer {
   int key_, value_key_;
   std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // in the first stage
 
-  std::uint32_t query_[kTiles][kSteps][2];
+  std::uint32_t query_[Config::kQueryInShared ? 1 : kTiles][Config::kQueryInShared ? 1 : kSteps][2];
   float factor_[kColumns], query_sum_[kColumns];
   std::uint32_t biased_;
   float max_[kColumns];                     // in log2

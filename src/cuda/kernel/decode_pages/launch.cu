@@ -57,10 +57,10 @@ struct Sharing {
   int heads, parts, groups, blocks;
   std::int64_t slots;
 };
-Sharing share(const PagesKernel& kernel, int num_kv_heads, int num_multiprocessors, std::int64_t tiles,
+Sharing share(const PagesKernel& kernel, int heads, int num_kv_heads, int num_multiprocessors, std::int64_t tiles,
               bool batch_invariant, std::int64_t max_keys) {
   Sharing sharing;
-  sharing.heads = attention::heads_of_slice(num_kv_heads);
+  sharing.heads = heads;
   sharing.parts = num_kv_heads / sharing.heads;
   sharing.groups = kernel.warps / sharing.heads;
   sharing.blocks = std::max(1, num_multiprocessors / sharing.parts);
@@ -83,14 +83,14 @@ int access_of(const attention::SliceRows& rows) {
 
 }  // namespace
 
-std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& problem) {
+std::size_t pages_workspace(const PagesKernel& kernel, std::int64_t row_bytes, const AttentionProblem& problem) {
   const std::int64_t rows =
       std::min<std::int64_t>(kFewRows, problem.max_query_len * (problem.num_q_heads / problem.num_kv_heads));
   const std::int64_t tiles =
       problem.max_batch * std::max<std::int64_t>(1, (rows + kernel.tile_rows - 1) / kernel.tile_rows);
   return bytes_of(kernel,
-                  share(kernel, problem.num_kv_heads, problem.arch.num_multiprocessors, tiles, problem.batch_invariant,
-                        problem.max_seq_len),
+                  share(kernel, attention::heads_of_slice(problem.num_kv_heads, row_bytes), problem.num_kv_heads,
+                        problem.arch.num_multiprocessors, tiles, problem.batch_invariant, problem.max_seq_len),
                   tiles, problem.num_kv_heads);
 }
 
@@ -109,8 +109,8 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   p.slice = *slice;
   const std::int64_t tiles = static_cast<std::int64_t>(params.batch) * params.sequence_tiles;
   const std::int64_t max_keys = params.max_blocks * params.block_size;
-  const Sharing sharing =
-      share(kernel, p.num_kv_heads, params.num_multiprocessors, tiles, params.batch_invariant, max_keys);
+  const Sharing sharing = share(kernel, p.slice.num_heads, p.num_kv_heads, params.num_multiprocessors, tiles,
+                                params.batch_invariant, max_keys);
   p.list = {params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 0, sharing.blocks};
   p.parts = sharing.parts;
   p.groups = sharing.groups;

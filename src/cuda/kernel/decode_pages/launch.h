@@ -29,13 +29,13 @@ struct DecodePages {
 
   template <class KeyF, class ValueF, int kHead>
   static constexpr bool kCompiled = has_pieces<KeyF>() && has_pieces<ValueF>() && !ValueF::kLevelNorm &&
-                                    !std::is_same_v<KeyF, format::Float32> && (kHead <= 128 || kRows <= 8);
+                                    !std::is_same_v<KeyF, format::Float32> && kRows * kHead <= 32 * 128;
   template <class KeyF, class ValueF, int kHead>
   static constexpr KernelShape kShape = {.tile_rows = kRows,
                                          .grid_by_sequence = true,
                                          .blocks_per_multiprocessor = 1,
                                          .overhead_keys = 128,
-                                         .ns_per_key = kRows <= 8 ? 4 + 0.1 * kRows : 6,
+                                         .ns_per_key = 4 + 0.1 * kRows,
                                          .persistent = true};
 
   template <class KeyF, class ValueF, int kHead>
@@ -44,7 +44,9 @@ struct DecodePages {
   }
   template <class KeyF, class ValueF, int kHead>
   static std::size_t workspace(const AttentionProblem& problem) {
-    return pages_workspace(kKernel<KeyF, ValueF, kHead>, problem);
+    const std::int64_t row_bytes =
+        format::row_bytes<KeyF>(problem.head_size) + format::row_bytes<ValueF>(problem.head_size_v);
+    return pages_workspace(kKernel<KeyF, ValueF, kHead>, row_bytes, problem);
   }
 
  private:

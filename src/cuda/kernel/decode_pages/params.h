@@ -48,8 +48,8 @@ struct PagesKernel {
   int value_piece, access;
 };
 
-// The workspace for calls within a problem's bounds.
-std::size_t pages_workspace(const PagesKernel& kernel, const AttentionProblem& problem);
+// The workspace for calls within a problem's bounds. row_bytes: of a row of K and one of V.
+std::size_t pages_workspace(const PagesKernel& kernel, std::int64_t row_bytes, const AttentionProblem& problem);
 
 // Launches `function`, the compiled kernel, and the merge. `workspace` holds pages_workspace.
 cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePagesParams), const AttentionParams& params,
