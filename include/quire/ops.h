@@ -106,7 +106,7 @@ struct AttentionProblem {
   DType query_dtype = DType::kBFloat16;
   DType cache_dtype = DType::kBFloat16;  // what an "auto" cache holds
   int row_alignment = 16;  // the power of two, at most 16, that divides the address of every row of both caches
-  // 16 neighbouring slots of a page, with all of their heads and scales, lie in runs of whole, aligned 16-byte vectors.
+  // CUDA: 16 neighbouring slots of a page, with their heads and scales, lie in few runs of whole, aligned 16-byte vectors.
   bool whole_pages = true;
   bool has_centre = false;       // rows of a cache have a centre (UnifiedAttentionArgs::k_page_meta, k_head_vector, ..)
   int num_splits = 0;            // hint: how many ways to split the keys; 0: the plan chooses

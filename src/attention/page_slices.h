@@ -40,11 +40,11 @@ struct PageSlice {
   PageRun runs[kMaxRuns];
 };
 
-// The most heads, at most 8, that divide the cache's and keep a slice within 64 KiB. row_bytes: of a row of K and one of
-// V.
+// The most heads, at most 8, that divide the cache's and leave room for several slices in 227 KiB. row_bytes: of a row of
+// K and one of V.
 constexpr int heads_of_slice(int num_kv_heads, std::int64_t row_bytes) {
-  constexpr std::int64_t kMostBytes = 64 * 1024;
-  const std::int64_t fit = std::max<std::int64_t>(1, kMostBytes / (kSliceSlots * std::max<std::int64_t>(row_bytes, 1)));
+  const std::int64_t most_bytes = row_bytes > 512 ? 48 * 1024 : 64 * 1024;
+  const std::int64_t fit = std::max<std::int64_t>(1, most_bytes / (kSliceSlots * std::max<std::int64_t>(row_bytes, 1)));
   int heads = static_cast<int>(std::min<std::int64_t>({num_kv_heads, 8, fit}));
   while (num_kv_heads % heads != 0) --heads;
   return heads;

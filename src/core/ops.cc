@@ -70,7 +70,7 @@ Result<AttentionProblem> problem_for(const UnifiedAttentionArgs& args, const Att
     problem.has_centre = problem.has_centre || side->defined();
   }
   problem.row_alignment = std::min(row_alignment(args.key_cache), row_alignment(args.value_cache));
-  problem.whole_pages = whole_pages(args, shape);
+  problem.whole_pages = args.query.device == Device::kCpu || whole_pages(args, shape);  // the CPU does not ask
   problem.max_num_tokens = shape.num_tokens;
   problem.max_batch = shape.batch;
   device.bound_lengths(args, shape, planned, problem);

@@ -12,7 +12,7 @@ namespace quire::cuda {
 namespace {
 
 template <int kHead>
-__global__ void __launch_bounds__(32 * (kHead / 32) * kMostMergeSplits)
+__global__ void __launch_bounds__(std::min(1024, kHead* kMostMergeSplits))
     merge_pages(const __grid_constant__ MergePagesParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ PagesMerge<kHead> merge;
@@ -116,8 +116,9 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   p.groups = sharing.groups;
   p.stage_bytes = p.slice.bytes;
   const int fit = (kernel.shared_bytes - kernel.header_bytes - kernel.slack) / p.stage_bytes;
+  while (p.groups > 1 && fit < 2 * p.groups) --p.groups;
   p.num_stages = std::min(fit, kernel.max_stages) / p.groups * p.groups;
-  if (p.num_stages < p.groups) return cudaErrorInvalidValue;
+  if (p.num_stages < 1) return cudaErrorInvalidValue;
   p.key_access = access_of(p.slice.key);
   p.value_access = access_of(p.slice.value);
   p.aligned = std::min(p.key_access, p.value_access) >= kernel.access;

@@ -13,6 +13,10 @@ struct DecodePages {
   static constexpr bool kServesMany = false;
   static const char* refuses(const KernelDesc& kernel, const AttentionProblem& problem) {
     if (!runs_sm90a(problem.arch)) return "it is compiled for sm_90a";
+    const int group_size = problem.num_q_heads / problem.num_kv_heads;
+    if (problem.batch_invariant && (group_size > kRows || (kRows > 4 && group_size <= kRows / 2))) {
+      return "batch_invariant takes the tile that the heads of one token fill";
+    }
     if (!problem.whole_pages) return "16 slots of a page are no runs of whole 16-byte vectors";
     if (problem.block_size % kSliceKeys != 0) return "block_size is no multiple of 16";
     const std::int64_t slices = (problem.max_seq_len + kSliceKeys - 1) / kSliceKeys;

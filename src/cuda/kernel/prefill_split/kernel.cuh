@@ -270,8 +270,9 @@ __device__ __forceinline__ void prefill_block(const AttentionParams& p, const Bl
   PrefillBlock<KeyF, ValueF, kHead> work(p, tile, shared, block.thread);
   FragmentTables<KeyF>::fill(shared.key_tables, block.thread, kAttentionThreads);
   FragmentTables<ValueF>::fill(shared.value_tables, block.thread, kAttentionThreads);
-  int first_key = tile.first / Config::kKeys * Config::kKeys;
-  if (tile.begin < tile.end) work.start(first_key);
+  const bool empty = tile.begin >= tile.end;
+  int first_key = empty ? tile.end : tile.first / Config::kKeys * Config::kKeys;
+  if (!empty) work.start(first_key);
   work.load_queries();
   RunningSoftmax<RowsOnM, Config::kWarpRows / 16> state(p, log2_factor<KeyF>(p, tile), shared.row + work.first_row(),
                                                         block.thread % 32, kHasMeta<ValueF> ? 0.0F : 1.0F);
