@@ -19,7 +19,7 @@
 namespace quire::cuda {
 
 // Sequences of at most this many rows (query tokens times heads of a group) are few-row sequences: decode and verify.
-// Each class of a batch has a kernel of its own, so a sequence's bits do not depend on the rest of the batch.
+// Each class of a batch has a kernel of its own: with batch_invariant a sequence's bits do not depend on the others.
 inline constexpr int kFewRows = 32;
 enum class RowClass { kFew, kMany };
 

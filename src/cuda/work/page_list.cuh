@@ -112,8 +112,12 @@ template <int kTileRows>
 __device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
   for (int t = 0; t < shape.max_tiles; ++t) {
     const int rows = max(work.rows - t * kTileRows, 0);
-    tiles[t].z = work.query_begin;
-    tiles[t].w = work.slices == 0 ? -rows : rows;
+    if (rows == 0 || work.slices == 0) {  // nobody has a run of it
+      tiles[t] = make_int4(0, -1, work.query_begin, -rows);
+    } else {
+      tiles[t].z = work.query_begin;
+      tiles[t].w = rows;
+    }
   }
 }
 

@@ -27,6 +27,12 @@ struct SlicesOfGroup {
   __device__ __forceinline__ bool operator()(int key) const { return run.index(key / kSliceKeys) % groups == group; }
 };
 
+// A logit in log2 with its biases. A call: the loop would have a copy for each logit of a lane.
+static __device__ __noinline__ float biased_logit(const AttentionParams& p, const TileRows& tile, const RowInfo& row,
+                                                  float s, int key) {
+  return kLog2E * add_bias(bias_row(p, tile, row), exact::nan_unless_finite(s * kLn2), key);
+}
+
 template <class KeyF, class ValueF, int kHead, int kRows>
 class PageConsumer {
  public:
@@ -75,15 +81,11 @@ class PageConsumer {
       begin(segment);
       const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
       int left = slices;
-      if ((Config::kTail && p_.head_size < kHead) || !p_.aligned) {
-        for (; left > 0; --left) take<1, Config::kTail, 0>(segment);
-      } else {
-        if constexpr (Config::kSlicesAtOnce > 1) {
-          constexpr int kN = Config::kSlicesAtOnce;
-          for (; left >= kN; left -= kN) take<kN, false, Config::kAccess>(segment);
-        }
-        for (; left > 0; --left) take<1, false, Config::kAccess>(segment);
+      if (p_.aligned && !(Config::kTail && p_.head_size < kHead)) {
+        constexpr int kN = Config::kSlicesAtOnce;
+        for (; left >= kN; left -= kN) take<kN, false, Config::kAccess>(segment);
       }
+      for (; left > 0; --left) take<1, Config::kTail, 0>(segment);  // what is left, and whatever is unusual
       finish(segment);
       __syncwarp();
       if (leads_ != 0) ptx::barrier_arrive_at(ptx::shared_address(&shared_.segment_empty[i]));
@@ -411,13 +413,12 @@ class PageConsumer {
   __device__ __forceinline__ void bias(Slice (&slices)[kN], const typename Config::Segment& segment) const {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const BiasRow row = bias_row(p_, segment.tile, own_.rows[row_of(c)]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float s = exact::nan_unless_finite(slices[n].s[c][i] * kLn2);
-          slices[n].s[c][i] = kLog2E * add_bias(row, s, slices[n].first_key + key_ + 8 * i);
+          slices[n].s[c][i] = biased_logit(p_, segment.tile, own_.rows[row_of(c)], slices[n].s[c][i],
+                                           slices[n].first_key + key_ + 8 * i);
         }
       }
     }

@@ -1,10 +1,26 @@
 // decode_pages in the table of kernels: a row for each number of query rows of a tile.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/kernel/decode_pages/kernel.cuh"
 #include "cuda/kernels.h"
 
 namespace quire::cuda {
+
+// Tiles that a class of head sizes is compiled for: what is worth its device code.
+constexpr bool has_tile(int head_class, int rows) {
+  return head_class == 128 || (head_class == 64 && (rows == 4 || rows == 16)) || (head_class == 256 && rows == 8);
+}
+// The tile that batch_invariant takes: of the smallest class of head sizes, the smallest that holds the heads of a token.
+constexpr bool is_invariant_tile(int head_class, int rows, int head_size, int group_size) {
+  const int own_class = head_size <= 64 ? 64 : (head_size <= 128 ? 128 : 256);
+  if (head_class != own_class || group_size > rows) return false;
+  for (int smaller = 4; smaller < rows; smaller *= 2) {
+    if (has_tile(head_class, smaller) && group_size <= smaller) return false;
+  }
+  return true;
+}
 
 template <int kRows>
 struct DecodePages {
@@ -13,9 +29,10 @@ struct DecodePages {
   static constexpr bool kServesMany = false;
   static const char* refuses(const KernelDesc& kernel, const AttentionProblem& problem) {
     if (!runs_sm90a(problem.arch)) return "it is compiled for sm_90a";
-    const int group_size = problem.num_q_heads / problem.num_kv_heads;
-    if (problem.batch_invariant && (group_size > kRows || (kRows > 4 && group_size <= kRows / 2))) {
-      return "batch_invariant takes the tile that the heads of one token fill";
+    if (problem.batch_invariant &&
+        !is_invariant_tile(kernel.max_head_size, kRows, std::max(problem.head_size, problem.head_size_v),
+                           problem.num_q_heads / problem.num_kv_heads)) {
+      return "batch_invariant takes one tile, whatever the batch";
     }
     if (!problem.whole_pages) return "16 slots of a page are no runs of whole 16-byte vectors";
     if (problem.block_size % kSliceKeys != 0) return "block_size is no multiple of 16";
@@ -33,13 +50,13 @@ struct DecodePages {
 
   template <class KeyF, class ValueF, int kHead>
   static constexpr bool kCompiled = has_pieces<KeyF>() && has_pieces<ValueF>() && !ValueF::kLevelNorm &&
-                                    !std::is_same_v<KeyF, format::Float32> && kRows * kHead <= 32 * 128;
+                                    !std::is_same_v<KeyF, format::Float32> && has_tile(kHead, kRows);
   template <class KeyF, class ValueF, int kHead>
   static constexpr KernelShape kShape = {.tile_rows = kRows,
                                          .grid_by_sequence = true,
                                          .blocks_per_multiprocessor = 1,
                                          .overhead_keys = 128,
-                                         .ns_per_key = 4 + 0.1 * kRows,
+                                         .ns_per_key = (4 + 0.1 * kRows) * (0.2 + 0.8 * kHead / 128),
                                          .persistent = true};
 
   template <class KeyF, class ValueF, int kHead>
