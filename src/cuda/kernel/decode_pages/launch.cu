@@ -114,7 +114,9 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   p.list = {params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 0, sharing.blocks};
   p.parts = sharing.parts;
   p.groups = sharing.groups;
-  p.stage_bytes = p.slice.bytes;
+  // Loads reach past the last row where rows are smaller than their class, or unaligned: not into the next stage.
+  const bool full = params.head_size == kernel.head_class && params.head_size_v == kernel.head_class;
+  p.stage_bytes = p.slice.bytes + (!full ? kernel.slack : (kernel.access < 16 ? 16 : 0));
   const int fit = (kernel.shared_bytes - kernel.header_bytes - kernel.slack) / p.stage_bytes;
   while (p.groups > 1 && fit < 2 * p.groups) --p.groups;
   p.num_stages = std::min(fit, kernel.max_stages) / p.groups * p.groups;
