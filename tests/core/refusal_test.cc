@@ -612,6 +612,7 @@ TEST(Refusals, CudaProblemsThatFitNoGrid) {
        [](AttentionProblem& p) {
          p.max_seq_len = std::numeric_limits<std::int32_t>::max();
          p.batch_invariant = true;
+         p.whole_pages = false;  // decode_pages has no splits
        }},
   };
   AttentionCase call(AttentionCase::Options{});

@@ -1,14 +1,11 @@
 // A consumer warp of decode_pages: one KV head's rows of each segment, slice by slice.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <cstring>
 
 #include "cuda/kernel/decode_pages/config.h"
-#include "cuda/output/redo.cuh"
+#include "cuda/kernel/decode_pages/output.cuh"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -20,13 +17,6 @@
 
 namespace quire::cuda {
 
-// The keys of a segment that a group of warps has.
-struct SlicesOfGroup {
-  SliceRun run;
-  int group, groups;
-  __device__ __forceinline__ bool operator()(int key) const { return run.index(key / kSliceKeys) % groups == group; }
-};
-
 // A logit in log2 with its biases. A call: the loop would have a copy for each logit of a lane.
 static __device__ __noinline__ float biased_logit(const AttentionParams& p, const TileRows& tile, const RowInfo& row,
                                                   float s, int key) {
@@ -34,20 +24,14 @@ static __device__ __noinline__ float biased_logit(const AttentionParams& p, cons
 }
 
 template <class KeyF, class ValueF, int kHead, int kRows>
-class PageConsumer {
+class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
  public:
   using Config = DecodePagesConfig<KeyF, ValueF, kHead, kRows>;
 
   __device__ __forceinline__ PageConsumer(const DecodePagesParams& p, typename Config::Storage& shared,
                                           std::uint32_t stages, int part, int warp, int lane)
-      : p_(p),
+      : Base(p, shared.warps[warp], part, warp, lane),
         shared_(shared),
-        own_(shared.warps[warp]),
-        lane_(lane),
-        quad_(lane / 4),
-        pair_(lane % 4),
-        group_(warp / p.slice.num_heads),
-        head_(part * p.slice.num_heads + warp % p.slice.num_heads),
         stage_(group_),
         barriers_(ptx::shared_address(shared.full)),
         lane4_(4 * static_cast<std::uint32_t>(lane)) {
@@ -93,23 +77,42 @@ class PageConsumer {
   }
 
  private:
-  using Keys = typename Config::KeyPieces;
-  using Values = typename Config::ValuePieces;
+  using Base = PageOutput<KeyF, ValueF, kHead, kRows>;
+  using Base::acc_;
+  using Base::element_of;
+  using Base::finish;
+  using Base::fresh_;
+  using Base::group_;
+  using Base::head_;
+  using Base::inverse_;
+  using Base::kColumns;
+  using Base::kNothing;
+  using Base::kOutTiles;
+  using Base::kSpread;
+  using Base::kTiles;
+  using Base::kTilesOfPiece;
+  using Base::lane_;
+  using Base::max_;
+  using Base::offset_;
+  using Base::own_;
+  using Base::p_;
+  using Base::pair_;
+  using Base::quad_;
+  using Base::row_of;
+  using Base::sum_;
+  using Base::tile_of;
+  using Base::unit_;
+  using Base::weigh;
+  using typename Base::Keys;
+  using typename Base::Slice;
+  using typename Base::ValueOp;
+  using typename Base::Values;
   using KeyOp = KeyOperand<KeyF>;
-  using ValueOp = ValueOperand<ValueF>;
-  static constexpr int kTiles = Config::kTiles;
-  static constexpr int kColumns = Config::kColumns;
   static constexpr int kSteps = kHead / 16;  // of the first product
   static constexpr int kStepsOfPiece = Keys::kElements / 4;
-  static constexpr int kOutTiles = kHead / 16;  // of the second: 16 dimensions each
-  static constexpr int kTilesOfPiece = Values::kElements / 2;
   static constexpr int kPlanes = KeyOp::kPlanes;
   // Two chains of products where one would wait for itself.
   static constexpr int kChains = kPlanes == 1 && kTiles == 1 ? 2 : 1;
-  static constexpr bool kSpread = Config::kSpread;
-  static constexpr float kMostWeight = 4096.0F;
-  static constexpr float kNothing = -3e38F;  // the maximum before the first key: any logit passes it
-  static constexpr bool kWeighted = kHasMeta<ValueF>;
   // Queries are this times too large, so that weights of pairs leave them normal numbers.
   static constexpr float kQueryGain = KeyOp::weight(1) != 1.0F || kPlanes > 1 ? 32.0F : 1.0F;
 
@@ -117,14 +120,6 @@ class PageConsumer {
   static __device__ __forceinline__ std::uint32_t code_bytes(int head_size) {
     return static_cast<std::uint32_t>(format::code_bytes<F>(head_size));
   }
-  // Query row of the tile that a column of this lane holds.
-  __device__ __forceinline__ int row_of(int column) const {
-    return kSpread ? pair_ : 8 * (column / 2) + 2 * pair_ + column % 2;
-  }
-  // Where accumulator element (column, key) of a tile is: `key` 0 is this lane's key_, 1 eight later.
-  static __device__ constexpr int element_of(int column, int key) { return 2 * key + (kSpread ? 0 : column % 2); }
-  static __device__ constexpr int tile_of(int column) { return kSpread ? 0 : column / 2; }
-
   // ---- a segment's queries and state --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin(const typename Config::Segment& segment) {
@@ -207,18 +202,6 @@ class PageConsumer {
   }
 
   // ---- slices -------------------------------------------------------------------------------------------------------
-
-  struct Slice {
-    std::uint32_t key[2][Keys::kCount][Keys::kWords];
-    std::uint32_t value[4][Values::kCount][Values::kWords];
-    format::Affine of_key[2], of_value[2];  // of this lane's keys
-    std::uint32_t at;                       // of the stage, in bytes
-    std::uint32_t barrier;
-    int first_key;
-    float s[kColumns][2];       // logits in log2
-    float x[kColumns][2];       // their exponentials
-    float weight[kColumns][2];  // times the scale of the value, over unit_
-  };
 
   // The next kN slices of this group. kTail: there are elements past the head size that matter; kAccess: load_piece's.
   template <int kN, bool kTail, int kAccess>
@@ -460,129 +443,6 @@ class PageConsumer {
     }
   }
 
-  // Logits to weights.
-  template <int kN>
-  __device__ __forceinline__ void weigh(Slice (&slices)[kN], bool careful) {
-    if constexpr (kWeighted) scale_values(slices, inverse_);
-    float base[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) base[c] = max_[c];
-    exponentials(slices, base);
-    float top_weight = 0.0F, top = 0.0F;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          top_weight = fmaxf(top_weight, fabsf(slices[n].weight[c][i]));
-          if constexpr (kWeighted) top = fmaxf(top, slices[n].x[c][i]);
-        }
-      }
-    }
-    if (__any_sync(kFullWarp, !(top_weight <= kMostWeight) || (kWeighted && !(top <= 3e38F)))) move(slices);
-    if (careful) {
-      add_up<true>(slices);
-    } else {
-      add_up<false>(slices);
-    }
-  }
-
-  template <int kN>
-  static __device__ __forceinline__ void scale_values(Slice (&slices)[kN], float factor) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        slices[n].of_value[i].scale *= factor;
-        if constexpr (ValueF::kHasOffset) slices[n].of_value[i].offset *= factor;
-      }
-    }
-  }
-
-  template <int kN>
-  static __device__ __forceinline__ void exponentials(Slice (&slices)[kN], const float (&base)[kColumns]) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          slices[n].x[c][i] = ptx::ex2_approx(slices[n].s[c][i] - base[c]);
-          slices[n].weight[c][i] = kWeighted ? slices[n].x[c][i] * slices[n].of_value[i].scale : slices[n].x[c][i];
-        }
-      }
-    }
-  }
-
-  // The running maxima and the unit move to where the slices' keys have weights of at most 1.
-  template <int kN>
-  __device__ __forceinline__ void move(Slice (&slices)[kN]) {
-    float grow = 1.0F;
-    if constexpr (kWeighted) {
-      float largest = 0.0F;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float scale = fabsf(slices[n].of_value[i].scale);
-          if (exact::is_finite(scale)) largest = fmaxf(largest, scale);
-        }
-      }
-      const std::uint32_t power = __reduce_max_sync(kFullWarp, __float_as_uint(largest)) & 0x7f800000U;
-      if (power > 0x3f800000U || (fresh_ && power > 0x00800000U)) {
-        grow = __uint_as_float(0x7f000000U - power);
-        unit_ *= __uint_as_float(power);
-        inverse_ *= grow;
-        scale_values(slices, grow);
-        fresh_ = false;
-      }
-    }
-    float base[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      float top = fmaxf(slices[0].s[c][0], slices[0].s[c][1]);
-#pragma unroll
-      for (int n = 1; n < kN; ++n) top = fmaxf(top, fmaxf(slices[n].s[c][0], slices[n].s[c][1]));
-      base[c] = fmaxf(KeysOnM::over_row(top, [](float a, float b) { return fmaxf(a, b); }), max_[c]);
-      const float correction = ptx::ex2_approx(max_[c] - base[c]);
-      max_[c] = base[c];
-      sum_[c] *= correction;
-      offset_[c] *= correction * grow;
-#pragma unroll
-      for (int t = 0; t < kOutTiles; ++t) {
-        acc_[tile_of(c)][t][element_of(c, 0)] *= correction * grow;
-        acc_[tile_of(c)][t][element_of(c, 1)] *= correction * grow;
-      }
-    }
-    exponentials(slices, base);
-  }
-
-  // Sums of weights, and of what offsets add to every dimension. 0 times a NaN scale is not 0: where some row does not
-  // see a key (kCareful), keys without weight do not meet it.
-  template <bool kCareful, int kN>
-  __device__ __forceinline__ void add_up(Slice (&slices)[kN]) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        sum_[c] += slices[n].x[c][0] + slices[n].x[c][1];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const bool skips = kCareful && kWeighted && slices[n].x[c][i] == 0.0F;
-          if (skips) slices[n].weight[c][i] = 0.0F;
-          if constexpr (ValueF::kHasOffset) {
-            const float offset = skips ? 0.0F : slices[n].of_value[i].offset;
-            offset_[c] = fmaf(slices[n].x[c][i], offset, offset_[c]);
-          }
-          if constexpr (ValueOp::kBias != 0.0F) {
-            offset_[c] = fmaf(slices[n].weight[c][i], -ValueOp::kBias, offset_[c]);
-          }
-        }
-      }
-    }
-  }
-
   __device__ __forceinline__ void multiply_values(const Slice& slice) {
     std::uint32_t weights[kTiles][ValueOp::kPlanes][2];
 #pragma unroll
@@ -625,76 +485,7 @@ class PageConsumer {
     }
   }
 
-  // ---- the segment's partial result ---------------------------------------------------------------------------------
-
-  // Element `n` of piece j of a column's output, before v_scale.
-  __device__ __forceinline__ float output(int column, int j, int n) const {
-    const float acc = acc_[tile_of(column)][j * kTilesOfPiece + n / 2][element_of(column, n % 2)];
-    return fmaf(acc, ValueOp::kScale / ValueOp::weight(n), offset_[column]) * unit_;
-  }
-
-  __device__ __forceinline__ void finish(const typename Config::Segment& segment) {
-    const auto add = [](float a, float b) { return a + b; };
-    const float value_factor = p_.v_scale.at(segment.tile.batch, head_);
-    const std::int64_t place = (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
-    float4* out = p_.partials_of_pages.acc + place * (Config::kSets * kHead) + lane_;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      attention::SoftmaxState state{max_[c] == kNothing ? -INFINITY : max_[c], KeysOnM::over_row(sum_[c], add)};
-      offset_[c] = KeysOnM::over_row(offset_[c], add);
-      float y[kHead / 8];
-      bool finite = true;
-#pragma unroll
-      for (int f = 0; f < kHead / 8; ++f) {
-        y[f] = output(c, f / Values::kElements, f % Values::kElements) * value_factor;
-        if (dimension(f) < p_.head_size_v) finite = finite && exact::is_finite(y[f]);
-      }
-      if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
-        if (!__all_sync(kFullWarp, finite)) redo(segment, c, finite, y, state);
-      }
-      if (quad_ == 0) p_.partials_of_pages.state[place * kRows + row_of(c)] = make_float2(state.max, state.sum);
-#pragma unroll
-      for (int f = 0; f < kHead / 8; f += 4) {
-        out[(c * (kHead / 32) + f / 4) * 32] = make_float4(y[f], y[f + 1], y[f + 2], y[f + 3]);
-      }
-    }
-  }
-
-  // The dimension of this lane's element f.
-  __device__ __forceinline__ int dimension(int f) const {
-    return (f / Values::kElements * 8 + quad_) * Values::kElements + f % Values::kElements;
-  }
-
-  // Rows of a column that met an infinite or NaN value: again, value by value.
-  __device__ __forceinline__ void redo(const typename Config::Segment& segment, int column, bool finite,
-                                       float (&y)[kHead / 8], attention::SoftmaxState& state) {
-    TileRows tile = segment.tile;
-    tile.kv_head = head_;
-    tile.first = max(tile.first, segment.run.first * kSliceKeys);
-    tile.end = min(tile.end, (segment.run.slice(segment.num_slices - 1) + 1) * kSliceKeys);
-    auto* row = reinterpret_cast<float*>(own_.queries);  // in registers by now
-    static_assert(Config::kQueryRows * Config::kQueryPitch >= kHead * static_cast<int>(sizeof(float)));
-    const std::uint32_t odd = __ballot_sync(kFullWarp, !finite);
-    for (int t = 0; t < 4; ++t) {
-      const RowInfo& info = own_.rows[__shfl_sync(kFullWarp, row_of(column), t)];
-      if ((odd & (0x11111111U << t)) == 0 || info.query < 0) continue;
-      const attention::SoftmaxState again =
-          exact_row<KeyF, ValueF>(p_, tile, tile.query_begin + info.query, info.head, row, lane_,
-                                  SlicesOfGroup{segment.run, group_, p_.groups});
-      __syncwarp();
-      if (pair_ == t) {
-        state = {again.max * kLog2E, again.sum};
-#pragma unroll
-        for (int f = 0; f < kHead / 8; ++f) y[f] = dimension(f) < p_.head_size_v ? row[dimension(f)] : 0.0F;
-      }
-      __syncwarp();
-    }
-  }
-
-  const DecodePagesParams& p_;
   typename Config::Storage& shared_;
-  typename Config::Warp& own_;
-  const int lane_, quad_, pair_, group_, head_;
   int stage_;
   std::uint32_t parity_ = 0;
   std::uint32_t barriers_, lane4_, leads_;
@@ -704,11 +495,6 @@ class PageConsumer {
   std::uint32_t query_[Config::kQueryInShared ? 1 : kTiles][Config::kQueryInShared ? 1 : kSteps][2];
   float factor_[kColumns], query_sum_[kColumns];
   std::uint32_t biased_;
-  float max_[kColumns];                     // in log2
-  float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset in units
-  float unit_, inverse_;
-  bool fresh_;  // unit_ has not been chosen yet
-  float acc_[kTiles][kOutTiles][4];
 };
 
 }  // namespace quire::cuda

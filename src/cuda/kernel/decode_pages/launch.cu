@@ -33,13 +33,8 @@ cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int t
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
+  const cudaLaunchConfig_t config{
+      static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream, &overlap, 1};
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
