@@ -131,7 +131,8 @@ Status check_plan(const AttentionPlan& plan, const AttentionProblem& actual) {
   }
   if (p.whole_pages && !actual.whole_pages) {
     return invalid_argument(
-        "the caches' pages do not lie in runs of whole, aligned 16-byte vectors, but the plan was made for whole_pages; "
+        "the caches' pages do not lie in runs of whole, aligned 16-byte vectors, but the plan was made for "
+        "whole_pages; "
         "make a plan for this problem");
   }
   return {};

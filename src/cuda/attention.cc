@@ -67,7 +67,8 @@ Status run_in(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const
     if (error == cudaSuccess) error = launch_few(0, kFewRows);
   }
   if (few->shape.persistent) params.min_rows = kFewRows + 1;  // of what is left to merge
-  if (error != cudaSuccess || params.max_splits == 1 || (few == many && few->shape.persistent)) return cuda_status(error, "unified_attention");
+  if (error != cudaSuccess || params.max_splits == 1 || (few == many && few->shape.persistent))
+    return cuda_status(error, "unified_attention");
   return cuda_status(launch_merge_splits(params, rows, stream), "unified_attention (merge)");
 }
 
