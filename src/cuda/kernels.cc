@@ -47,8 +47,8 @@ std::int64_t count_tiles(const KernelDesc& kernel, const AttentionProblem& probl
 KernelCost kernel_cost(const KernelDesc& kernel, const AttentionProblem& problem) {
   const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
   if (kernel.shape.persistent) {
-    const auto rows = static_cast<double>(
-        count_tiles(kernel, problem, problem.max_num_tokens, problem.max_batch) * problem.num_kv_heads);
+    const auto rows = static_cast<double>(count_tiles(kernel, problem, problem.max_num_tokens, problem.max_batch) *
+                                          problem.num_kv_heads);
     const double keys = rows * static_cast<double>(max_keys) / problem.arch.num_multiprocessors;
     return {(keys + kernel.shape.overhead_keys) * kernel.shape.ns_per_key, 1};
   }
