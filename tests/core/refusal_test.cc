@@ -612,7 +612,6 @@ TEST(Refusals, CudaProblemsThatFitNoGrid) {
        [](AttentionProblem& p) {
          p.max_seq_len = std::numeric_limits<std::int32_t>::max();
          p.batch_invariant = true;
-         p.whole_pages = false;  // decode_pages has no splits
        }},
   };
   AttentionCase call(AttentionCase::Options{});
@@ -620,6 +619,7 @@ TEST(Refusals, CudaProblemsThatFitNoGrid) {
     AttentionProblem good = *problem_of(call.args);
     good.device = Device::kCuda;
     good.arch = {9, 0, 132, 227 * 1024};
+    good.whole_pages = false;  // decode_pages has no splits
     if (const Result<AttentionPlan> plan = plan_unified_attention(good); !plan.ok()) {
       GTEST_SKIP() << plan.status().message();  // a build for other GPUs
     }
