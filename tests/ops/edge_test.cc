@@ -136,6 +136,27 @@ TEST_P(Edge, TheGapIsNotRead) {
   }
 }
 
+// Rows that nobody sees may hold numbers of any size: what others give stays the same, bit by bit.
+TEST_P(Edge, EnormousRowsThatNobodySeesLeaveNoTrace) {
+  for (const int query_len : {1, 4}) {
+    Options options = base();
+    options.sequences = {{query_len, 300}};
+    options.window = 5;
+    AttentionCase problem(options);
+    ASSERT_TRUE(problem.check());
+    const std::vector<std::uint8_t> out = problem.out.bytes, lse = problem.lse.bytes;
+    const std::int64_t first_seen = 300 - query_len - 5 + 1;
+    for (OwnedTensor* side : {&problem.key, &problem.value}) {
+      float* row = side->view.ptr<float>();
+      std::fill(row, row + first_seen * 2 * options.head_size, 1e30F);
+    }
+    ASSERT_TRUE(problem.store().ok());
+    ASSERT_TRUE(problem.run().ok());
+    EXPECT_EQ(problem.out.bytes, out);
+    EXPECT_EQ(problem.lse.bytes, lse);
+  }
+}
+
 // A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: NaN for those
 // who see it.
 TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {

@@ -9,19 +9,12 @@
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
-#include "cuda/softmax/bias.cuh"
 #include "cuda/softmax/softmax.cuh"
 #include "cuda/stage/levels.cuh"
 #include "cuda/stage/metadata.cuh"
 #include "cuda/stage/query.cuh"
 
 namespace quire::cuda {
-
-// A logit in log2 with its biases. A call: the loop would have a copy for each logit of a lane.
-static __device__ __noinline__ float biased_logit(const AttentionParams& p, const TileRows& tile, const RowInfo& row,
-                                                  float s, int key) {
-  return kLog2E * add_bias(bias_row(p, tile, row), exact::nan_unless_finite(s * kLn2), key);
-}
 
 template <class KeyF, class ValueF, int kHead, int kRows>
 class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
@@ -120,6 +113,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
   static __device__ __forceinline__ std::uint32_t code_bytes(int head_size) {
     return static_cast<std::uint32_t>(format::code_bytes<F>(head_size));
   }
+
   // ---- a segment's queries and state --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin(const typename Config::Segment& segment) {
@@ -214,7 +208,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
     multiply_keys<kN, kTail>(slices);
     if constexpr (!Config::kLateValues) load_values<kAccess>(slices);
     if (biased_ != 0) bias(slices, segment);
-    if (careful != 0) mask(slices);
+    if (careful != 0) mask(slices, segment.tile);
     weigh(slices, careful != 0);
     if constexpr (Config::kLateValues) load_values<kAccess>(slices);
     if constexpr (kCodesMayBeNaN<ValueF>) {
@@ -407,16 +401,22 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
     }
   }
 
+  // Whether some row sees the key: what lies in the place of others may be anything.
+  static __device__ __forceinline__ bool is_read(const TileRows& tile, int key) {
+    return (key >= tile.begin && key < tile.end) || (key >= tile.first && key < tile.prefix_end);
+  }
+
   template <int kN>
-  __device__ __forceinline__ void mask(Slice (&slices)[kN]) const {
+  __device__ __forceinline__ void mask(Slice (&slices)[kN], const TileRows& tile) const {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const RowInfo& row = own_.rows[row_of(c)];
+    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const int key = slices[n].first_key + key_ + 8 * i;
+        if (!is_read(tile, key)) slices[n].of_value[i] = {0.0F, 0.0F};  // or it would choose the unit
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int key = slices[n].first_key + key_ + 8 * i;
+        for (int c = 0; c < kColumns; ++c) {
+          const RowInfo& row = own_.rows[row_of(c)];
           const bool in_prefix = static_cast<unsigned>(key) < static_cast<unsigned>(row.prefix_end);
           if (!in_prefix && (key < row.begin || key >= row.end)) slices[n].s[c][i] = -INFINITY;
         }
@@ -431,9 +431,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = slices[n].first_key + (value_key_ ^ i % 2) + i / 2 * 8;
-        const TileRows& tile = segment.tile;
-        if ((key >= tile.begin && key < tile.end) || (key >= tile.first && key < tile.prefix_end)) continue;
+        if (is_read(segment.tile, slices[n].first_key + (value_key_ ^ i % 2) + i / 2 * 8)) continue;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
 #pragma unroll

@@ -5,11 +5,18 @@
 
 #include "cuda/kernel/decode_pages/config.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/softmax/bias.cuh"
 #include "cuda/softmax/orientation.cuh"
 #include "cuda/stage/metadata.cuh"
 #include "format/exact.h"
 
 namespace quire::cuda {
+
+// A logit in log2 with its biases. A call: the loop would have a copy for each logit of a lane.
+static __device__ __noinline__ float biased_logit(const AttentionParams& p, const TileRows& tile, const RowInfo& row,
+                                                  float s, int key) {
+  return kLog2E * add_bias(bias_row(p, tile, row), exact::nan_unless_finite(s * kLn2), key);
+}
 
 template <class KeyF, class ValueF, int kHead, int kRows>
 class PageSoftmax {
