@@ -68,7 +68,8 @@ QUIRE_API Result<ModeId> parse_kv_cache_dtype(std::string_view name);
 // The mode of an enum value. kInvalidArgument where several modes share the value (NONE, FP8_PER_TENSOR).
 QUIRE_API Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value);
 
-QUIRE_API Result<ModeInfo> mode_info(ModeId mode);
+// A row of the table. It does not change and lives as long as the process.
+QUIRE_API Result<const ModeInfo*> mode_info(ModeId mode);
 
 // Every mode with a name of its own: those of the table in table order, then the registered ones.
 QUIRE_API std::vector<ModeInfo> list_modes();

@@ -15,13 +15,22 @@ struct FormatPair {
   bool known() const { return key != format::FormatId::kNone && value != format::FormatId::kNone; }
 };
 
+// A row of the table: what the public sees, and the formats behind their names, looked up once.
+struct ModeRow : ModeInfo {
+  FormatPair formats;                         // kNone for "auto", and for a registered mode
+  bool auto_key = false, auto_value = false;  // the cache tensor's own float type
+};
+
+// The row of a mode, null where there is none. It lives as long as the process.
+const ModeRow* find_mode(ModeId mode);
+
 // The formats a mode stores in; "auto" takes those of the dtypes given. Not known for a registered mode, and for "auto"
 // with a dtype that is not a float.
-inline FormatPair formats_of(const ModeInfo& mode, DType key_cache_dtype, DType value_cache_dtype) {
-  const auto resolve = [](std::string_view name, DType dtype) {
-    return format::find_format(name == format::AutoFloat::kName ? dtype_name(dtype) : name);
-  };
-  return {resolve(mode.key_format, key_cache_dtype), resolve(mode.value_format, value_cache_dtype)};
+inline FormatPair formats_of(const ModeRow& mode, DType key_cache_dtype, DType value_cache_dtype) {
+  FormatPair pair = mode.formats;
+  if (mode.auto_key) pair.key = format::find_format(dtype_name(key_cache_dtype));
+  if (mode.auto_value) pair.value = format::find_format(dtype_name(value_cache_dtype));
+  return pair;
 }
 
 // Refuses a head size below 1 and one that is no multiple of `unit`, the elements that `who` ("mode ..") packs

@@ -7,6 +7,8 @@
 // one task or in parallel through the workspace: the bits depend on split_size alone.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,6 +21,7 @@
 #include "cpu/cache_reader.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "quire/mode.h"
 
 namespace quire::cpu {
@@ -102,10 +105,11 @@ void fold_partials(const AttentionCall& call, const QueryTile& tile, int kv_head
 // A partial result is acc [v_stride], max, sum.
 std::int64_t partial_floats(int head_size_v) { return padded(head_size_v) + 2; }
 
-// The tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the
+// Fills in the tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the
 // workspace.
-std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile, std::int64_t& partial_rows) {
-  std::vector<QueryTile> tiles;
+void cut_into_tiles(const AttentionCall& call, int query_tile, std::vector<QueryTile>& tiles,
+                    std::int64_t& partial_rows) {
+  tiles.clear();
   for (int b = 0; b < call.shape.batch; ++b) {
     const SequenceMask sequence = call.sequence(b);
     const int query_len = sequence.seq_len - sequence.context_len;
@@ -125,7 +129,6 @@ std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile,
       tiles.push_back(tile);
     }
   }
-  return tiles;
 }
 
 // A task is one KV head of a tile, or one split of it.
@@ -133,6 +136,39 @@ struct Task {
   std::size_t tile;
   int kv_head;
   int split;  // -1: all of them, one after the other
+};
+
+// What a thread's calls need besides the workspace. It is kept from call to call, so that a call no larger than those
+// before it allocates nothing, and is taken by the call that runs: one made from inside it finds none, and makes its own.
+struct CallMemory {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::vector<QueryTile> tiles;
+  std::vector<Task> tasks, folds;
+  std::unique_ptr<float, Free> scratch;
+  std::size_t scratch_floats = 0;
+
+  // False where the system has none. Aligned to 64 bytes.
+  bool reserve_scratch(std::size_t floats) {
+    if (floats <= scratch_floats) return true;
+    scratch.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
+    scratch_floats = scratch == nullptr ? 0 : floats;
+    return scratch != nullptr;
+  }
+};
+thread_local CallMemory kept_memory;
+
+class TakenMemory {
+ public:
+  TakenMemory() : memory_(std::exchange(kept_memory, {})) {}
+  ~TakenMemory() { kept_memory = std::move(memory_); }
+  TakenMemory(const TakenMemory&) = delete;
+  TakenMemory& operator=(const TakenMemory&) = delete;
+  CallMemory& operator*() { return memory_; }
+
+ private:
+  CallMemory memory_;
 };
 
 // A block id that would be read but does not exist, before anything is written.
@@ -158,10 +194,8 @@ Status check_blocks(const AttentionCall& call, const std::vector<QueryTile>& til
 
 }  // namespace
 
-Result<AttentionPlan> plan(const AttentionProblem& problem) {
-  AttentionPlan plan;
-  plan.problem = problem;
-  plan.kernel = std::string("cpu_tiles/") + kernels().target;
+Status plan(PlanData& plan) {
+  const AttentionProblem& problem = plan.problem;
   plan.query_tile = std::max(1, kQueryRows / (problem.num_q_heads / problem.num_kv_heads));
   plan.split_size = kDefaultSplitSize;
   if (problem.num_splits > 0 && !problem.batch_invariant) {
@@ -181,32 +215,38 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     }
     plan.workspace_bytes = static_cast<std::size_t>(*bytes);
   }
-  return plan;
+  return {};
 }
 
-Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+std::string describe(const PlanData&) { return std::string("cpu_tiles/") + kernels().target; }
+
+Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace) {
   std::atomic<bool> decode_threw = false;
+  const ConstKVCacheViews& cache = args.cache;
   const AttentionCall call{
       .args = args,
       .shape = shape,
       .k = kernels(),
-      .key = make_reader(args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, shape.key_format,
+      .key = make_reader(cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector}, shape.key_format,
                          shape.head_size, backend, &decode_threw, false),
-      .value = make_reader(args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+      .value = make_reader(cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                            shape.value_format, shape.head_size_v, backend, &decode_threw, true),
-      .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
-                                        args.mm_prefix_clamp_window),
-      .q_scale = make_scale_view(args.q_scale),
-      .k_scale = make_scale_view(args.k_scale),
-      .v_scale = make_scale_view(args.v_scale),
+      .mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,
+                                        args.mask.mm_prefix_clamp_window),
+      .q_scale = make_scale_view(args.q_descale),
+      .k_scale = make_scale_view(args.k_descale),
+      .v_scale = make_scale_view(args.v_descale),
       .split_size = plan.split_size,
       .k_stride = padded(shape.head_size),
       .v_stride = padded(shape.head_size_v),
   };
 
+  TakenMemory taken;
+  CallMemory& memory = *taken;
   std::int64_t partial_rows = 0;
-  const std::vector<QueryTile> tiles = cut_into_tiles(call, plan.query_tile, partial_rows);
+  cut_into_tiles(call, plan.query_tile, memory.tiles, partial_rows);
+  const std::vector<QueryTile>& tiles = memory.tiles;
   if (Status status = check_blocks(call, tiles); !status.ok()) return status;
   const auto partial_bytes = static_cast<std::size_t>(partial_rows * partial_floats(shape.head_size_v)) * sizeof(float);
   if (partial_bytes > plan.workspace_bytes) {
@@ -215,8 +255,10 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
                             "; take plans from plan_unified_attention");
   }
 
-  std::vector<Task> tasks;
-  std::vector<Task> folds;
+  std::vector<Task>& tasks = memory.tasks;
+  std::vector<Task>& folds = memory.folds;
+  tasks.clear();
+  folds.clear();
   for (std::size_t t = 0; t < tiles.size(); ++t) {
     for (int head = 0; head < shape.num_kv_heads; ++head) {
       if (tiles[t].partial < 0) {
@@ -231,36 +273,36 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   int most_tokens = 0;
   for (const QueryTile& tile : tiles) most_tokens = std::max(most_tokens, tile.num_tokens);
   const int max_rows = most_tokens * shape.group_size();
-  // All threads have their memory before one of them writes to an output.
-  std::atomic<bool> no_memory{false};
-#pragma omp parallel
-  {
-    Scratch scratch(max_rows, call.k_stride, call.v_stride);
-    if (scratch.memory == nullptr) no_memory = true;
-#pragma omp barrier
-    const std::size_t num_tasks = no_memory ? 0 : tasks.size();
-    const std::size_t num_folds = no_memory ? 0 : folds.size();
-#pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < num_tasks; ++i) {
-      const Task& task = tasks[i];
-      if (task.split < 0) {
-        attend_all_splits(call, tiles[task.tile], task.kv_head, scratch);
-      } else {
-        attend_one_split(call, tiles[task.tile], task.kv_head, task.split, partials, scratch);
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < num_folds; ++i) {
-      fold_partials(call, tiles[folds[i].tile], folds[i].kv_head, partials, scratch);
-    }
+  const int parts = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(num_parts()), tasks.size()));
+  // All parts have their memory before one of them writes to an output.
+  const std::size_t floats = Scratch::num_floats(max_rows, call.k_stride, call.v_stride);
+  if (parts > 0 && !memory.reserve_scratch(static_cast<std::size_t>(parts) * floats)) {
+    return internal_error("no memory for the scratch of " + std::to_string(parts) + " threads, " +
+                          std::to_string(max_rows) + " rows of queries, logits and results each");
   }
-  if (no_memory) {
-    return internal_error("no memory for the scratch of a thread, " + std::to_string(max_rows) +
-                          " rows of queries, logits and results");
-  }
+  // Each part takes the next task until there are none.
+  const auto run_all = [&](const std::vector<Task>& list, const auto& run_task) {
+    std::atomic<std::size_t> next = 0;
+    const auto part = [&](int index) {
+      Scratch scratch(memory.scratch.get() + static_cast<std::size_t>(index) * floats, max_rows, call.k_stride,
+                      call.v_stride);
+      for (std::size_t i = next++; i < list.size(); i = next++) run_task(list[i], scratch);
+    };
+    if (!list.empty()) run_parts(parts, part);
+  };
+  run_all(tasks, [&](const Task& task, Scratch& scratch) {
+    if (task.split < 0) {
+      attend_all_splits(call, tiles[task.tile], task.kv_head, scratch);
+    } else {
+      attend_one_split(call, tiles[task.tile], task.kv_head, task.split, partials, scratch);
+    }
+  });
+  run_all(folds, [&](const Task& task, Scratch& scratch) {
+    fold_partials(call, tiles[task.tile], task.kv_head, partials, scratch);
+  });
   if (decode_threw) {
-    const Result<ModeInfo> mode = mode_info(args.mode);
-    return internal_error("decode_row of mode " + (mode ? mode->name : "?") +
+    const Result<const ModeInfo*> mode = mode_info(args.mode);
+    return internal_error("decode_row of mode " + (mode ? (*mode)->name : "?") +
                           " threw an exception; rows of out that see a cache row it threw on are NaN");
   }
   return {};

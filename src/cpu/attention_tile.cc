@@ -13,14 +13,16 @@ using attention::LogitRule;
 using attention::SequenceMask;
 using attention::SoftmaxState;
 
-Scratch::Scratch(int rows, int k_stride, int v_stride) {
-  static_assert(sizeof(SoftmaxState) == 2 * sizeof(float));
+std::size_t Scratch::num_floats(int rows, int k_stride, int v_stride) {
   const auto row_floats = static_cast<std::size_t>(k_stride + 2 * v_stride + kKeyTile + 2 + 4);
   const std::size_t floats =
       static_cast<std::size_t>(rows) * row_floats + static_cast<std::size_t>(kKeyTile) * (k_stride + v_stride);
-  memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
-  if (memory == nullptr) return;
-  float* next = memory.get();
+  return (floats + 15) / 16 * 16;
+}
+
+Scratch::Scratch(float* memory, int rows, int k_stride, int v_stride) {
+  static_assert(sizeof(SoftmaxState) == 2 * sizeof(float));
+  float* next = memory;
   const auto take = [&](std::int64_t count) { return std::exchange(next, next + count); };
   k_tile.levels = take(static_cast<std::int64_t>(kKeyTile) * k_stride);
   v_tile.levels = take(static_cast<std::int64_t>(kKeyTile) * v_stride);
@@ -42,7 +44,7 @@ Scratch::Scratch(int rows, int k_stride, int v_stride) {
 }
 
 void load_queries(const AttentionCall& call, const QueryTile& tile, const RowOf& rows, Scratch& scratch) {
-  const Tensor& query = call.args.query;
+  const ConstTensor& query = call.args.query;
   const std::int64_t first = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     float* q = scratch.q + static_cast<std::int64_t>(m) * call.k_stride;

@@ -6,22 +6,16 @@
 //   output  = v_scale * unrotate * rotate_back(sum p * scale[n] * level + sum p * offset[n]) / sum p
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 #include "attention/softmax.h"
 #include "cpu/attention_call.h"
 
 namespace quire::cpu {
 
-// One thread's memory. It is made inside a parallel region, which no exception may leave: without memory, the pointer
-// is null and nothing else may be looked at.
+// The memory of one part of a call, cut out of `memory`.
 struct Scratch {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory;
   float* q;                              // [rows, k_stride]
   float* acc;                            // [rows, v_stride], of the split at hand
   float* total;                          // [rows, v_stride], folded
@@ -32,7 +26,9 @@ struct Scratch {
   attention::SoftmaxState* total_state;  // [rows], folded
   LevelTile k_tile, v_tile;
 
-  Scratch(int rows, int k_stride, int v_stride);
+  // How many floats it takes, a multiple of 64 bytes of them.
+  static std::size_t num_floats(int rows, int k_stride, int v_stride);
+  Scratch(float* memory, int rows, int k_stride, int v_stride);
 };
 
 // Row m of a tile is token m / group of the tile and query head kv_head * group + m % group.

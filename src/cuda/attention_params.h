@@ -8,6 +8,7 @@
 #include "attention/mask.h"
 #include "attention/paged_rows.h"
 #include "attention/problem.h"
+#include "call/plan_data.h"
 #include "format/formats.h"
 #include "quire/ops.h"
 #include "quire/tensor.h"
@@ -104,6 +105,7 @@ struct AttentionParams {
   // Of kernels that cut the keys of all sequences among the multiprocessors themselves.
   int num_multiprocessors = 0;
   bool batch_invariant = false;
+  const attention::PageSlice* page_slice = nullptr;  // on the host, for launchers; null where the pages have none
 
   OutputRule output;
   Partials partials;                            // used with more than one split
@@ -111,7 +113,7 @@ struct AttentionParams {
 };
 
 // What is the same for every launch of a call; kernels.cu fills in the rest.
-AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args,
+AttentionParams make_attention_params(const PlanData& plan, const UnifiedAttentionArgs& args,
                                       const AttentionShape& shape);
 
 }  // namespace quire::cuda

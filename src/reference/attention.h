@@ -31,10 +31,10 @@ void decode_row(format::FormatId format, const std::uint8_t* data, const std::ui
 
 // The tensors of K or of V; all but the first may be undefined.
 struct StoredRows {
-  const Tensor& cache;        // [num_blocks, block_size, Hk, row]
-  const Tensor& scale_cache;  // [num_blocks, block_size, Hk]
-  const Tensor& page_meta;    // [num_blocks, Hk, page bytes]
-  const Tensor& head_vector;  // [Hk, head_size]
+  const ConstTensor& cache;        // [num_blocks, block_size, Hk, row]
+  const ConstTensor& scale_cache;  // [num_blocks, block_size, Hk]
+  const ConstTensor& page_meta;    // [num_blocks, Hk, page bytes]
+  const ConstTensor& head_vector;  // [Hk, head_size]
 };
 
 // The same, found in a cache: row (block, slot, head). k_scale and v_scale are not applied.
@@ -42,6 +42,6 @@ Status decode_cache_row(format::FormatId format, const StoredRows& rows, std::in
                         std::int64_t head, int head_size, double* x);
 
 // Element [i], [i, j] or [i, j, k] of a float tensor of any dtype and strides.
-double element(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0);
+double element(const ConstTensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0);
 
 }  // namespace quire::reference

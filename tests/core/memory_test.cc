@@ -92,7 +92,7 @@ TEST(Memory, EveryAllocationOfAStoreMayFail) {
   args.key = problem.key.view;
   args.value = problem.value.view;
   args.slot_mapping = problem.slot_mapping.view;
-  expect_every_failed_allocation_is_a_status([&] { return reshape_and_cache(args); }, [&] { return cache.bytes(); });
+  expect_every_failed_allocation_is_a_status([&] { return reshape_and_cache(args, nullptr); }, [&] { return cache.bytes(); });
 }
 
 TEST(Memory, EveryAllocationOfAReadMayFail) {
@@ -101,10 +101,10 @@ TEST(Memory, EveryAllocationOfAReadMayFail) {
   options.sequences = {{1, 1500}, {20, 90}};
   AttentionCase problem(options);
   const AttentionPlan plan = *plan_unified_attention(*problem_of(problem.args));
-  std::vector<std::uint8_t> workspace(plan.workspace_bytes + 16);
+  std::vector<std::uint8_t> workspace(plan.workspace_bytes() + 16);
   const std::function<Status()> forms[] = {
-      [&] { return unified_attention(problem.args); },
-      [&] { return run_unified_attention(plan, problem.args, workspace.data(), plan.workspace_bytes); }};
+      [&] { return unified_attention(problem.args, nullptr); },
+      [&] { return run_unified_attention(plan, problem.args, workspace.data(), plan.workspace_bytes(), nullptr); }};
   for (const std::function<Status()>& form : forms) {
     std::fill(problem.out.bytes.begin(), problem.out.bytes.end(), std::uint8_t{0xFF});
     std::fill(problem.lse.bytes.begin(), problem.lse.bytes.end(), std::uint8_t{0xFF});
@@ -139,7 +139,7 @@ TEST(Memory, EveryAllocationOfATurboQuantCallMayFail) {
   std::vector<std::uint8_t> cache(2 * 16 * 2 * 70, 0xFF);
   const Tensor kv_cache = Tensor::contiguous(cache.data(), DType::kUInt8, {2, 16, 2, 70});
   TurboQuantStoreArgs store{config, key.view, key.view, kv_cache, slot_mapping.view, rotation.view, midpoints.view};
-  expect_every_failed_allocation_is_a_status([&] { return turboquant_store(store); }, [&] { return Bytes{cache}; });
+  expect_every_failed_allocation_is_a_status([&] { return turboquant_store(store, nullptr); }, [&] { return Bytes{cache}; });
   TurboQuantDecodeArgs decode;
   decode.config = config;
   decode.query = query.view;
@@ -148,7 +148,7 @@ TEST(Memory, EveryAllocationOfATurboQuantCallMayFail) {
   decode.block_table = block_table.view;
   decode.seq_lens = seq_lens.view;
   decode.rotation = rotation.view;
-  expect_every_failed_allocation_is_a_status([&] { return turboquant_decode_attention(decode); },
+  expect_every_failed_allocation_is_a_status([&] { return turboquant_decode_attention(decode, nullptr); },
                                              [&] { return Bytes{out.bytes}; });
 }
 
@@ -187,7 +187,7 @@ TEST(Memory, EveryAllocationOfARefusalMayFail) {
     for (long failures = 0;; ++failures) {
       for_good = all_further;
       allocations_left = failures;
-      const Status status = unified_attention(problem.args);
+      const Status status = unified_attention(problem.args, nullptr);
       const bool failed = allocations_left < 0 || (!all_further && allocations_left == kUnlimited);
       allocations_left = kUnlimited;
       ASSERT_FALSE(status.ok());
@@ -212,7 +212,7 @@ int refusal_in_a_child(const AttentionCase& warm, const AttentionCase& problem) 
   const pid_t pid = fork();
   if (pid == 0) {
     alarm(120);
-    if (!unified_attention(warm.args).ok()) _exit(10);
+    if (!unified_attention(warm.args, nullptr).ok()) _exit(10);
     const rlim_t most = in_use();
     const rlimit limit{most, most};
     if (setrlimit(RLIMIT_AS, &limit) != 0) _exit(11);
@@ -221,7 +221,7 @@ int refusal_in_a_child(const AttentionCase& warm, const AttentionCase& problem) 
     do {
       taken = std::malloc(kScrap);
     } while (taken != nullptr);
-    const Status status = unified_attention(problem.args);
+    const Status status = unified_attention(problem.args, nullptr);
     if (status.ok()) _exit(1);
     if (status.code() != StatusCode::kInternal) _exit(2);
     if (status.message().find("memory") == std::string::npos) _exit(3);
@@ -281,7 +281,7 @@ TEST_P(LimitedMemory, ListsOfTiles) {
   args.out = problem.out.view;
   args.lse = problem.lse.view;
   args.cu_seqlens_q = Tensor::contiguous(cu_seqlens.data(), DType::kInt32, {kBatch + 1});
-  args.seq_lens = Tensor::strided(args.seq_lens.data, DType::kInt32, {kBatch}, {0});  // each sequence is the first
+  args.seq_lens = ConstTensor::strided(args.seq_lens.data, DType::kInt32, {kBatch}, {0});  // each sequence is the first
   args.block_table.shape[0] = kBatch;
   args.block_table.strides[0] = 0;
   EXPECT_EQ(refusal_in_a_child(warm, problem), 0);

@@ -10,12 +10,12 @@ namespace quire::testing {
 using cuda::DeviceBuffer;
 
 Status store_on_device(const ReshapeAndCacheArgs& args) {
-  return cuda::run_on_device(args, [](const ReshapeAndCacheArgs& on_device) { return reshape_and_cache(on_device); });
+  return cuda::run_on_device(args, [](const ReshapeAndCacheArgs& on_device) { return reshape_and_cache(on_device, nullptr); });
 }
 
 Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant) {
   return cuda::run_on_device(args, [&](const UnifiedAttentionArgs& on_device) -> Status {
-    if (num_splits == 0 && !batch_invariant) return unified_attention(on_device);
+    if (num_splits == 0 && !batch_invariant) return unified_attention(on_device, nullptr);
     Result<AttentionProblem> problem = problem_of(on_device);
     if (!problem.ok()) return problem.status();
     problem->num_splits = num_splits;
@@ -31,18 +31,18 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
 }
 
 Status merge_on_device(const MergeAttnStatesArgs& args) {
-  return cuda::run_on_device(args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device); });
+  return cuda::run_on_device(args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device, nullptr); });
 }
 
 void prepare_for_device(AttentionCase& problem) {
   problem.serial_sums = 4.0;
   const Result<AttentionPlan> plan = problem.plan();
-  if (!plan.ok() || !plan->tensor_cores) return;
-  const ModeInfo mode = *mode_info(problem.args.mode);
+  if (!plan.ok() || !plan->tensor_cores()) return;
+  const ModeInfo mode = **mode_info(problem.args.mode);
   const format::FormatId key = format::find_format(mode.key_format);
   const bool rotated = key != format::FormatId::kNone && format::format_info(key).rotation != format::Rotation::kNone;
   problem.query_unit = rotated ? 0x1p-11 : 0x1p-24;
-  problem.weight_unit = problem.args.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  problem.weight_unit = problem.args.cache.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
 }
 
 }  // namespace quire::testing

@@ -43,7 +43,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   fill.key = all_k.view;
   fill.value = all_v.view;
   fill.slot_mapping = all_slots.view;
-  QUIRE_ASSERT_OK(reshape_and_cache(fill));
+  QUIRE_ASSERT_OK(reshape_and_cache(fill, nullptr));
 
   // The step's inputs, rewritten between replays.
   OwnedTensor key(DType::kBFloat16, {kTokens, kHeads, kHeadSize}),
@@ -149,7 +149,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
     const auto graph_out = out.bytes;
     const auto graph_lse = lse.bytes;
 
-    QUIRE_ASSERT_OK(reshape_and_cache(store_eager));
+    QUIRE_ASSERT_OK(reshape_and_cache(store_eager, nullptr));
     QUIRE_ASSERT_OK(run_unified_attention(plan.value(), attend_eager, workspace->data(), workspace->bytes()));
     QUIRE_ASSERT_OK(cuda::synchronize());
     QUIRE_ASSERT_OK(eager_copy.value().download(out.view));

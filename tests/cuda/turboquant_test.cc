@@ -33,7 +33,7 @@ constexpr TurboQuantConfig kConfigs[] = {
     {.key_bits = 3, .value_bits = 3},
 };
 
-std::string mode_name(const TurboQuantConfig& config) { return mode_info(*turboquant_mode(config))->name; }
+std::string mode_name(const TurboQuantConfig& config) { return (*mode_info(*turboquant_mode(config)))->name; }
 
 // A table in a tensor of its own.
 OwnedTensor table_tensor(const std::vector<float>& values, std::vector<std::int64_t> shape) {
@@ -78,7 +78,7 @@ struct StoreCase {
     if (device_tables) tensors.insert(tensors.end(), {&on_gpu.rotation, &on_gpu.midpoints});
     const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(tensors);
     if (!mirror.ok()) return mirror.status();
-    if (Status status = turboquant_store(on_gpu); !status) return status;
+    if (Status status = turboquant_store(on_gpu, nullptr); !status) return status;
     if (Status status = cuda::synchronize(); !status) return status;
     return mirror->download(args.kv_cache);
   }
@@ -110,7 +110,7 @@ TEST(CudaTurboQuant, StoresTheCpusBytesInSlotsOfAnyWidth) {
                          " from " + std::string(dtype_name(dtype)) + (device_tables ? ", tables on cuda" : ""));
             StoreCase on_cpu(config, head_size, dtype, slot_bytes);
             StoreCase on_gpu(config, head_size, dtype, slot_bytes);
-            QUIRE_ASSERT_OK(turboquant_store(on_cpu.args));
+            QUIRE_ASSERT_OK(turboquant_store(on_cpu.args, nullptr));
             QUIRE_ASSERT_OK(on_gpu.run_on_gpu(device_tables));
             ASSERT_EQ(on_gpu.cache, on_cpu.cache);
           }
@@ -187,7 +187,7 @@ TEST(CudaTurboQuant, DecodesWithinTheTolerance) {
         TurboQuantDecodeArgs on_gpu = decode.args;
         const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(decode.tensors_of(on_gpu));
         ASSERT_TRUE(mirror.ok()) << mirror.status().message();
-        QUIRE_ASSERT_OK(turboquant_decode_attention(on_gpu));
+        QUIRE_ASSERT_OK(turboquant_decode_attention(on_gpu, nullptr));
         QUIRE_ASSERT_OK(cuda::synchronize());
         QUIRE_ASSERT_OK(mirror->download(decode.args.out));
         QUIRE_ASSERT_OK(mirror->download(decode.args.lse));
@@ -214,7 +214,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   ASSERT_TRUE(rotation.ok()) << rotation.status().message();
   for (StoreCase* of : {&store, &smaller}) {
     of->args.rotation.data = rotation->data();
-    of->args.rotation.device = Device::kCuda;
+    of->args.rotation.device = Device::cuda();
   }
   // Wrong: refused every time, and nothing is stored.
   for (int round = 0; round < 2; ++round) {
@@ -238,7 +238,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   Result<cuda::DeviceBuffer> midpoints = cuda::DeviceBuffer::copy_of(zeros.data(), bytes_of(zeros));
   ASSERT_TRUE(midpoints.ok()) << midpoints.status().message();
   store.args.midpoints.data = midpoints->data();
-  store.args.midpoints.device = Device::kCuda;
+  store.args.midpoints.device = Device::cuda();
   const Status wrong = store.run_on_gpu(false);
   EXPECT_EQ(wrong.code(), StatusCode::kUnsupported);
   EXPECT_NE(wrong.message().find("midpoints[0] is 0.000000; only the Lloyd-Max codebook"), std::string::npos)
@@ -254,14 +254,14 @@ TEST(CudaTurboQuant, ATableWithoutElementsOrOnAnotherDeviceIsRefused) {
   StoreCase store(config, 64, DType::kFloat32, 70);
   const auto poisoned = store.cache;
   store.args.rotation.data = nullptr;
-  store.args.rotation.device = Device::kCuda;
+  store.args.rotation.device = Device::cuda();
   const Status null = store.run_on_gpu(false);
   EXPECT_NE(null.message().find("rotation is a null pointer"), std::string::npos) << null.message();
   // A call on the cpu takes tables of the cpu.
   store.args.rotation = store.rotation.view;
-  store.args.rotation.device = Device::kCuda;
-  const Status on_cpu = turboquant_store(store.args);
-  EXPECT_NE(on_cpu.message().find("rotation is on cuda, but the call's other tensors are on cpu"), std::string::npos)
+  store.args.rotation.device = Device::cuda();
+  const Status on_cpu = turboquant_store(store.args, nullptr);
+  EXPECT_NE(on_cpu.message().find("rotation is on cuda:0, but the call's other tensors are on cpu"), std::string::npos)
       << on_cpu.message();
   EXPECT_EQ(store.cache, poisoned);
 }

@@ -176,8 +176,8 @@ TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
         poison(poisoned_key);
         poison(30);  // the second sequence's only key
         ASSERT_TRUE(problem.store().ok());
-        const bool keeps_it = dtype_bytes(problem.args.key_cache.dtype) > 1;
-        const std::string format = mode_info(problem.args.mode)->key_format;
+        const bool keeps_it = dtype_bytes(problem.args.cache.key_cache.dtype) > 1;
+        const std::string format = (*mode_info(problem.args.mode))->key_format;
         if (!keeps_it && format::format_info(format::find_format(format)).meta_bytes == 0) {
           // fp8 saturates. The logit is then so large that only its order means anything, as in FarLogits.
           ASSERT_TRUE(problem.run().ok());

@@ -9,7 +9,7 @@ namespace quire::testing {
 namespace {
 
 Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant) {
-  if (num_splits == 0 && !batch_invariant) return unified_attention(args);
+  if (num_splits == 0 && !batch_invariant) return unified_attention(args, nullptr);
   Result<AttentionProblem> problem = problem_of(args);
   if (!problem.ok()) return problem.status();
   problem->num_splits = num_splits;
@@ -17,17 +17,17 @@ Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batc
   const Result<AttentionPlan> plan = plan_unified_attention(*problem);
   if (!plan.ok()) return plan.status();
   // Exactly as long as the plan says; operator new aligns to 16 bytes.
-  std::vector<std::uint8_t> workspace(std::max<std::size_t>(plan->workspace_bytes, 16), 0xFF);
-  return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes);
+  std::vector<std::uint8_t> workspace(std::max<std::size_t>(plan->workspace_bytes(), 16), 0xFF);
+  return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes(), nullptr);
 }
 
 }  // namespace
 
-TestedOps ops{Device::kCpu,
+TestedOps ops{Device::cpu(),
               {DType::kFloat32},
-              [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args); },
+              [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args, nullptr); },
               attend_on_cpu,
-              [](const MergeAttnStatesArgs& args) { return merge_attn_states(args); },
+              [](const MergeAttnStatesArgs& args) { return merge_attn_states(args, nullptr); },
               [](AttentionCase&) {}};
 
 std::vector<ModeAndQuery> modes_and_queries() {

@@ -57,7 +57,7 @@ using Layout = Choices<Placement>::value_type;
 
 struct Options {
   std::string op = "decode";
-  Device device = Device::kCpu;
+  Device device = Device::cpu();
   std::string modes = "auto";
   std::vector<const Layout*> layouts = {&kLayouts[0]};
   std::vector<std::int64_t> batches = {1};
@@ -145,10 +145,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
                            cache.v_scales.data(), problem.device);
   ReshapeAndCacheArgs args;
   args.mode = mode;
-  args.key_cache = cache.views.key_cache;
-  args.value_cache = cache.views.value_cache;
-  args.k_scale_cache = cache.views.k_scale_cache;
-  args.v_scale_cache = cache.views.v_scale_cache;
+  args.cache = cache.views;
   const std::int64_t slots = num_blocks * problem.block_size;
   for (std::int64_t first = 0; first < slots; first += input_tokens) {
     const std::int64_t count = std::min(input_tokens, slots - first);
@@ -160,7 +157,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
     args.value = Tensor::contiguous(value.data(), DType::kBFloat16, {count, problem.num_kv_heads, problem.head_size_v},
                                     problem.device);
     args.slot_mapping = Tensor::contiguous(slot_mapping.data(), DType::kInt64, {count}, problem.device);
-    if (Status status = reshape_and_cache(args); !status) return status;
+    if (Status status = reshape_and_cache(args, nullptr); !status) return status;
     if (Status status = synchronize(problem.device); !status) return status;
   }
   return cache;
@@ -168,7 +165,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
 
 Json row_of(const std::string& op, const Problem& problem, double ms) {
   return Json{{"op", op},
-              {"device", device_name(problem.device)},
+              {"device", device_type_name(problem.device.type)},
               {"mode", problem.mode},
               {"layout", problem.layout->first},
               {"batch", problem.batch},
@@ -185,11 +182,11 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
 // What a call reads of a page; tensors whose rows lie end to end (K and V of a slot, inline scales) are one.
 std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
   std::vector<bench::PageRead> reads;
-  for (const Tensor* rows : {&args.key_cache, &args.k_scale_cache, &args.value_cache, &args.v_scale_cache}) {
+  for (const ConstTensor* rows : {&args.cache.key_cache, &args.cache.k_scale_cache, &args.cache.value_cache, &args.cache.v_scale_cache}) {
     if (!rows->defined()) continue;
     const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
     bench::PageRead read;
-    attention::set_paged_rows(read, *rows, {Tensor(), Tensor(), Tensor()});
+    attention::set_paged_rows(read, *rows, {});
     read.row_bytes = rows->ndim == 4 ? rows->shape[3] * element : element;
     read.block_size = static_cast<int>(rows->shape[1]);
     read.num_heads = static_cast<int>(rows->shape[2]);
@@ -246,10 +243,7 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
                                   problem.device);
   args.out = Tensor::contiguous(out.data(), DType::kBFloat16, {num_tokens, problem.num_q_heads, problem.head_size_v},
                                 problem.device);
-  args.key_cache = cache.views.key_cache;
-  args.value_cache = cache.views.value_cache;
-  args.k_scale_cache = cache.views.k_scale_cache;
-  args.v_scale_cache = cache.views.v_scale_cache;
+  args.cache = cache.views;
   args.cu_seqlens_q = Tensor::contiguous(cu.data(), DType::kInt32, {problem.batch + 1}, problem.device);
   args.seq_lens = Tensor::contiguous(lens.data(), DType::kInt32, {problem.batch}, problem.device);
   args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(problem.head_size));
@@ -262,13 +256,13 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   args.block_table = table_of(0);
   QUIRE_ASSIGN(bounds, problem_of(args));
   QUIRE_ASSIGN(plan, plan_unified_attention(bounds));
-  QUIRE_ASSIGN(workspace, Memory::allocate(problem.device, plan.workspace_bytes + 64));
+  QUIRE_ASSIGN(workspace, Memory::allocate(problem.device, plan.workspace_bytes() + 64));
   auto aligned = reinterpret_cast<std::uintptr_t>(workspace.data());
   aligned = (aligned + 63) / 64 * 64;
   const auto call = [&](int index, void* stream) {
     UnifiedAttentionArgs own = args;
     own.block_table = table_of(index);
-    return run_unified_attention(plan, own, reinterpret_cast<void*>(aligned), plan.workspace_bytes, stream);
+    return run_unified_attention(plan, own, reinterpret_cast<void*>(aligned), plan.workspace_bytes(), stream);
   };
   QUIRE_ASSIGN(ms, bench::median_ms(problem.device, call, copies, budget_ms));
 
@@ -283,14 +277,14 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   row["cache_gbps"] = bytes / ms * 1e-6;
   row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.read;
   row["layout_share"] = nullptr;
-  if (problem.device == Device::kCuda) {
+  if (problem.device.is_cuda()) {
     const bench::PageTable pages{static_cast<const std::int32_t*>(tables.data()), blocks_per_sequence,
                                  static_cast<int>(problem.batch), copies};
     QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
     row["layout_share"] = read_ms / ms;
   }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
-  row["kernel"] = fmt::format("{}, {} splits", plan.kernel, plan.max_splits);
+  row["kernel"] = plan.describe();
   return row;
 }
 
@@ -327,10 +321,7 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
     args.value =
         Tensor::contiguous(input == 0 ? value.data() : values[static_cast<std::size_t>(input - 1)].data(),
                            DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v}, problem.device);
-    args.key_cache = cache.views.key_cache;
-    args.value_cache = cache.views.value_cache;
-    args.k_scale_cache = cache.views.k_scale_cache;
-    args.v_scale_cache = cache.views.v_scale_cache;
+    args.cache = cache.views;
     args.slot_mapping =
         Tensor::contiguous(static_cast<std::int64_t*>(slots.data()) + index * num_blocks * problem.block_size,
                            DType::kInt64, {tokens}, problem.device);
@@ -386,7 +377,7 @@ Status check_problem(const std::string& op, const Problem& problem) {
   }
   const double needed = memory_bytes(op, problem, layout);
   const double available =
-      problem.device == Device::kCuda
+      problem.device.is_cuda()
           ? std::ldexp(1.0, 40)  // beyond any device, which says itself what it has
           : static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (needed <= available) return {};
@@ -457,7 +448,7 @@ Status run_bench(const Options& options) {
   }
   if (options.json) {
     const Json report{{"device", device_description(device)},
-                      {"driver", device == Device::kCuda ? Json(driver_version()) : Json()},
+                      {"driver", device.is_cuda() ? Json(driver_version()) : Json()},
                       {"linear_read_gbps", read * 1e-9},
                       {"copy_gbps", copy * 1e-9},
                       {"rows", rows}};

@@ -60,7 +60,7 @@ const WriteGate* find_write_gate(std::string_view format) { return find_gate(kWr
 // Reading against the double-precision oracle on the same bytes. fp32 kernels: 2^-24 per operation, times 2^4 for the
 // random walk of sums over some 2^8 terms, times 2^4 where a zero point of up to 15 steps is subtracted. CUDA kernels
 // feed softmax weights and dequantized levels to the tensor cores in 16 bits: 2^-9 for each factor of bfloat16.
-double oracle_tolerance(Device device) { return device == Device::kCpu ? std::ldexp(1.0, -16) : std::ldexp(1.0, -8); }
+double oracle_tolerance(Device device) { return device.is_cpu() ? std::ldexp(1.0, -16) : std::ldexp(1.0, -8); }
 
 double rounding_error(DType dtype) {
   return dtype == DType::kBFloat16 ? std::ldexp(1.0, -8) : dtype == DType::kFloat16 ? std::ldexp(1.0, -11) : 0.0;

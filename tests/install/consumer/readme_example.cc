@@ -24,10 +24,10 @@ int main() {
   store.mode = spec.mode;
   store.key = floats(key, kTokens, kHeads);
   store.value = floats(value, kTokens, kHeads);
-  store.key_cache = cache.key_cache, store.value_cache = cache.value_cache;
-  store.k_scale_cache = cache.k_scale_cache, store.v_scale_cache = cache.v_scale_cache;
+  store.cache.key_cache = cache.key_cache, store.cache.value_cache = cache.value_cache;
+  store.cache.k_scale_cache = cache.k_scale_cache, store.cache.v_scale_cache = cache.v_scale_cache;
   store.slot_mapping = quire::Tensor::contiguous(slots.data(), quire::DType::kInt64, {kTokens});
-  if (quire::Status status = quire::reshape_and_cache(store); !status.ok())
+  if (quire::Status status = quire::reshape_and_cache(store, nullptr); !status.ok())
     return std::puts(status.message().c_str()), 1;
 
   std::vector<float> query(kQueryHeads * kHeadSize, 1.0F), out(query.size());
@@ -36,13 +36,13 @@ int main() {
   read.mode = spec.mode;
   read.query = floats(query, 1, kQueryHeads);
   read.out = floats(out, 1, kQueryHeads);
-  read.key_cache = cache.key_cache, read.value_cache = cache.value_cache;
-  read.k_scale_cache = cache.k_scale_cache, read.v_scale_cache = cache.v_scale_cache;
+  read.cache.key_cache = cache.key_cache, read.cache.value_cache = cache.value_cache;
+  read.cache.k_scale_cache = cache.k_scale_cache, read.cache.v_scale_cache = cache.v_scale_cache;
   read.cu_seqlens_q = quire::Tensor::contiguous(cu_seqlens_q, quire::DType::kInt32, {2});
   read.seq_lens = quire::Tensor::contiguous(seq_lens, quire::DType::kInt32, {1});
   read.block_table = quire::Tensor::contiguous(block_table, quire::DType::kInt32, {1, kBlocks});
   read.softmax_scale = 0.088388F;  // 1 / sqrt(kHeadSize)
-  if (quire::Status status = quire::unified_attention(read); !status.ok())
+  if (quire::Status status = quire::unified_attention(read, nullptr); !status.ok())
     return std::puts(status.message().c_str()), 1;
 
   std::printf("%d bytes per token, output %.3f\n", static_cast<int>(layout.bytes_per_token), out[0]);

@@ -34,13 +34,13 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   quire::ReshapeAndCacheArgs store;
   store.mode = *mode;
   store.key = store.value = Tensor::contiguous(row.data(), DType::kFloat32, {1, 1, kHeadSize});
-  store.key_cache = cache.key_cache;
-  store.value_cache = cache.value_cache;
-  store.k_scale_cache = cache.k_scale_cache;
-  store.v_scale_cache = cache.v_scale_cache;
+  store.cache.key_cache = cache.key_cache;
+  store.cache.value_cache = cache.value_cache;
+  store.cache.k_scale_cache = cache.k_scale_cache;
+  store.cache.v_scale_cache = cache.v_scale_cache;
   store.slot_mapping = Tensor::contiguous(&slot, DType::kInt64, {1});
   if (tensor_scale != 1.0F) store.k_scale = store.v_scale = Tensor::contiguous(&tensor_scale, DType::kFloat32, {1});
-  if (quire::Status status = quire::reshape_and_cache(store); !status.ok()) return status;
+  if (quire::Status status = quire::reshape_and_cache(store, nullptr); !status.ok()) return status;
 
   std::vector<float> query(kHeadSize);
   std::int32_t cu_seqlens_q[] = {0, 1}, seq_len = 1, block = 0;
@@ -48,16 +48,16 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   read.mode = *mode;
   read.query = Tensor::contiguous(query.data(), DType::kFloat32, {1, 1, kHeadSize});
   read.out = Tensor::contiguous(out.data(), DType::kFloat32, {1, 1, kHeadSize});
-  read.key_cache = cache.key_cache;
-  read.value_cache = cache.value_cache;
-  read.k_scale_cache = cache.k_scale_cache;
-  read.v_scale_cache = cache.v_scale_cache;
+  read.cache.key_cache = cache.key_cache;
+  read.cache.value_cache = cache.value_cache;
+  read.cache.k_scale_cache = cache.k_scale_cache;
+  read.cache.v_scale_cache = cache.v_scale_cache;
   read.cu_seqlens_q = Tensor::contiguous(cu_seqlens_q, DType::kInt32, {2});
   read.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
   read.block_table = Tensor::contiguous(&block, DType::kInt32, {1, 1});
   read.k_scale = store.k_scale;
   read.v_scale = store.v_scale;
-  if (quire::Status status = quire::unified_attention(read); !status.ok()) return status;
+  if (quire::Status status = quire::unified_attention(read, nullptr); !status.ok()) return status;
 
   // The first 16 bytes of the key; all of a slot that K and V share.
   const std::size_t shown = layout->spec.packing == quire::KVPacking::kKVInRow ? k.size() : 16;

@@ -25,11 +25,8 @@ __global__ void __launch_bounds__(std::min(1024, kHead* kMostMergeSplits))
 template <class Params>
 cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes,
                               const Params& params, cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -94,14 +91,8 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   DecodePagesParams p{params};
   p.max_splits = 1;
   p.num_kv_heads = params.num_q_heads / params.group_size;
-  const auto row_bytes = [](format::FormatId id, int head_size) {
-    return format::format_info(id).row_bytes(head_size);
-  };
-  const auto slice =
-      attention::page_slice(params.key, row_bytes(params.key.format, params.head_size), params.value,
-                            row_bytes(params.value.format, params.head_size_v), p.num_kv_heads, params.block_size);
-  if (!slice) return cudaErrorInvalidValue;  // the plan's problem says that it has one
-  p.slice = *slice;
+  if (params.page_slice == nullptr) return cudaErrorInvalidValue;  // the plan's problem says that it has one
+  p.slice = *params.page_slice;
   const std::int64_t tiles = static_cast<std::int64_t>(params.batch) * params.sequence_tiles;
   const std::int64_t max_keys = params.max_blocks * params.block_size;
   const Sharing sharing = share(kernel, p.slice.num_heads, p.num_kv_heads, params.num_multiprocessors, tiles,
