@@ -50,6 +50,7 @@ Status check_table(const TableCall& call, const ConstTensor& table, const core::
                    const std::function<Status(const ConstTensor& on_host)>& compare) {
   const std::string name = expect.name;
   QUIRE_RETURN_IF_ERROR(core::check_extents(expect.name, table));
+  QUIRE_RETURN_IF_ERROR(core::check_device(expect.name, " is on ", table.device));
   QUIRE_RETURN_IF_ERROR(core::check(table, expect));
   const bool on_cuda = table.device == call.device && call.device.is_cuda();
   if (!on_cuda && !table.device.is_cpu()) {

@@ -117,6 +117,12 @@ const BadStore kBadStores[] = {
      [](StoreCall& c) { c.args.value.device = Device::cuda(); }},
     {"int4_per_token_head", kInvalid, "value is on cpu, but key is on cuda:0",
      [](StoreCall& c) { c.args.key.device = Device::cuda(); }},
+    {"int4_per_token_head", kInvalid, "key is on cpu:3", [](StoreCall& c) { c.args.key.device.index = 3; }},
+    {"int4_per_token_head", kInvalid, "value is on cuda:1, but key is on cuda:0",
+     [](StoreCall& c) {
+       c.args.key.device = Device::cuda(0);
+       c.args.value.device = Device::cuda(1);
+     }},
     {"int4_per_token_head", kInvalid, "key is on an unknown device",
      [](StoreCall& c) { c.args.key.device.type = static_cast<DeviceType>(7); }},
     {"int4_per_token_head", kInvalid, "key is unknown; supported",
@@ -347,6 +353,9 @@ const BadRead kBadReads[] = {
      [](AttentionCase& c) { c.args.out.strides[0] = 0; }},
     {"int4_per_token_head", kInvalid, "where elements overlap", [](AttentionCase& c) { c.args.out.strides[1] = 63; }},
     {"int4_per_token_head", kInvalid, "lse is", [](AttentionCase& c) { c.args.lse.strides[1] = 0; }},
+    {"int4_per_token_head", kInvalid, "softmax_scale is 0.000000; it is required",
+     [](AttentionCase& c) { c.args.softmax_scale = UnifiedAttentionArgs().softmax_scale; }},
+    {"int4_per_token_head", kInvalid, "softmax_scale is -0.000000", [](AttentionCase& c) { c.args.softmax_scale = -0.0F; }},
     {"int4_per_token_head", kInvalid, "softmax_scale is nan", [](AttentionCase& c) { c.args.softmax_scale = kNan; }},
     {"int4_per_token_head", kInvalid, "softmax_scale is -inf", [](AttentionCase& c) { c.args.softmax_scale = -kInf; }},
     {"int4_per_token_head", kInvalid, "softcap is inf", [](AttentionCase& c) { c.args.softcap = kInf; }},
@@ -483,6 +492,21 @@ const BadRead kBadReads[] = {
     {"int4_per_token_head", kInvalid, "lse is", [](AttentionCase& c) { c.args.lse.shape[1] = 2; }},
     {"int4_per_token_head", kInvalid, "lse is float16", [](AttentionCase& c) { c.args.lse.dtype = DType::kFloat16; }},
     {"int4_per_token_head", kInvalid, "max_query_len is -1", [](AttentionCase& c) { c.args.max_query_len = -1; }},
+    {"int4_per_token_head", kInvalid, "max_seq_len is -5", [](AttentionCase& c) { c.args.max_seq_len = -5; }},
+    {"int4_per_token_head", kInvalid, "query is on cpu:1; supported: cpu, and cuda:0 and up",
+     [](AttentionCase& c) { c.args.query.device.index = 1; }},
+    {"int4_per_token_head", kInvalid, "query is on cuda:-1; supported",
+     [](AttentionCase& c) { c.args.query.device = Device::cuda(-1); }},
+    {"int4_per_token_head", kInvalid, "query is on an unknown device",
+     [](AttentionCase& c) { c.args.query.device.type = static_cast<DeviceType>(9); }},
+    {"int4_per_token_head", kInvalid, "seq_lens is on cuda:1, but out is on cuda:0",
+     [](AttentionCase& c) {
+       for (const cuda::TensorRef& ref : cuda::tensors_of(c.args)) {
+         ref.edit([](Tensor& tensor) { tensor.device = Device::cuda(); });
+       }
+       c.args.query = {};
+       c.args.seq_lens.device.index = 1;
+     }},
     {"int4_per_token_head", kInvalid, "error_counter is given",
      [](AttentionCase& c) { c.args.error_counter = Tensor::contiguous(c.out.view.data, DType::kInt64, {1}); }},
     {"int4_per_token_head", StatusCode::kOutOfRange, "cu_seqlens_q[0] is 1",
@@ -667,6 +691,13 @@ TEST(Refusals, CallsOutsideTheirPlan) {
        [](AttentionProblem& p) { p.mode = mode_of("int8_per_token_head"); }},
       {"query_dtype is float32, but the plan was made for bfloat16",
        [](AttentionProblem& p) { p.query_dtype = DType::kBFloat16; }},
+#if quire_with_cuda
+      {"device is cpu, but the plan was made for cuda:1; make a plan",
+       [](AttentionProblem& p) {
+         p.device = Device::cuda(1);
+         p.arch = {9, 0, 132, 227 * 1024};
+       }},
+#endif
   };
   QUIRE_NEEDS_MODES("int4_per_token_head", "int8_per_token_head", "auto");
   for (const auto& entry : cases) {
@@ -698,6 +729,71 @@ TEST(Refusals, AnAutoPlanIsForOneCacheDtype) {
   ASSERT_FALSE(status.ok());
   EXPECT_NE(status.message().find("key_cache_dtype is bfloat16, but the plan was made for float16"), std::string::npos)
       << status.message();
+  problem = *problem_of(call.args);
+  problem.value_cache_dtype = DType::kFloat32;
+  const Status of_values = run_unified_attention(*plan_unified_attention(problem), call.args, nullptr, 0, nullptr);
+  EXPECT_NE(of_values.message().find("value_cache_dtype is bfloat16, but the plan was made for float32"),
+            std::string::npos)
+      << of_values.message();
+}
+
+// supports() answers as the plan would, and makes none.
+TEST(Plan, SupportsWhatCanBePlanned) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  AttentionCase::Options options;
+  options.sequences = {{1, 2000}};
+  AttentionCase call(options);
+  AttentionProblem problem = *problem_of(call.args);
+  const Result<AttentionSupport> support = supports(problem);
+  ASSERT_TRUE(support.ok()) << support.status().message();
+  EXPECT_FALSE(support->tensor_cores);
+  EXPECT_EQ(support->workspace_bytes, plan_unified_attention(problem)->workspace_bytes());
+  problem.head_size = 33;
+  EXPECT_EQ(supports(problem).status().message(), plan_unified_attention(problem).status().message());
+}
+
+// The host cannot read lengths on the device, and what a tensor could hold says nothing of them.
+TEST(Refusals, CudaNeedsBoundsOnTheLengths) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  if (!device_available(Device::cuda()).ok()) GTEST_SKIP() << "no CUDA device";
+  AttentionCase call(AttentionCase::Options{});
+  const auto refusal = [&](std::int64_t max_query_len, std::int64_t max_seq_len) {
+    UnifiedAttentionArgs args = call.args;
+    for (const cuda::TensorRef& ref : cuda::tensors_of(args)) {
+      ref.edit([](Tensor& tensor) { tensor.device = Device::cuda(); });
+    }
+    args.max_query_len = max_query_len;
+    args.max_seq_len = max_seq_len;
+    return problem_of(args).status().message();
+  };
+  EXPECT_EQ(refusal(9, 53), "");
+  EXPECT_NE(refusal(0, 53).find("max_query_len is 0; on cuda it is required"), std::string::npos) << refusal(0, 53);
+  EXPECT_NE(refusal(9, 0).find("max_seq_len is 0; on cuda it is required"), std::string::npos) << refusal(9, 0);
+}
+
+// A device that this machine does not have.
+TEST(Refusals, DevicesThatAreNotThere) {
+  QUIRE_NEEDS_MODES("int4_per_token_head");
+  const Result<int> count = device_count(DeviceType::kCuda);
+  if (!count.ok()) {
+    EXPECT_EQ(device_arch(Device::cuda(1)).status().code(), count.status().code());
+    GTEST_SKIP() << count.status().message();
+  }
+  const Device absent = Device::cuda(*count);
+  const std::string words = "device is " + to_string(absent) + "; this process sees " + std::to_string(*count);
+  EXPECT_NE(device_arch(absent).status().message().find(words), std::string::npos)
+      << device_arch(absent).status().message();
+  StoreCall store("int4_per_token_head", DType::kFloat32);
+  for (const cuda::TensorRef& ref : cuda::tensors_of(store.args)) {
+    ref.edit([&](Tensor& tensor) { tensor.device = absent; });
+  }
+  EXPECT_NE(reshape_and_cache(store.args, nullptr).message().find(words), std::string::npos);
+  AttentionCase read(AttentionCase::Options{});
+  for (const cuda::TensorRef& ref : cuda::tensors_of(read.args)) {
+    ref.edit([&](Tensor& tensor) { tensor.device = absent; });
+  }
+  read.args.max_query_len = read.args.max_seq_len = 100;
+  EXPECT_NE(unified_attention(read.args, nullptr).message().find(words), std::string::npos);
 }
 
 TEST(Refusals, AnEmptyPlan) {

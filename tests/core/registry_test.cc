@@ -606,6 +606,7 @@ class Picky : public Plain {
 struct OwnRows {
   explicit OwnRows(ModeId mode) {
     args.mode = mode;
+    args.softmax_scale = 0.1F;
     args.query = query.view;
     args.out = out.view;
     args.cache.key_cache = k.view;
@@ -732,7 +733,12 @@ TEST(ExternalMode, ExceptionsBecomeStatuses) {
   store.mode = mode;
   EXPECT_TRUE(threw(reshape_and_cache(store, nullptr), "write"));
   EXPECT_TRUE(threw(unified_attention(problem.args, nullptr), "row_bytes"));
-  EXPECT_TRUE(threw(run_unified_attention({}, problem.args, nullptr, 0, nullptr), "row_bytes"));
+  AttentionProblem planned;
+  planned.mode = mode;
+  planned.num_q_heads = planned.num_kv_heads = planned.block_size = 1;
+  planned.head_size = planned.head_size_v = 32;
+  const AttentionPlan plan = *plan_unified_attention(planned);
+  EXPECT_TRUE(threw(run_unified_attention(plan, problem.args, nullptr, 0, nullptr), "row_bytes"));
   EXPECT_TRUE(threw(problem_of(problem.args).status(), "row_bytes"));
   EXPECT_TRUE(problem.untouched());
   KVCacheSpec spec;

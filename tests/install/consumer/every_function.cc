@@ -56,6 +56,13 @@ int main() {
   link(plan_unified_attention);
   link(run_unified_attention);
   link(device_arch);
+  link(device_count);
+  link(supports);
+  link(set_executor);
+  link(set_num_threads);
+  link(num_threads);
+  link(version);
+  link(version_number);
   link(problem_of);
   link(unified_attention);
   link(merge_attn_states);
@@ -64,13 +71,20 @@ int main() {
   link(reshape_and_cache_infer_mode);
 #pragma GCC diagnostic pop
   link(set_log_hook);
-  link(to_string);
+  link<std::string(const ConstTensor&)>(to_string);
+  link<std::string(const Device&)>(to_string);
   link(turboquant_uses_e4b15);
   link(turboquant_mode);
   link(turboquant_store);
   link(turboquant_decode_attention);
-  link(turboquant_views);
+  link<Result<KVCacheViews>(const TurboQuantConfig&, const Tensor&, int)>(turboquant_views);
+  link<Result<ConstKVCacheViews>(const TurboQuantConfig&, const ConstTensor&, int)>(turboquant_views);
   link(boundary_skip_layers);
+
+  // The members of AttentionPlan.
+  const AttentionPlan plan;
+  if (plan.workspace_bytes() != 0 || plan.tensor_cores() || plan.problem().max_batch != 0) return 1;
+  if (plan.describe() != "an empty plan") return 1;
 
   const Result<ModeId> mode = register_mode({"every_function", {}});
   if (!mode.ok() || !register_backend<Backend>(*mode).ok()) return 1;
