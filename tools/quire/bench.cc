@@ -19,6 +19,7 @@
 #include "cuda/device_memory.h"
 #include "evaluation.h"
 #include "format/float_types.h"
+#include "host_time.h"
 #include "measure.h"
 #include "options.h"
 #include "quire/layout.h"
@@ -285,6 +286,23 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
   row["kernel"] = plan.describe();
+  // On the CPU no sequence has a query, so that nothing is computed.
+  UnifiedAttentionArgs idle = args;
+  const std::vector<std::int32_t> no_queries(cu_seqlens.size());
+  if (problem.device.is_cpu()) {
+    idle.cu_seqlens_q = ConstTensor::contiguous(no_queries.data(), DType::kInt32, {problem.batch + 1});
+  }
+  const auto run_with = [&](const AttentionPlan& its_plan) {
+    return run_unified_attention(its_plan, idle, reinterpret_cast<void*>(aligned), plan.workspace_bytes(), nullptr);
+  };
+  QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return run_with(plan); }));
+  QUIRE_ASSIGN(host_us_with_plan, host_microseconds(problem.device, [&]() -> Status {
+                 QUIRE_ASSIGN(own_bounds, problem_of(idle));
+                 QUIRE_ASSIGN(own_plan, plan_unified_attention(own_bounds));
+                 return run_with(own_plan);
+               }));
+  row["host_us"] = host_us;
+  row["host_us_with_plan"] = host_us_with_plan;
   return row;
 }
 
@@ -336,6 +354,20 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   row["layout_share"] = nullptr;
   row["tflops"] = 0.0;
   row["kernel"] = "reshape_and_cache";
+  // On the CPU every token is skipped, so that nothing is encoded.
+  ReshapeAndCacheArgs idle;
+  idle.mode = mode;
+  idle.key = Tensor::contiguous(key.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size},
+                                problem.device);
+  idle.value = Tensor::contiguous(value.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v},
+                                  problem.device);
+  idle.cache = cache.views;
+  const std::vector<std::int64_t> skipped(static_cast<std::size_t>(tokens), -1);
+  idle.slot_mapping = ConstTensor::contiguous(problem.device.is_cpu() ? static_cast<const void*>(skipped.data()) : slots.data(),
+                                              DType::kInt64, {tokens}, problem.device);
+  QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return reshape_and_cache(idle, nullptr); }));
+  row["host_us"] = host_us;
+  row["host_us_with_plan"] = nullptr;
   return row;
 }
 
@@ -425,8 +457,9 @@ Status run_bench(const Options& options) {
   Json rows = Json::array();
   if (!options.json) {
     fmt::print("linear read {:.0f} GB/s, copy {:.0f} GB/s (read + written)\n", read * 1e-9, copy * 1e-9);
-    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>8}\n", "op", "mode", "layout",
-               "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "TFLOP/s");
+    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>8}{:>9}{:>9}\n", "op", "mode",
+               "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "TFLOP/s",
+               "host us", "+ plan");
   }
   for (const Problem& problem : problems) {
     const Result<Json> row = options.op == "store" ? bench_store(problem, ceilings, options.budget_ms)
@@ -437,11 +470,11 @@ Status run_bench(const Options& options) {
       const auto share = [&](const char* name) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
-      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}\n", options.op,
+      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}{:>9}{:>9}\n", options.op,
                  problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
                  fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
-                 r["tflops"].get<double>());
+                 r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));
       std::fflush(stdout);
     }
     rows.push_back(*row);
@@ -489,7 +522,8 @@ void add_bench(CLI::App& app, int& exit_status) {
   verb->add_flag("--json", options->json, "JSON on stdout");
   verb->footer(
       "share: of the best linear read of 2 GiB (decode, prefill) or copy of 1 GiB (store) measured first, in the same "
-      "process. layout: of the time a kernel takes that only reads the same pages (cuda).");
+      "process. layout: of the time a kernel takes that only reads the same pages (cuda). "
+      "host us: microseconds of the host for a call, plan reused; + plan: planned in each call.");
   verb->callback([options, &exit_status] {
     if (Status status = run_bench(*options); !status) exit_status = report(status);
   });
