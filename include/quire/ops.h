@@ -108,6 +108,24 @@ struct MergeAttnStatesArgs {
 };
 QUIRE_API Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream);
 
+// The rotations that int4, int2 and TurboQuant rows are stored in, row by row along the last dimension, in fp32:
+//
+//   out = H x            signs = false: H is its own inverse up to b, so `inverse` changes nothing
+//   out = H (s .* x)     signs = true: the randomized Hadamard transform (RHT), vLLM's single_rht(x)
+//   out = s .* (H x)     signs = true, inverse = true: b times the inverse of the RHT, vLLM's single_rht(x, inverse=True)
+//
+// H is the unnormalized Walsh-Hadamard matrix in Sylvester order (H H = b I), in blocks of b, the largest power of two
+// that divides the row's size d; vLLM's fast_hadamard_transform is the case b = d. s are the signs of
+// src/format/rotation.h: the first b outputs of MT19937 seeded with 0x9E3779B9, again in every block. The bits are the
+// same on every device.
+struct HadamardArgs {
+  ConstTensor x;  // [.., d] Float, 1 to 6 dimensions, d from 1 to 512, any strides
+  Tensor out;     // the shape of x, Float, any strides without overlap; it may be x itself, element for element
+  bool inverse = false;
+  bool signs = false;
+};
+QUIRE_API Status hadamard(const HadamardArgs& args, void* stream);
+
 // The entry point from before modes were explicit: takes the mode from the cache's dtype (float8_e4m3fn:
 // fp8_per_token_head, int8: int8_per_token_head) and refuses any other, since uint8 cannot tell int4 from int2.
 [[deprecated("name the mode: set args.mode and call reshape_and_cache")]] QUIRE_API Status

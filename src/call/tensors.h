@@ -67,4 +67,10 @@ void for_each_tensor(Args& args, const Visit& visit) {
   visit("lse", args.lse);
 }
 
+template <ArgsOf<HadamardArgs> Args, class Visit>
+void for_each_tensor(Args& args, const Visit& visit) {
+  visit("x", args.x);
+  visit("out", args.out);
+}
+
 }  // namespace quire::call

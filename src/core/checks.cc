@@ -20,6 +20,8 @@ std::string list_of(std::span<const std::int64_t> values) {
   return list + "]";
 }
 
+}  // namespace
+
 Status check_memory(const char* name, const ConstTensor& tensor) {
   if (tensor.numel() == 0) return {};
   if (tensor.data == nullptr) {
@@ -32,8 +34,6 @@ Status check_memory(const char* name, const ConstTensor& tensor) {
   }
   return {};
 }
-
-}  // namespace
 
 Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> supported) {
   if (std::ranges::find(supported, dtype) != supported.end()) return {};

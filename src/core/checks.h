@@ -48,6 +48,9 @@ Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> s
 // A tensor that has passed check_extents.
 Status check(const ConstTensor& tensor, const Expect& expect);
 
+// The elements are there and aligned.
+Status check_memory(const char* name, const ConstTensor& tensor);
+
 // What every tensor must be before anything is computed from it, given or not: 0 to kMaxDims dimensions, no negative
 // extent, extents whose product fits 63 bits (where one of them is 0: the product of the others), and strides that
 // reach no element further than 63 bits of bytes. After it neither numel() nor an element's offset overflows.

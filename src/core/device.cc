@@ -75,6 +75,10 @@ constexpr DeviceOps kCpuOps = {
       cpu::merge_attn_states(args);
       return {};
     },
+    .hadamard = [](const HadamardArgs& args, void*) -> Status {
+      cpu::hadamard(args);
+      return {};
+    },
 };
 
 constexpr DeviceOps kCudaOps = {
@@ -86,6 +90,7 @@ constexpr DeviceOps kCudaOps = {
     .store = &cuda::reshape_and_cache,
     .attend = &cuda::attend,
     .merge = &cuda::merge_attn_states,
+    .hadamard = &cuda::hadamard,
 };
 
 }  // namespace

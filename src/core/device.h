@@ -36,6 +36,8 @@ struct DeviceOps {
                    const QuantKVBackend* decoder, void* workspace, void* stream);
 
   Status (*merge)(const MergeAttnStatesArgs& args, void* stream);
+
+  Status (*hadamard)(const HadamardArgs& args, void* stream);
 };
 
 // Validated arguments name one of the devices.

@@ -23,6 +23,8 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
 
 void merge_attn_states(const MergeAttnStatesArgs& args);
 
+void hadamard(const HadamardArgs& args);
+
 // A forked child has one thread, and its first parallel region would wait for ever for those that OpenMP kept for the
 // parent's. From this call on they end before each fork; parent and child make new ones at their next op.
 bool end_threads_before_fork();

@@ -45,6 +45,8 @@ Status attend(const PlanData& plan, const UnifiedAttentionArgs& args, const Atte
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream);
 
+Status hadamard(const HadamardArgs& args, void* stream);
+
 // For TurboQuant's entry points (core/turboquant.cc), in turboquant.cu.
 //
 // Calls `op` with cu_seqlens_q [batch + 1] = 0, 1, .. batch on the device, one token a sequence: allocated, filled and

@@ -110,6 +110,7 @@ class DeviceMirror {
 std::vector<TensorRef> tensors_of(ReshapeAndCacheArgs& args);
 std::vector<TensorRef> tensors_of(UnifiedAttentionArgs& args);
 std::vector<TensorRef> tensors_of(MergeAttnStatesArgs& args);
+std::vector<TensorRef> tensors_of(HadamardArgs& args);
 
 // Fills in the bounds on the lengths that CUDA needs, where they are 0 and the lengths are on the host. run_on_device
 // does.
@@ -120,6 +121,7 @@ void fill_in_bounds(UnifiedAttentionArgs& args);
 Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op);
 Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op);
 Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op);
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op);
 
 }  // namespace quire::cuda
 

@@ -146,6 +146,7 @@ Status DeviceMirror::download(const Tensor& host) const {
 std::vector<TensorRef> tensors_of(ReshapeAndCacheArgs& args) { return all_tensors(args); }
 std::vector<TensorRef> tensors_of(UnifiedAttentionArgs& args) { return all_tensors(args); }
 std::vector<TensorRef> tensors_of(MergeAttnStatesArgs& args) { return all_tensors(args); }
+std::vector<TensorRef> tensors_of(HadamardArgs& args) { return all_tensors(args); }
 
 Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op) {
   return run_mirrored(args, op);
@@ -158,6 +159,10 @@ Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Statu
 }
 
 Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op) {
+  return run_mirrored(args, op);
+}
+
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op) {
   return run_mirrored(args, op);
 }
 

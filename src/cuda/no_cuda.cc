@@ -28,6 +28,8 @@ Status attend(const PlanData&, const UnifiedAttentionArgs&, const AttentionShape
 
 Status merge_attn_states(const MergeAttnStatesArgs&, void*) { return no_cuda(); }
 
+Status hadamard(const HadamardArgs&, void*) { return no_cuda(); }
+
 Status with_one_token_each(Device, std::int64_t, const std::function<Status(const ConstTensor&)>&, void*) {
   return no_cuda();
 }

@@ -1,5 +1,4 @@
 #include "cuda/device_problem.h"
-#include "support/attention_case.h"
 
 #include <string>
 
@@ -22,16 +21,20 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
     problem->batch_invariant = batch_invariant;
     const Result<AttentionPlan> plan = plan_unified_attention(*problem);
     if (!plan.ok()) return plan.status();
-    Result<DeviceBuffer> workspace = DeviceBuffer::allocate(plan.value().workspace_bytes);
+    Result<DeviceBuffer> workspace = DeviceBuffer::allocate(plan->workspace_bytes());
     if (!workspace.ok()) return workspace.status();
     if (Status status = workspace->poison(); !status) return status;
-    Status status = run_unified_attention(plan.value(), on_device, workspace->data(), workspace->bytes());
+    Status status = run_unified_attention(plan.value(), on_device, workspace->data(), workspace->bytes(), nullptr);
     return status.ok() ? cuda::synchronize() : status;  // before the workspace goes
   });
 }
 
 Status merge_on_device(const MergeAttnStatesArgs& args) {
   return cuda::run_on_device(args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device, nullptr); });
+}
+
+Status hadamard_on_device(const HadamardArgs& args) {
+  return cuda::run_on_device(args, [](const HadamardArgs& on_device) { return hadamard(on_device, nullptr); });
 }
 
 void prepare_for_device(AttentionCase& problem) {

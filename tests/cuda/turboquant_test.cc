@@ -74,8 +74,8 @@ struct StoreCase {
   // The same call on the GPU; the tables too where `device_tables` asks for it.
   Status run_on_gpu(bool device_tables) {
     TurboQuantStoreArgs on_gpu = args;
-    std::vector<Tensor*> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
-    if (device_tables) tensors.insert(tensors.end(), {&on_gpu.rotation, &on_gpu.midpoints});
+    std::vector<cuda::TensorRef> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
+    if (device_tables) tensors.insert(tensors.end(), {cuda::TensorRef(&on_gpu.rotation), cuda::TensorRef(&on_gpu.midpoints)});
     const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(tensors);
     if (!mirror.ok()) return mirror.status();
     if (Status status = turboquant_store(on_gpu, nullptr); !status) return status;
@@ -154,7 +154,7 @@ struct DecodeCase {
     args.centroids = centroids.view;
   }
 
-  std::vector<Tensor*> tensors_of(TurboQuantDecodeArgs& of) const {
+  std::vector<cuda::TensorRef> tensors_of(TurboQuantDecodeArgs& of) const {
     return {&of.query, &of.out, &of.lse, &of.kv_cache, &of.block_table, &of.seq_lens, &of.rotation, &of.centroids};
   }
 

@@ -28,6 +28,7 @@ TestedOps ops{Device::cpu(),
               [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args, nullptr); },
               attend_on_cpu,
               [](const MergeAttnStatesArgs& args) { return merge_attn_states(args, nullptr); },
+              [](const HadamardArgs& args) { return hadamard(args, nullptr); },
               [](AttentionCase&) {}};
 
 std::vector<ModeAndQuery> modes_and_queries() {

@@ -66,6 +66,7 @@ int main() {
   link(problem_of);
   link(unified_attention);
   link(merge_attn_states);
+  link(hadamard);
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
   link(reshape_and_cache_infer_mode);
