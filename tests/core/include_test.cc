@@ -33,6 +33,7 @@ const std::map<std::string, Rule> kRules = {
     {"format", {{}, false}},
     {"attention", {{"format"}, false}},
     {"call", {{"format", "attention"}, true}},
+    {"capi", {{}, true}},
     {"reference", {{"format", "attention"}, true}},
     {"cpu", {{"format", "attention", "call"}, true}},
     {"cuda", {{"format", "attention", "call"}, true}},

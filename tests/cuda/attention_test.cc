@@ -57,7 +57,7 @@ TEST(CudaAttention, PagesPastFourGiB) {
       const auto size = static_cast<std::int64_t>(dtype_bytes(cache->dtype));
       const std::int64_t page_bytes = cache->strides[0] * size;
       for (std::int64_t page = 0; page < pages; ++page) {
-        QUIRE_ASSERT_OK(pool->copy_in(cache->ptr<std::uint8_t>() + page * page_bytes,
+        QUIRE_ASSERT_OK(pool->copy_in(cache->ptr<const std::uint8_t>() + page * page_bytes,
                                       static_cast<std::size_t>(page_bytes),
                                       static_cast<std::size_t>(offset + page * kPageDistance)));
       }

@@ -141,8 +141,8 @@ struct DecodeCase {
     args.out = op.out;
     args.lse = op.lse;
     // The case's tensors have rows after the last token; here each row is a sequence.
-    for (Tensor* tensor : {&args.query, &args.out, &args.lse}) tensor->shape[0] = problem.num_tokens;
-    args.kv_cache = op.key_cache;
+    edit_all({&args.query, &args.out, &args.lse}, [&](Tensor& tensor) { tensor.shape[0] = problem.num_tokens; });
+    args.kv_cache = op.cache.key_cache;
     args.kv_cache.dtype = DType::kUInt8;
     args.kv_cache.shape[3] = args.kv_cache.strides[2];  // key row and value row
     args.block_table = op.block_table;
@@ -299,7 +299,7 @@ TEST(CudaTurboQuant, ADecodeIsCapturedAfterItsTablesWereCompared) {
   for (const std::vector<std::int64_t>& lengths :
        {std::vector<std::int64_t>{53, 1, 700, 16, 17}, {12, 0, 90, 3, 1}, {1, 1, 256, 15, 9}}) {
     problem.seq_lens.fill_integers(lengths);
-    QUIRE_ASSERT_CUDA(cudaMemcpy(on_gpu.seq_lens.data, problem.seq_lens.bytes.data(), problem.seq_lens.bytes.size(),
+    QUIRE_ASSERT_CUDA(cudaMemcpy(const_cast<void*>(on_gpu.seq_lens.data), problem.seq_lens.bytes.data(), problem.seq_lens.bytes.size(),
                                  cudaMemcpyHostToDevice));
     std::vector<std::vector<std::uint8_t>> outputs, log_sums;
     for (const bool replayed : {true, false}) {
