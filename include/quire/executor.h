@@ -11,8 +11,11 @@ namespace quire {
 // nothing inside of them. run_parts must not throw, and neither does `part`. It is called from the thread that calls the
 // op; ops on several threads call it at the same time.
 struct Executor {
+  using Part = void (*)(void* context, int index);
+  using RunParts = void (*)(void* pool, int num_parts, Part part, void* context);
+
   int num_threads = 1;  // how many parts an op is cut into, 1 to 4096
-  void (*run_parts)(void* pool, int num_parts, void (*part)(void* context, int index), void* context) = nullptr;
+  RunParts run_parts = nullptr;
   void* pool = nullptr;  // given back to run_parts
 };
 

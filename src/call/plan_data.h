@@ -9,7 +9,8 @@
 
 namespace quire {
 
-struct AttentionPlan::Data {
+// Not seen outside of a shared library, nor is what the standard library makes of it.
+struct [[gnu::visibility("hidden")]] AttentionPlan::Data {
   AttentionProblem problem;
   format::FormatId key_format = format::FormatId::kNone;  // kNone: a registered mode's own
   format::FormatId value_format = format::FormatId::kNone;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "quire/quire.h"
+#include "quire/quire_c.h"
 
 namespace {
 
@@ -81,6 +82,33 @@ int main() {
   link<Result<KVCacheViews>(const TurboQuantConfig&, const Tensor&, int)>(turboquant_views);
   link<Result<ConstKVCacheViews>(const TurboQuantConfig&, const ConstTensor&, int)>(turboquant_views);
   link(boundary_skip_layers);
+  // Those of C.
+  link(quire_last_error);
+  link(quire_version);
+  link(quire_version_number);
+  link(quire_device_count);
+  link(quire_set_num_threads);
+  link(quire_set_executor);
+  link(quire_parse_kv_cache_dtype);
+  link(quire_mode_name);
+  link(quire_get_backend);
+  link(quire_backend_row_bytes);
+  link(quire_backend_packed_head_size);
+  link(quire_backend_needs_scale_caches);
+  link(quire_make_layout);
+  link(quire_cache_bytes);
+  link(quire_make_views);
+  link(quire_reshape_and_cache);
+  link(quire_unified_attention);
+  link(quire_merge_attn_states);
+  link(quire_hadamard);
+  link(quire_problem_of);
+  link(quire_supports);
+  link(quire_plan_create);
+  link(quire_plan_destroy);
+  link(quire_plan_workspace_bytes);
+  link(quire_plan_describe);
+  link(quire_run_unified_attention);
 
   // The members of AttentionPlan.
   const AttentionPlan plan;
