@@ -8,8 +8,8 @@ namespace quire {
 
 // A thread pool of the caller. run_parts calls part(context, i) once for each i in [0, num_parts) and returns when all
 // calls have returned. The calls may run one after the other or at the same time, on any threads: quire waits for
-// nothing inside of them. run_parts must not throw, and neither does `part`. It is called from the thread that calls the
-// op; ops on several threads call it at the same time.
+// nothing inside of them. run_parts must not throw, and neither does `part`. It is called from the thread that calls
+// the op; ops on several threads call it at the same time.
 struct Executor {
   using Part = void (*)(void* context, int index);
   using RunParts = void (*)(void* pool, int num_parts, Part part, void* context);

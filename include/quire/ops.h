@@ -1,10 +1,10 @@
 // The operations: reshape_and_cache (quantize rows and scatter them into pages), unified_attention (read them),
 // merge_attn_states and hadamard. Argument names, shapes and meanings are vLLM's; docs/semantics.md states the exact
-// arithmetic, docs/api.md shows the life of a cache. All tensors of a call are on one device, by type and index. A refused
-// call has written nothing.
+// arithmetic, docs/api.md shows the life of a cache. All tensors of a call are on one device, by type and index. A
+// refused call has written nothing.
 //
-// `stream` is a cudaStream_t of the tensors' device, null for its default stream; the CPU ignores it. It has no default:
-// a forgotten stream would order the call behind nothing.
+// `stream` is a cudaStream_t of the tensors' device, null for its default stream; the CPU ignores it. It has no
+// default: a forgotten stream would order the call behind nothing.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +28,8 @@ struct ReshapeAndCacheArgs {
   // [<= T] int64 or int32; block * block_size + offset, negative: skip that token. The slots of a call must be unique:
   // of two tokens for one slot the CPU keeps the last, on CUDA the row may mix them (docs/semantics.md has the reason).
   ConstTensor slot_mapping;
-  // float32, one element or [Hk]: fp8 per tensor only, which stores x / k_scale; not given means 1. A read multiplies by
-  // k_descale and v_descale, so the same tensors go there.
+  // float32, one element or [Hk]: fp8 per tensor only, which stores x / k_scale; not given means 1. A read multiplies
+  // by k_descale and v_descale, so the same tensors go there.
   ConstTensor k_scale, v_scale;
   // Optional, CUDA: int64[1] device counter, incremented for each slot outside the cache (the token is skipped).
   Tensor error_counter;
@@ -56,12 +56,12 @@ struct AttentionMask {
 // B sequences, N query tokens in all, Hq query heads; Hq % Hk == 0; KV head of query head h is h / (Hq / Hk).
 struct UnifiedAttentionArgs {
   ModeId mode{};
-  ConstTensor query;         // [N, Hq, d] Float or float8 (then real = code * q_descale); last stride 1
-  Tensor out;                // [N, Hq, dv] Float, or float8_e4m3fn with output_scale; last stride 1
-  ConstKVCacheViews cache;   // shapes in layout.h; not head-major
-  ConstTensor cu_seqlens_q;  // [B+1] int32, ascending from 0; rows past the last entry are not touched
-  ConstTensor seq_lens;      // [B] int32, keys of each sequence, the new tokens included
-  ConstTensor block_table;   // [B, max_blocks] int32; entries past a sequence, or out of its window, are not read
+  ConstTensor query;           // [N, Hq, d] Float or float8 (then real = code * q_descale); last stride 1
+  Tensor out;                  // [N, Hq, dv] Float, or float8_e4m3fn with output_scale; last stride 1
+  ConstKVCacheViews cache;     // shapes in layout.h; not head-major
+  ConstTensor cu_seqlens_q;    // [B+1] int32, ascending from 0; rows past the last entry are not touched
+  ConstTensor seq_lens;        // [B] int32, keys of each sequence, the new tokens included
+  ConstTensor block_table;     // [B, max_blocks] int32; entries past a sequence, or out of its window, are not read
   float softmax_scale = 0.0F;  // required, finite and not 0; usually 1 / sqrt(d)
 
   AttentionMask mask;
@@ -79,14 +79,14 @@ struct UnifiedAttentionArgs {
   Tensor lse;  // [N, Hq] float32, any strides, optional: natural log of the softmax denominator; -inf for an empty row
 
   // Upper bounds on the lengths, which live on the device. CUDA: required (the longest query_len and seq_len of the
-  // batch, or more) unless the call brings a plan, whose bounds they are then; they choose the kernels. The CPU reads the
-  // lengths.
+  // batch, or more) unless the call brings a plan, whose bounds they are then; they choose the kernels. The CPU reads
+  // the lengths.
   std::int64_t max_query_len = 0;
   std::int64_t max_seq_len = 0;
   Tensor error_counter;  // CUDA, optional: int64[1], counts block ids outside the cache (their keys are skipped)
 };
 
-// The problem of one call: bounds taken from the arguments (on the CPU, from the lengths themselves).
+// Finds the problem of one call: its bounds come from the arguments or, on the CPU, from the lengths themselves.
 QUIRE_API Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args);
 
 // Runs a plan. Allocates nothing and reads nothing back. `workspace` holds plan.workspace_bytes(), 16-byte aligned, on
@@ -95,7 +95,7 @@ QUIRE_API Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args);
 QUIRE_API Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
                                        std::size_t workspace_bytes, void* stream);
 
-// problem_of, plan, workspace and run in one call.
+// Does it all in one call: it finds the problem, plans, finds a workspace and runs.
 QUIRE_API Status unified_attention(const UnifiedAttentionArgs& args, void* stream);
 
 // Combines two partial results over disjoint key sets exactly: out = sum_i exp(lse_i - lse) out_i, lse = log sum exp
@@ -112,14 +112,14 @@ QUIRE_API Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream
 //
 //   out = H x            signs = false: H is its own inverse up to b, so `inverse` changes nothing
 //   out = H (s .* x)     signs = true: the randomized Hadamard transform (RHT), vLLM's single_rht(x)
-//   out = s .* (H x)     signs = true, inverse = true: b times the inverse of the RHT, vLLM's single_rht(x, inverse=True)
+//   out = s .* (H x)     signs = true, inverse = true: b times the inverse of the RHT, vLLM's single_rht(x, True)
 //
 // H is the unnormalized Walsh-Hadamard matrix in Sylvester order (H H = b I), in blocks of b, the largest power of two
 // that divides the row's size d; vLLM's fast_hadamard_transform is the case b = d. s are the signs of
 // src/format/rotation.h: the first b outputs of MT19937 seeded with 0x9E3779B9, again in every block. The bits are the
 // same on every device.
 struct HadamardArgs {
-  ConstTensor x;  // [.., d] Float, 1 to 6 dimensions, d from 1 to 512, any strides
+  ConstTensor x;  // [any, d] Float, 1 to 6 dimensions, d from 1 to 512, any strides
   Tensor out;     // the shape of x, Float, any strides without overlap; it may be x itself, element for element
   bool inverse = false;
   bool signs = false;
@@ -131,7 +131,7 @@ QUIRE_API Status hadamard(const HadamardArgs& args, void* stream);
 [[deprecated("name the mode: set args.mode and call reshape_and_cache")]] QUIRE_API Status
 reshape_and_cache_infer_mode(ReshapeAndCacheArgs args, void* stream);
 
-// Where the library's rare remarks go (deprecated entry points, slower paths). Null, the default, drops them.
+// Says where the library's rare remarks go (deprecated entry points, slower paths). Null, the default, drops them.
 using LogHook = void (*)(const char* message);
 QUIRE_API void set_log_hook(LogHook hook);
 

@@ -1,5 +1,5 @@
-// Planning of unified_attention: bounds in, the choice of kernels and the size of the workspace out. An engine plans once
-// for each shape of batch and runs the plan for every layer and step whose lengths stay inside the bounds.
+// Planning of unified_attention: bounds in, the choice of kernels and the size of the workspace out. An engine plans
+// once for each shape of batch and runs the plan for every layer and step whose lengths stay inside the bounds.
 #pragma once
 
 #include <cstddef>
@@ -15,20 +15,21 @@
 
 namespace quire {
 
-// What a plan needs to know of a GPU. All 0 on the CPU.
+// A plan needs to know this of a GPU. On the CPU all of it is 0.
 struct Arch {
   int major = 0, minor = 0;  // compute capability
   int num_multiprocessors = 0;
   int shared_bytes = 0;  // of shared memory that a block can have
 };
 
-// How many devices of a type this process can use: 1 for the CPU. kUnsupported in a build without CUDA.
+// Counts the devices of a type that this process can use: 1 for the CPU. kUnsupported in a build without CUDA.
 QUIRE_API Result<int> device_count(DeviceType type);
 
-// The facts of a device. kUnsupported in a build without CUDA.
+// Asks a device for its facts. kUnsupported in a build without CUDA.
 QUIRE_API Result<Arch> device_arch(Device device);
 
-// What a plan needs to know: bounds, not contents. Captured graphs replay with any lengths inside the bounds.
+// A problem says what a plan needs to know: bounds, not contents. Captured graphs replay with any lengths inside the
+// bounds.
 struct AttentionProblem {
   Device device;
   Arch arch;  // of the device that will run the plan; problem_of fills it in
@@ -54,8 +55,8 @@ struct AttentionProblem {
   bool batch_invariant = false;  // fixed split size: a sequence's bits do not depend on the rest of the batch
 };
 
-// What plan_unified_attention chose. Copies share it; it does not change. A default-constructed one is empty, and
-// run_unified_attention refuses it.
+// A plan holds what plan_unified_attention chose. Copies share it, and it does not change. A default-constructed one is
+// empty, and run_unified_attention refuses it.
 class QUIRE_API AttentionPlan {
  public:
   AttentionPlan() = default;
@@ -65,7 +66,7 @@ class QUIRE_API AttentionPlan {
   bool tensor_cores() const;                // its products are of 16-bit numbers; otherwise of fp32
 
   // The kernels that will run, in words: for logs and benchmarks. "cuda/decode_pages<128> (4 rows, tensor cores), 1
-  // splits".
+  // split".
   std::string describe() const;
 
   struct Data;  // quire's own

@@ -1,9 +1,10 @@
-/* quire for C, and for every language that calls C: the ops, layouts and plans of the C++ headers over a stable ABI. What
- * the arguments mean is said there (ops.h, layout.h, plan.h); here are their forms.
+/* quire for C, and for every language that calls C: the ops, layouts and plans of the C++ headers over a stable ABI.
+ * What the arguments mean is said there (ops.h, layout.h, plan.h); here are their forms.
  *
- *   - A struct that is passed by pointer begins with its own size, so that it can grow: fill it with its quire_.._default()
- *     or set struct_size to sizeof of the struct and the rest to what you mean. A library newer than its caller sees the
- *     smaller size and takes defaults for what is missing; one that is older refuses what it does not know.
+ *   - A struct that is passed by pointer begins with its own size, so that it can grow: fill it with its _default()
+ *     function, or set struct_size to sizeof of the struct and the rest to what you mean. A library newer than its
+ *     caller sees the smaller size and takes defaults for what is missing; one that is older refuses what it does not
+ *     know.
  *   - A tensor of zeros, quire_no_tensor(), is one that is not given.
  *   - A function that can fail returns a code, QUIRE_OK or not; quire_last_error() has the sentence. It writes nothing
  *     where it fails.
@@ -22,23 +23,23 @@
 extern "C" {
 #endif
 
-/* ---- versions, errors, devices ------------------------------------------------------------------------------------- */
+/* ---- versions, errors, devices ----------------------------------------------------------------------------------- */
 
 typedef enum quire_code { /* StatusCode of status.h */
-  QUIRE_OK = 0,
-  QUIRE_INVALID_ARGUMENT,
-  QUIRE_OUT_OF_RANGE,
-  QUIRE_NOT_FOUND,
-  QUIRE_UNSUPPORTED,
-  QUIRE_ALREADY_EXISTS,
-  QUIRE_INTERNAL
+                          QUIRE_OK = 0,
+                          QUIRE_INVALID_ARGUMENT,
+                          QUIRE_OUT_OF_RANGE,
+                          QUIRE_NOT_FOUND,
+                          QUIRE_UNSUPPORTED,
+                          QUIRE_ALREADY_EXISTS,
+                          QUIRE_INTERNAL
 } quire_code;
 
 /* The sentence of this thread's last call that failed; it stays until the thread's next one. Never null. */
 QUIRE_API const char* quire_last_error(void);
 
-QUIRE_API const char* quire_version(void);   /* "0.1.0" */
-QUIRE_API int quire_version_number(void);    /* 100 for 0.1.0 */
+QUIRE_API const char* quire_version(void); /* "0.1.0" */
+QUIRE_API int quire_version_number(void);  /* 100 for 0.1.0 */
 
 typedef enum quire_device_type { QUIRE_CPU = 0, QUIRE_CUDA = 1 } quire_device_type;
 
@@ -53,11 +54,11 @@ QUIRE_API quire_code quire_device_count(int32_t type, int32_t* count);
 QUIRE_API quire_code quire_set_num_threads(int32_t num_threads);
 /* A thread pool of the caller instead; run_parts null: quire's own threads again. */
 QUIRE_API quire_code quire_set_executor(int32_t num_threads,
-                                        void (*run_parts)(void* pool, int num_parts, void (*part)(void* context, int index),
-                                                          void* context),
+                                        void (*run_parts)(void* pool, int num_parts,
+                                                          void (*part)(void* context, int index), void* context),
                                         void* pool);
 
-/* ---- tensors ------------------------------------------------------------------------------------------------------- */
+/* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
 typedef enum quire_dtype {
   QUIRE_FLOAT32 = 0,
@@ -106,7 +107,7 @@ static inline quire_tensor quire_dense_tensor(void* data, int32_t dtype, quire_d
   return tensor;
 }
 
-/* ---- modes and backends --------------------------------------------------------------------------------------------- */
+/* ---- modes and backends ------------------------------------------------------------------------------------------ */
 
 typedef int32_t quire_mode; /* ModeId */
 
@@ -124,7 +125,7 @@ QUIRE_API quire_code quire_backend_packed_head_size(const quire_backend* backend
                                                     int32_t* packed_head_size);
 QUIRE_API int32_t quire_backend_needs_scale_caches(const quire_backend* backend);
 
-/* ---- layouts ------------------------------------------------------------------------------------------------------- */
+/* ---- layouts ----------------------------------------------------------------------------------------------------- */
 
 typedef enum quire_cache_order { QUIRE_NHD = 0, QUIRE_HND } quire_cache_order;
 typedef enum quire_kv_packing { QUIRE_SEPARATE = 0, QUIRE_KV_IN_BLOCK, QUIRE_KV_IN_ROW } quire_kv_packing;
@@ -223,7 +224,7 @@ static inline quire_kv_cache_views quire_kv_cache_views_default(void) {
 QUIRE_API quire_code quire_make_views(const quire_kv_cache_spec* spec, const quire_kv_cache_memory* memory,
                                       quire_kv_cache_views* views);
 
-/* ---- ops ----------------------------------------------------------------------------------------------------------- */
+/* ---- ops --------------------------------------------------------------------------------------------------------- */
 
 typedef struct quire_reshape_and_cache_args { /* ReshapeAndCacheArgs of ops.h */
   size_t struct_size;
@@ -271,8 +272,8 @@ typedef struct quire_attention_args { /* UnifiedAttentionArgs of ops.h */
   float softmax_scale; /* required */
   float softcap;
   int32_t use_alibi_sqrt;
-  const quire_kv_cache_views* cache; /* required; only read */
-  const quire_attention_mask* mask;  /* null: causal, over all keys */
+  const quire_kv_cache_views* cache;  /* required; only read */
+  const quire_attention_mask* mask;   /* null: causal, over all keys */
   int64_t max_query_len, max_seq_len; /* required on CUDA, without a plan */
   quire_tensor query, out;
   quire_tensor cu_seqlens_q, seq_lens, block_table;
@@ -312,7 +313,7 @@ QUIRE_API quire_code quire_merge_attn_states(const quire_merge_args* args, void*
 QUIRE_API quire_code quire_hadamard(const quire_tensor* x, const quire_tensor* out, int32_t inverse, int32_t signs,
                                     void* stream);
 
-/* ---- plans --------------------------------------------------------------------------------------------------------- */
+/* ---- plans ------------------------------------------------------------------------------------------------------- */
 
 typedef struct quire_attention_problem { /* AttentionProblem of plan.h */
   size_t struct_size;
@@ -348,8 +349,8 @@ QUIRE_API void quire_plan_destroy(quire_plan* plan);
 QUIRE_API size_t quire_plan_workspace_bytes(const quire_plan* plan);
 /* The kernels in words; the text lives as long as the plan. */
 QUIRE_API const char* quire_plan_describe(const quire_plan* plan);
-QUIRE_API quire_code quire_run_unified_attention(const quire_plan* plan, const quire_attention_args* args, void* workspace,
-                                                 size_t workspace_bytes, void* stream);
+QUIRE_API quire_code quire_run_unified_attention(const quire_plan* plan, const quire_attention_args* args,
+                                                 void* workspace, size_t workspace_bytes, void* stream);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -1,5 +1,5 @@
-// A non-owning view of a strided array: pointer, dtype, device, shape, strides. Strides are int64, counted in elements of
-// the dtype, and always read, never derived from the shape: NHD, HND, padded pages, K and V packed in one tensor and
+// A non-owning view of a strided array: pointer, dtype, device, shape, strides. Strides are int64, counted in elements
+// of the dtype, and always read, never derived from the shape: NHD, HND, padded pages, K and V packed in one tensor and
 // inline scales are all only strides. The fields say what DLPack's DLTensor says; `data` is its data plus byte_offset.
 //
 //   Tensor        what an op may write
@@ -181,8 +181,8 @@ struct BasicTensor {
 using Tensor = BasicTensor<void>;
 using ConstTensor = BasicTensor<const void>;
 
-// "[3, 16, 2, 64] float16 on cuda:0", for messages; "float16 of 7 dimensions" where ndim is not 0 to kMaxDims. The CPU is
-// not named.
+// "[3, 16, 2, 64] float16 on cuda:0", for messages; "float16 of 7 dimensions" where ndim is not 0 to kMaxDims. The CPU
+// is not named.
 QUIRE_API std::string to_string(const ConstTensor& tensor);
 
 // "cpu" or "cuda:1".

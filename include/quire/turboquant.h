@@ -15,7 +15,7 @@
 
 namespace quire {
 
-// What vLLM's launchers pass as separate integers.
+// A configuration holds what vLLM's launchers pass as separate integers.
 struct TurboQuantConfig {
   int key_bits = 4;             // 3 or 4: Lloyd-Max codes of the rotated key; 8: fp8 keys
   int value_bits = 4;           // 3 or 4
@@ -27,8 +27,8 @@ struct TurboQuantConfig {
 // callers who read or write vLLM's caches; quire itself asks no GPU and does what key_e4b15 says.
 QUIRE_API bool turboquant_uses_e4b15(int major, int minor);
 
-// The mode of a configuration. Refused: other bit widths, 3- or 4-bit keys without norm correction (a mode is also
-// read).
+// Finds the mode of a configuration. Refused are other bit widths, and 3- or 4-bit keys without norm correction,
+// because a mode is also read.
 QUIRE_API Result<ModeId> turboquant_mode(const TurboQuantConfig& config);
 
 struct TurboQuantStoreArgs {
@@ -65,7 +65,7 @@ struct TurboQuantDecodeArgs {
   // CUDA: a bound on seq_lens; 0: all that block_table has room for, as vLLM's launcher plans.
   std::int64_t max_seq_len = 0;
 };
-// Refused: 3- or 4-bit keys without norm_correction. On cuda: cu_seqlens_q is allocated, filled and freed in stream
+// 3- or 4-bit keys without norm_correction are refused. On cuda cu_seqlens_q is allocated, filled and freed in stream
 // order, without waiting, so the call can be captured in a graph.
 QUIRE_API Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream);
 

@@ -1,5 +1,5 @@
-// The version of the headers, for the preprocessor, and that of the library a program runs with, which a shared libquire
-// may change. Versions with the same major and minor number are compatible.
+// The version of the headers, for the preprocessor, and that of the library a program runs with, which a shared
+// libquire may change. Versions with the same major and minor number are compatible.
 #pragma once
 
 #include "quire/export.h"

@@ -59,7 +59,7 @@ struct SideTensors {
   ConstTensor head_vector;        // [num_kv_heads, head_size]
 };
 
-// Of a cache [num_blocks, block_size, num_kv_heads, row elements].
+// Fills in the rows of a cache [num_blocks, block_size, num_kv_heads, row elements].
 template <class Byte, class Data>
 void set_paged_rows(PagedRowsOf<Byte>& rows, const BasicTensor<Data>& cache,
                     const SideTensors<std::type_identity_t<Data>>& side) {

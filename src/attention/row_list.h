@@ -1,4 +1,4 @@
-// The rows of a tensor of any number of dimensions as a list: rows run along the last dimension.
+// A tensor of any number of dimensions is a list of rows here: a row runs along the last dimension.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,14 @@
 
 namespace quire::attention {
 
-// Plain data for kernels; strides in bytes.
+// This is plain data, which a kernel can take. Strides are in bytes.
 struct RowList {
   std::int64_t shape[Tensor::kMaxDims] = {};  // of the dimensions before the last, the rest 1
   std::int64_t strides[Tensor::kMaxDims] = {};
   std::int64_t element_stride = 0;
   DType dtype = DType::kFloat32;
 
-  // Bytes from the first element to row `index`, counted in row-major order.
+  // Counts the bytes from the first element to row `index`, in row-major order.
   QUIRE_HD std::int64_t offset(std::int64_t index) const {
     std::int64_t bytes = 0;
     for (int dim = Tensor::kMaxDims - 1; dim >= 0; --dim) {

@@ -101,10 +101,11 @@ inline quire_tensor c_tensor(const Tensor& given) {
 inline Status views_of(const quire_kv_cache_views* given, KVCacheViews& views) {
   quire_kv_cache_views own = quire_kv_cache_views_default();
   QUIRE_RETURN_IF_BAD(take("cache", given, own));
-  for (const auto& [name, scales] : {std::pair{"k_channel_scales", &own.k_channel_scales},
-                                     std::pair{"v_channel_scales", &own.v_channel_scales}}) {
+  for (const auto& [name, scales] :
+       {std::pair{"k_channel_scales", &own.k_channel_scales}, std::pair{"v_channel_scales", &own.v_channel_scales}}) {
     if (read(*scales).defined()) {
-      return invalid_argument(std::string(name) + " is given, but no format of this version has channel scales; leave it out");
+      return invalid_argument(std::string(name) +
+                              " is given, but no format of this version has channel scales; leave it out");
     }
   }
   views = {written(own.key_cache),   written(own.value_cache), written(own.k_scale_cache), written(own.v_scale_cache),

@@ -248,11 +248,12 @@ quire_code quire_merge_attn_states(const quire_merge_args* args, void* stream) {
   });
 }
 
-quire_code quire_hadamard(const quire_tensor* x, const quire_tensor* out, int32_t inverse, int32_t signs, void* stream) {
+quire_code quire_hadamard(const quire_tensor* x, const quire_tensor* out, int32_t inverse, int32_t signs,
+                          void* stream) {
   return call([&]() -> Status {
-    return hadamard({x == nullptr ? ConstTensor() : read(*x), out == nullptr ? Tensor() : written(*out), inverse != 0,
-                     signs != 0},
-                    stream);
+    return hadamard(
+        {x == nullptr ? ConstTensor() : read(*x), out == nullptr ? Tensor() : written(*out), inverse != 0, signs != 0},
+        stream);
   });
 }
 
@@ -306,6 +307,7 @@ quire_code quire_run_unified_attention(const quire_plan* plan, const quire_atten
   return call([&]() -> Status {
     UnifiedAttentionArgs own;
     QUIRE_RETURN_IF_BAD(attention_args(args, own));
-    return run_unified_attention(plan == nullptr ? AttentionPlan() : plan->plan, own, workspace, workspace_bytes, stream);
+    return run_unified_attention(plan == nullptr ? AttentionPlan() : plan->plan, own, workspace, workspace_bytes,
+                                 stream);
   });
 }

@@ -1,4 +1,4 @@
-// Backends: the defaults of QuantKVBackend, the built-in one, and the registry.
+// The backends: what QuantKVBackend does by default, the one that serves the modes of the table, and the registry.
 #include "quire/backend.h"
 
 #include <cstdlib>
@@ -19,9 +19,7 @@ namespace {
 class TableBackend final : public QuantKVBackend {
  public:
   explicit TableBackend(const core::ModeRow& mode)
-      : mode_(mode),
-        key_(format::format_info(mode.formats.key)),
-        value_(format::format_info(mode.formats.value)) {}
+      : mode_(mode), key_(format::format_info(mode.formats.key)), value_(format::format_info(mode.formats.value)) {}
 
   ModeId mode() const override { return mode_.id; }
   bool needs_scale_caches() const override { return has_scale_cache(key_) || has_scale_cache(value_); }

@@ -13,7 +13,7 @@ using format::MetaPlace;
 
 namespace {
 
-// "[3, 64, 1]"
+// Gives numbers as "[3, 64, 1]".
 std::string list_of(std::span<const std::int64_t> values) {
   std::string list;
   for (std::int64_t value : values) list += (list.empty() ? "[" : ", ") + str(value);
@@ -131,7 +131,8 @@ Status check_apart(const char* name, const ConstTensor& tensor) {
   return {};
 }
 
-Status check_count(const char* name, const ConstTensor& tensor, const char* what, std::int64_t value, std::int64_t least) {
+Status check_count(const char* name, const ConstTensor& tensor, const char* what, std::int64_t value,
+                   std::int64_t least) {
   if (value >= least && value <= INT32_MAX) return {};
   return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; " + what + " must be between " +
                           str(least) + " and " + str(INT32_MAX));
@@ -215,8 +216,8 @@ Status check_cache(const char* name, const ConstTensor& cache, const char* scale
 }
 
 Status check_centre(const char* page_name, const ConstTensor& page_meta, const char* vector_name,
-                    const ConstTensor& head_vector,
-                    const FormatInfo& info, std::int64_t num_blocks, std::int64_t num_kv_heads, int head_size) {
+                    const ConstTensor& head_vector, const FormatInfo& info, std::int64_t num_blocks,
+                    std::int64_t num_kv_heads, int head_size) {
   const auto unwanted = [&info](const char* name, const char* what) {
     return invalid_argument(std::string(name) + " is given, but rows of format " + std::string(info.name) +
                             " have no " + what + "; leave it out");

@@ -25,7 +25,7 @@ struct DeviceOps {
   // Fills in all of a plan but the problem and the formats, which are there.
   Status (*plan)(PlanData& plan);
 
-  // The kernels of a plan, in words.
+  // Names the kernels of a plan.
   std::string (*describe)(const PlanData& plan);
 
   Status (*store)(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream);
@@ -40,7 +40,7 @@ struct DeviceOps {
   Status (*hadamard)(const HadamardArgs& args, void* stream);
 };
 
-// Validated arguments name one of the devices.
+// Finds the row of a device. Validated arguments name one that there is.
 const DeviceOps& device_ops(DeviceType type);
 
 }  // namespace quire::core

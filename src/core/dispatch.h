@@ -1,4 +1,4 @@
-// What the public ops and the backends' defaults share: the library's own kernels behind validation.
+// The public ops and the defaults of the backends share these: the library's own kernels, behind validation.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +13,8 @@ namespace quire::core {
 // Stores in the formats of `mode`, whatever args.mode says.
 Status store(const ReshapeAndCacheArgs& args, const ModeRow& mode, void* stream);
 
-// Reads the formats of `mode`, whatever args.mode says, or rows through `decoder` where it is not null. A null plan: one
-// is made, with its workspace.
+// Reads the formats of `mode`, whatever args.mode says, or rows through `decoder` where it is not null. A null plan:
+// one is made, with its workspace.
 Status attend(const UnifiedAttentionArgs& args, const ModeRow& mode, const PlanData* plan, void* workspace,
               std::size_t workspace_bytes, const QuantKVBackend* decoder, void* stream);
 

@@ -1,4 +1,4 @@
-// hadamard: validation, and the way to the device.
+// hadamard validates its arguments here and goes to the device that they are on.
 #include <string>
 
 #include "core/device.h"
@@ -12,7 +12,7 @@ namespace core {
 namespace {
 
 Status check_rows(const char* name, const ConstTensor& rows) {
-  if (!rows.defined()) return invalid_argument(std::string(name) + " is not given; it must be [.., head_size]");
+  if (!rows.defined()) return invalid_argument(std::string(name) + " is not given; it must be [any, head_size]");
   if (rows.ndim < 1) {
     return invalid_argument(std::string(name) + " is " + to_string(rows) + "; it must have 1 to 6 dimensions");
   }

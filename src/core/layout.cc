@@ -30,7 +30,7 @@ struct RowCost {
   DType cache_dtype = DType::kUInt8;
 };
 
-// What a registered mode's backend says.
+// Asks the backend of a registered mode what its rows cost.
 Result<RowCost> registered_row_cost(const ModeInfo& mode, int head_size, bool is_value) {
   const Result<const QuantKVBackend*> backend = get_backend(mode.id);
   if (!backend) return backend.status();

@@ -38,7 +38,7 @@ void set_formats(ModeRow& mode) {
   mode.formats = {format::find_format(mode.key_format), format::find_format(mode.value_format)};
 }
 
-// Rows never move: callers keep pointers to them.
+// The rows of the table. They never move, because callers keep pointers to them.
 std::deque<ModeRow> built_in_modes() {
   using namespace format;
   std::deque<ModeRow> modes;
@@ -216,7 +216,7 @@ std::string quoted(std::string_view text) {
     }
   }
   quoted += "'";
-  if (text.size() > kMaxShown) quoted += " .. (" + std::to_string(text.size()) + " characters)";
+  if (text.size() > kMaxShown) quoted += " (of " + std::to_string(text.size()) + " characters)";
   return quoted;
 }
 

@@ -1,4 +1,4 @@
-// The public operations: validate, find who serves the mode, hand over to the device.
+// The public operations validate their arguments, find out who serves the mode, and hand over to the device.
 #include "quire/ops.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ std::atomic<LogHook> log_hook{nullptr};
 
 [[maybe_unused]] const bool forks_are_safe = cpu::end_threads_before_fork();  // when the library is loaded
 
-// The largest power of two up to 16 that divides the address of every row of a cache.
+// Finds the largest power of two, at most 16, that divides the address of every row of a cache.
 int row_alignment(const ConstTensor& cache) {
   auto bits = reinterpret_cast<std::uintptr_t>(cache.data) | 16U;
   for (int dim = 0; dim < 3; ++dim) {
@@ -33,8 +33,8 @@ int row_alignment(const ConstTensor& cache) {
   return static_cast<int>(bits & -bits);
 }
 
-// The slice of a call's pages, where 16 slots of a page are runs of whole vectors. Rows of a registered mode's own format
-// are not known.
+// Finds the slice of a call's pages. There is none where 16 slots of a page are no runs of whole vectors, and none for
+// the rows of a registered mode's own format, which quire does not know.
 std::optional<attention::PageSlice> slice_of(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
   if (shape.key_format == format::FormatId::kNone || shape.value_format == format::FormatId::kNone) return std::nullopt;
   const ConstKVCacheViews& cache = args.cache;
@@ -46,19 +46,20 @@ std::optional<attention::PageSlice> slice_of(const UnifiedAttentionArgs& args, c
                                shape.block_size);
 }
 
-// The backend of a registered mode, or null for a mode of the table.
+// Finds the backend of a registered mode; a mode of the table has none here, which null says.
 Result<const QuantKVBackend*> registered_backend(const core::ModeRow& mode) {
   if (!mode.registered) return static_cast<const QuantKVBackend*>(nullptr);
   return get_backend(mode.id);
 }
 
-// What a call asks for: its problem and, on CUDA, the slice of its pages.
+// What a call asks for is its problem and, on CUDA, the slice of its pages.
 struct Call {
   AttentionProblem problem;
   std::optional<attention::PageSlice> slice;
 };
 
-// args without idle strides. `planned`: the problem of the plan that the call brings, or null.
+// Fills in what a call asks for. Its arguments have no idle strides; `planned` is the problem of the plan that the call
+// brings, or null.
 Status look_at(const UnifiedAttentionArgs& args, const AttentionShape& shape, const AttentionProblem* planned,
                Call& call) {
   const core::DeviceOps& device = core::device_ops(args.query.device.type);

@@ -1,4 +1,4 @@
-// Planning: bounds in, kernel and workspace out. Pure; the devices choose, this file validates and asks the right one.
+// A plan is made of bounds alone: this file validates them and asks the right device, which chooses the kernels.
 #include "quire/plan.h"
 
 #include "core/device.h"

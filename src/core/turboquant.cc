@@ -1,4 +1,4 @@
-// vLLM's TurboQuant entry points in terms of the ops.
+// vLLM's TurboQuant entry points are written here in terms of the ops.
 #include "quire/turboquant.h"
 
 #include <algorithm>
@@ -25,7 +25,8 @@ constexpr float kTableTolerance = 1e-4F;
 
 std::string number(double value) { return std::to_string(value); }
 
-// The last extent of key or query, `shape_text`: Float, as the ops check again.
+// Gives the last extent of key or query, whose shape is `shape_text`. The tensor must be Float, which the ops check
+// again.
 Result<int> head_size_of(const char* name, const ConstTensor& rows, const char* shape_text) {
   QUIRE_RETURN_IF_ERROR(core::check_extents(name, rows));
   QUIRE_RETURN_IF_ERROR(core::check(rows, {.name = name,
@@ -36,7 +37,7 @@ Result<int> head_size_of(const char* name, const ConstTensor& rows, const char* 
   return static_cast<int>(rows.shape[2]);
 }
 
-// What the tables of a call have in common.
+// This is what the tables of a call have in common.
 struct TableCall {
   const TurboQuantConfig& config;
   int head_size;
@@ -54,9 +55,8 @@ Status check_table(const TableCall& call, const ConstTensor& table, const core::
   QUIRE_RETURN_IF_ERROR(core::check(table, expect));
   const bool on_cuda = table.device == call.device && call.device.is_cuda();
   if (!on_cuda && !table.device.is_cpu()) {
-    return invalid_argument(name + " is on " + to_string(table.device) +
-                            ", but the call's other tensors are on " + to_string(call.device) +
-                            "; supported: on the cpu, or where they are");
+    return invalid_argument(name + " is on " + to_string(table.device) + ", but the call's other tensors are on " +
+                            to_string(call.device) + "; supported: on the cpu, or where they are");
   }
   // Both orders of a matrix are dense, and the one that is supported is symmetric.
   const bool rows_dense = table.strides[table.ndim - 1] == 1 && (table.ndim == 1 || table.strides[0] == table.shape[1]);
@@ -71,7 +71,8 @@ Status check_table(const TableCall& call, const ConstTensor& table, const core::
   return cuda::check_table_once(expect.name, table, call.head_size, compare, call.stream);
 }
 
-// Only the Hadamard matrix over sqrt(block), block-diagonal where head_size is no power of two.
+// The one rotation that is supported is the Hadamard matrix over sqrt(block); it is block-diagonal where head_size is
+// no power of two.
 Status check_rotation(const TableCall& call, const ConstTensor& rotation) {
   if (!rotation.defined() || call.config.key_bits == 8) return {};
   const int head_size = call.head_size;
@@ -101,7 +102,7 @@ Status check_rotation(const TableCall& call, const ConstTensor& rotation) {
                      compare);
 }
 
-// Centroids (or, with `midpoints`, the means of neighbours) of N(0, 1 / head_size).
+// A codebook holds the centroids of N(0, 1 / head_size) or, with `midpoints`, the means of neighbouring ones.
 Status check_codebook(const TableCall& call, const char* name, const ConstTensor& given, bool midpoints) {
   if (!given.defined() || call.config.key_bits == 8) return {};
   const int bits = call.config.key_bits;
@@ -198,8 +199,7 @@ Result<KVCacheViews> turboquant_views(const TurboQuantConfig& config, const Tens
   return slot_views(config, kv_cache, head_size);
 }
 
-Result<ConstKVCacheViews> turboquant_views(const TurboQuantConfig& config, const ConstTensor& kv_cache,
-                                           int head_size) {
+Result<ConstKVCacheViews> turboquant_views(const TurboQuantConfig& config, const ConstTensor& kv_cache, int head_size) {
   return slot_views(config, kv_cache, head_size);
 }
 

@@ -23,7 +23,7 @@ Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, cons
 
 Status validate_merge(const MergeAttnStatesArgs& args);
 
-// The formats of the problem's caches; not known for a registered mode.
+// Gives the formats of the problem's caches. Those of a registered mode are not known.
 Result<FormatPair> validate_problem(const AttentionProblem& problem);
 
 }  // namespace quire::core

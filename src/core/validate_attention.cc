@@ -36,8 +36,9 @@ Status check_query_and_out(const UnifiedAttentionArgs& args, AttentionShape& sha
 }
 
 // A cache of a registered backend that reads its own rows, and its scale cache.
-Status check_own_rows(const char* name, const ConstTensor& cache, const char* scale_name, const ConstTensor& scale_cache,
-                      const QuantKVBackend& backend, bool is_value, int head_size, const AttentionShape& shape) {
+Status check_own_rows(const char* name, const ConstTensor& cache, const char* scale_name,
+                      const ConstTensor& scale_cache, const QuantKVBackend& backend, bool is_value, int head_size,
+                      const AttentionShape& shape) {
   QUIRE_RETURN_IF_ERROR(check(cache, {.name = name,
                                       .dtypes = kAllDTypes,
                                       .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads, kAny},
@@ -71,7 +72,8 @@ Status check_caches(const UnifiedAttentionArgs& args, const ModeRow& mode, const
                             "; both must be [num_blocks, block_size, num_kv_heads, row elements]");
   }
   QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.cache.key_cache, "block_size", args.cache.key_cache.shape[1], 1));
-  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.cache.key_cache, "num_kv_heads", args.cache.key_cache.shape[2], 1));
+  QUIRE_RETURN_IF_ERROR(
+      check_count("key_cache", args.cache.key_cache, "num_kv_heads", args.cache.key_cache.shape[2], 1));
   shape.num_blocks = args.cache.key_cache.shape[0];
   shape.block_size = static_cast<int>(args.cache.key_cache.shape[1]);
   shape.num_kv_heads = static_cast<int>(args.cache.key_cache.shape[2]);
@@ -88,20 +90,21 @@ Status check_caches(const UnifiedAttentionArgs& args, const ModeRow& mode, const
     const FormatInfo& value_format = format::format_info(pair->value);
     QUIRE_RETURN_IF_ERROR(check_packing("head_size", key_format, shape.head_size));
     QUIRE_RETURN_IF_ERROR(check_packing("head_size_v", value_format, shape.head_size_v));
-    QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache, key_format,
-                                      shape.num_kv_heads, shape.head_size, shape.num_blocks, shape.block_size));
+    QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                      key_format, shape.num_kv_heads, shape.head_size, shape.num_blocks,
+                                      shape.block_size));
     QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache,
                                       value_format, shape.num_kv_heads, shape.head_size_v, shape.num_blocks,
                                       shape.block_size));
-    QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector, key_format,
-                                       shape.num_blocks, shape.num_kv_heads, shape.head_size));
+    QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector,
+                                       key_format, shape.num_blocks, shape.num_kv_heads, shape.head_size));
     QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.cache.v_page_meta, "v_head_vector", args.cache.v_head_vector,
                                        value_format, shape.num_blocks, shape.num_kv_heads, shape.head_size_v));
   } else {
-    QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache, *own_rows,
-                                         false, shape.head_size, shape));
-    QUIRE_RETURN_IF_ERROR(check_own_rows("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache,
-                                         *own_rows, true, shape.head_size_v, shape));
+    QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                         *own_rows, false, shape.head_size, shape));
+    QUIRE_RETURN_IF_ERROR(check_own_rows("value_cache", args.cache.value_cache, "v_scale_cache",
+                                         args.cache.v_scale_cache, *own_rows, true, shape.head_size_v, shape));
   }
   return {};
 }
@@ -141,9 +144,10 @@ Status check_scalars(const UnifiedAttentionArgs& args) {
     return invalid_argument("rswa_window is " + str(args.mask.rswa_window) + "; supported: 1 and more, or -1 for none");
   }
   if ((args.mask.rswa_window == -1) == args.mask.rswa_prefix_lens.defined()) {
-    return invalid_argument("rswa_prefix_lens is " +
-                            (args.mask.rswa_prefix_lens.defined() ? to_string(args.mask.rswa_prefix_lens) : "not given") +
-                            " with rswa_window " + str(args.mask.rswa_window) + "; the two go together");
+    return invalid_argument(
+        "rswa_prefix_lens is " +
+        (args.mask.rswa_prefix_lens.defined() ? to_string(args.mask.rswa_prefix_lens) : "not given") +
+        " with rswa_window " + str(args.mask.rswa_window) + "; the two go together");
   }
   if (args.mask.rswa_window != -1 && args.mask.sliding_window != -1) {
     return invalid_argument("rswa_window is " + str(args.mask.rswa_window) + " with sliding_window " +
@@ -179,25 +183,25 @@ Status check_masks_and_biases(const UnifiedAttentionArgs& args, AttentionShape& 
                                                   .shape_text = "[num_q_heads]",
                                                   .optional = true}));
   QUIRE_RETURN_IF_ERROR(check(args.mask.causal_per_seq, {.name = "causal_per_seq",
-                                                    .dtypes = {DType::kUInt8},
-                                                    .shape = {batch},
-                                                    .shape_text = "[batch]",
-                                                    .optional = true}));
+                                                         .dtypes = {DType::kUInt8},
+                                                         .shape = {batch},
+                                                         .shape_text = "[batch]",
+                                                         .optional = true}));
   QUIRE_RETURN_IF_ERROR(check(args.mask.mm_prefix_range, {.name = "mm_prefix_range",
-                                                     .dtypes = {DType::kInt32},
-                                                     .shape = {batch, kAny, 2},
-                                                     .shape_text = "[batch, num_ranges, 2]",
-                                                     .optional = true}));
+                                                          .dtypes = {DType::kInt32},
+                                                          .shape = {batch, kAny, 2},
+                                                          .shape_text = "[batch, num_ranges, 2]",
+                                                          .optional = true}));
   if (args.mask.mm_prefix_range.defined()) {
     const std::int64_t num_ranges = args.mask.mm_prefix_range.shape[1];
     QUIRE_RETURN_IF_ERROR(check_count("mm_prefix_range", args.mask.mm_prefix_range, "num_ranges", num_ranges, 0));
     shape.num_mm_ranges = static_cast<int>(num_ranges);
   }
   QUIRE_RETURN_IF_ERROR(check(args.mask.rswa_prefix_lens, {.name = "rswa_prefix_lens",
-                                                      .dtypes = {DType::kInt32},
-                                                      .shape = {batch},
-                                                      .shape_text = "[batch]",
-                                                      .optional = true}));
+                                                           .dtypes = {DType::kInt32},
+                                                           .shape = {batch},
+                                                           .shape_text = "[batch]",
+                                                           .optional = true}));
   if (args.qq_bias.defined()) {
     const std::int64_t rows = args.qq_bias.ndim > 0 ? args.qq_bias.shape[0] : 0;
     QUIRE_RETURN_IF_ERROR(check(args.qq_bias, {.name = "qq_bias",
@@ -294,7 +298,8 @@ Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, cons
   for (const auto& [name, bound] :
        {std::pair{"max_query_len", args.max_query_len}, std::pair{"max_seq_len", args.max_seq_len}}) {
     if (bound < 0)
-      return invalid_argument(std::string(name) + " is " + str(bound) + "; it is an upper bound on the lengths of the batch, not negative");
+      return invalid_argument(std::string(name) + " is " + str(bound) +
+                              "; it is an upper bound on the lengths of the batch, not negative");
   }
   if (args.query.device.is_cpu()) QUIRE_RETURN_IF_ERROR(check_contents(args, shape));
   return shape;

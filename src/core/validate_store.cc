@@ -38,7 +38,7 @@ Status check_rows(const ReshapeAndCacheArgs& args, const FormatInfo& key_format,
   return {};
 }
 
-// How many rows of which size.
+// Finds out how many rows there are, and of which size.
 Status check_sizes(const ReshapeAndCacheArgs& args, const FormatInfo& key_format, const FormatInfo& value_format,
                    StoreProblem& problem) {
   QUIRE_RETURN_IF_ERROR(check_count("key", args.key, "num_kv_heads", args.key.shape[1], 0));
@@ -57,7 +57,7 @@ Status check_sizes(const ReshapeAndCacheArgs& args, const FormatInfo& key_format
   return {};
 }
 
-// Caches of 5 and 4 dimensions: K [num_blocks, Hk, d / x, block_size, x], V [num_blocks, Hk, dv, block_size].
+// These caches have 5 and 4 dimensions: K [num_blocks, Hk, d / x, block_size, x], V [num_blocks, Hk, dv, block_size].
 Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo& key_format,
                                const FormatInfo& value_format, StoreProblem& problem) {
   if (key_format.meta_place != MetaPlace::kNone || key_format.unit != 1 ||
@@ -81,11 +81,12 @@ Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo
              .dtypes = {cache_dtypes(args.cache.key_cache, key_format)},
              .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size / x, problem.block_size, x},
              .shape_text = "[num_blocks, num_kv_heads, head_size / x, block_size, x]"}));
-  QUIRE_RETURN_IF_ERROR(check(
-      args.cache.value_cache, {.name = "value_cache",
-                         .dtypes = {cache_dtypes(args.cache.value_cache, value_format)},
-                         .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size_v, problem.block_size},
-                         .shape_text = "[num_blocks, num_kv_heads, head_size_v, block_size]"}));
+  QUIRE_RETURN_IF_ERROR(
+      check(args.cache.value_cache,
+            {.name = "value_cache",
+             .dtypes = {cache_dtypes(args.cache.value_cache, value_format)},
+             .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size_v, problem.block_size},
+             .shape_text = "[num_blocks, num_kv_heads, head_size_v, block_size]"}));
   if (args.cache.k_scale_cache.defined() || args.cache.v_scale_cache.defined()) {
     return invalid_argument(
         "k_scale_cache or v_scale_cache is given, but the head-major layout has none; leave them out");
@@ -102,10 +103,12 @@ Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo
 Status check_paged_caches(const ReshapeAndCacheArgs& args, const FormatInfo& key_format, const FormatInfo& value_format,
                           StoreProblem& problem) {
   problem.block_size = args.cache.key_cache.ndim > 1 ? args.cache.key_cache.shape[1] : 0;
-  QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache, key_format,
-                                    problem.num_kv_heads, problem.head_size, problem.num_blocks, problem.block_size));
-  QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache, value_format,
-                                    problem.num_kv_heads, problem.head_size_v, problem.num_blocks, problem.block_size));
+  QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                    key_format, problem.num_kv_heads, problem.head_size, problem.num_blocks,
+                                    problem.block_size));
+  QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache,
+                                    value_format, problem.num_kv_heads, problem.head_size_v, problem.num_blocks,
+                                    problem.block_size));
   return {};
 }
 
@@ -122,7 +125,7 @@ Status check_tensor_scales(const ReshapeAndCacheArgs& args, const FormatInfo& ke
   return {};
 }
 
-// On the CPU slots can be read, and are.
+// The host can read the slots of a call on the CPU, so they are checked one by one.
 Status check_slots(const ConstTensor& slot_mapping, const StoreProblem& problem) {
   const std::int64_t num_slots = problem.num_blocks * problem.block_size;
   for (std::int64_t t = 0; t < problem.num_tokens; ++t) {
@@ -159,10 +162,10 @@ Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args, const ModeR
     QUIRE_RETURN_IF_ERROR(check_apart(name, *written));
   }
   QUIRE_RETURN_IF_ERROR(check_tensor_scales(args, key_format, value_format, problem.num_kv_heads));
-  QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector, key_format,
-                                     problem.num_blocks, problem.num_kv_heads, problem.head_size));
-  QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.cache.v_page_meta, "v_head_vector", args.cache.v_head_vector, value_format,
-                                     problem.num_blocks, problem.num_kv_heads, problem.head_size_v));
+  QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector,
+                                     key_format, problem.num_blocks, problem.num_kv_heads, problem.head_size));
+  QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.cache.v_page_meta, "v_head_vector", args.cache.v_head_vector,
+                                     value_format, problem.num_blocks, problem.num_kv_heads, problem.head_size_v));
   QUIRE_RETURN_IF_ERROR(check_counter(args.error_counter, args.key.device));
   if (args.key.device.is_cpu()) QUIRE_RETURN_IF_ERROR(check_slots(args.slot_mapping, problem));
   return problem;

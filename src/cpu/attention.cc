@@ -139,7 +139,8 @@ struct Task {
 };
 
 // What a thread's calls need besides the workspace. It is kept from call to call, so that a call no larger than those
-// before it allocates nothing, and is taken by the call that runs: one made from inside it finds none, and makes its own.
+// before it allocates nothing. The call that runs takes it: one made from inside that call finds none, and makes its
+// own.
 struct CallMemory {
   struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -228,8 +229,8 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       .args = args,
       .shape = shape,
       .k = kernels(),
-      .key = make_reader(cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector}, shape.key_format,
-                         shape.head_size, backend, &decode_threw, false),
+      .key = make_reader(cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
+                         shape.key_format, shape.head_size, backend, &decode_threw, false),
       .value = make_reader(cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                            shape.value_format, shape.head_size_v, backend, &decode_threw, true),
       .mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,

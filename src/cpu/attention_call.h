@@ -30,9 +30,10 @@ struct AttentionCall {
     attention::SequenceMask sequence;
     sequence.seq_len = int_at(args.seq_lens, b);
     sequence.context_len = sequence.seq_len - (int_at(args.cu_seqlens_q, b + 1) - int_at(args.cu_seqlens_q, b));
-    sequence.causal = args.mask.causal_per_seq.defined()
-                          ? args.mask.causal_per_seq.ptr<const std::uint8_t>()[b * args.mask.causal_per_seq.strides[0]] != 0
-                          : args.mask.causal;
+    sequence.causal =
+        args.mask.causal_per_seq.defined()
+            ? args.mask.causal_per_seq.ptr<const std::uint8_t>()[b * args.mask.causal_per_seq.strides[0]] != 0
+            : args.mask.causal;
     if (args.mask.rswa_prefix_lens.defined()) sequence.prefix_len = std::max(0, int_at(args.mask.rswa_prefix_lens, b));
     if (const ConstTensor& ranges = args.mask.mm_prefix_range; ranges.defined()) {
       sequence.ranges = ranges.ptr<const std::int32_t>() + b * ranges.strides[0];

@@ -32,8 +32,8 @@ bool CacheReader::decode(const CacheRow& cache_row, float* levels) const {
   }
 }
 
-CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id, int head_size,
-                        const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value) {
+CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id,
+                        int head_size, const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value) {
   CacheReader reader;
   attention::set_paged_rows(reader, cache, side);
   reader.shape = format::row_shape(head_size);

@@ -38,7 +38,7 @@ struct CacheReader : attention::PagedRows {
 };
 
 // `cache` [num_blocks, block_size, Hk, row]; `id` is kNone where `backend` decodes rows.
-CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id, int head_size,
-                        const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value);
+CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id,
+                        int head_size, const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value);
 
 }  // namespace quire::cpu

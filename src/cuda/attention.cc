@@ -22,8 +22,8 @@ const KernelDesc* find_kernel(int id, const AttentionShape& shape, RowClass rows
   return kernel.takes(shape.key_format, shape.value_format) && kernel.serves(rows) ? &kernel : nullptr;
 }
 
-cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const PlanData& plan, int min_rows,
-                   int max_rows, cudaStream_t stream) {
+cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const PlanData& plan, int min_rows, int max_rows,
+                   cudaStream_t stream) {
   params.min_rows = min_rows;
   params.max_rows = max_rows;
   params.sequence_tiles = kernel.shape.grid_by_sequence ? tiles_of_sequence(kernel, plan.problem) : 0;

@@ -19,7 +19,7 @@ void set_cache_side(CacheSide& side, const ConstTensor& cache, const attention::
   side.row_access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride});
 }
 
-// Rows [.., .., head_size] of 16-bit elements that are whole 16-byte vectors.
+// Rows [num_tokens, num_heads, head_size] of 16-bit elements that are whole 16-byte vectors.
 bool whole_vectors(const ConstTensor& rows) {
   return dtype_bytes(rows.dtype) == 2 &&
          access_bytes(rows.data, {rows.strides[0] * 2, rows.strides[1] * 2, rows.shape[2] * 2}) >= 16;
@@ -37,8 +37,8 @@ AttentionParams make_attention_params(const PlanData& plan, const UnifiedAttenti
   p.query_head_stride = args.query.strides[1] * p.query_element_bytes;
   p.query_vectors = whole_vectors(args.query);
   const ConstKVCacheViews& cache = args.cache;
-  set_cache_side(p.key, cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector}, shape.key_format,
-                 shape.head_size);
+  set_cache_side(p.key, cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
+                 shape.key_format, shape.head_size);
   set_cache_side(p.value, cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                  shape.value_format, shape.head_size_v);
 
@@ -52,7 +52,8 @@ AttentionParams make_attention_params(const PlanData& plan, const UnifiedAttenti
 
   p.mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,
                                      args.mask.mm_prefix_clamp_window);
-  p.plain_mask = p.mask.window < 0 && p.mask.chunk == 0 && p.mask.rswa_window < 0 && !args.mask.mm_prefix_range.defined();
+  p.plain_mask =
+      p.mask.window < 0 && p.mask.chunk == 0 && p.mask.rswa_window < 0 && !args.mask.mm_prefix_range.defined();
   p.causal = args.mask.causal;
   if (args.mask.causal_per_seq.defined()) {
     p.causal_per_seq = args.mask.causal_per_seq.ptr<const std::uint8_t>();

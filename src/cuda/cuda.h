@@ -49,8 +49,8 @@ Status hadamard(const HadamardArgs& args, void* stream);
 
 // For TurboQuant's entry points (core/turboquant.cc), in turboquant.cu.
 //
-// Calls `op` with cu_seqlens_q [batch + 1] = 0, 1, .. batch on the device, one token a sequence: allocated, filled and
-// freed in stream order.
+// Calls `op` with cu_seqlens_q [batch + 1] = 0, 1, 2 and so on to batch, on the device, one token a sequence:
+// allocated, filled and freed in stream order.
 Status with_one_token_each(Device device, std::int64_t batch,
                            const std::function<Status(const ConstTensor& cu_seqlens_q)>& op, void* stream);
 

@@ -1,4 +1,5 @@
-// The devices, asked of the driver once each: their number, their facts, and which kernels may use how much shared memory.
+// The devices, asked of the driver once each: their number, their facts, and which kernels may use how much shared
+// memory.
 #include <cuda_runtime_api.h>
 
 #include <array>

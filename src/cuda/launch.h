@@ -1,4 +1,4 @@
-// What the host sides of the kernels share: driver errors as Status, the current device, access widths, and the
+// The host sides of the kernels share these: driver errors as Status, the current device, access widths, and the
 // launch itself.
 #pragma once
 

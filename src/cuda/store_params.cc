@@ -10,7 +10,8 @@ namespace {
 bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
 
 void set_side(StoreSide& side, const ConstTensor& input, const Tensor& cache,
-              const attention::SideTensors<void>& tensors, const ConstTensor& scale, format::FormatId id, int head_size) {
+              const attention::SideTensors<void>& tensors, const ConstTensor& scale, format::FormatId id,
+              int head_size) {
   const auto input_bytes = static_cast<std::int64_t>(dtype_bytes(input.dtype));
   const auto cache_bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
   side.format = id;

@@ -168,7 +168,7 @@ class DecodedRows {
         present_(static_cast<std::size_t>(seq_len), false),
         values_(static_cast<std::size_t>(seq_len * head_size)) {}
 
-  // x[0 .. head_size) of key j, or null where the block table points outside the cache.
+  // x [head_size] of key j, or null where the block table points outside the cache.
   const double* row(std::int64_t j) {
     double* x = values_.data() + j * head_size_;
     if (!present_[static_cast<std::size_t>(j)]) {
@@ -266,8 +266,7 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
   const ModeInfo* mode = *known;
   const format::FormatId key_format = resolve_format(mode->key_format, args.cache.key_cache.dtype);
   const format::FormatId value_format = resolve_format(mode->value_format, args.cache.value_cache.dtype);
-  if (key_format == format::FormatId::kNone || value_format == format::FormatId::kNone ||
-      !args.query.device.is_cpu()) {
+  if (key_format == format::FormatId::kNone || value_format == format::FormatId::kNone || !args.query.device.is_cpu()) {
     return unsupported("reference: mode \"" + mode->name + "\" on " + to_string(args.query.device) +
                        " cannot be read here; the oracle reads the table's formats on cpu");
   }
@@ -286,10 +285,14 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
     sequence.causal = args.mask.causal_per_seq.defined() ? integer(args.mask.causal_per_seq, b) != 0 : args.mask.causal;
 
     for (std::int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
-      DecodedRows keys(key_format, {args.cache.key_cache, args.cache.k_scale_cache, args.cache.k_page_meta, args.cache.k_head_vector},
-                       args.block_table, b, kv_head, head_size, sequence.seq_len);
-      DecodedRows values(value_format, {args.cache.value_cache, args.cache.v_scale_cache, args.cache.v_page_meta, args.cache.v_head_vector},
-                         args.block_table, b, kv_head, head_size_v, sequence.seq_len);
+      DecodedRows keys(
+          key_format,
+          {args.cache.key_cache, args.cache.k_scale_cache, args.cache.k_page_meta, args.cache.k_head_vector},
+          args.block_table, b, kv_head, head_size, sequence.seq_len);
+      DecodedRows values(
+          value_format,
+          {args.cache.value_cache, args.cache.v_scale_cache, args.cache.v_page_meta, args.cache.v_head_vector},
+          args.block_table, b, kv_head, head_size_v, sequence.seq_len);
       const bool fp8_query = dtype_bytes(args.query.dtype) == 1;
       const double q_scale = fp8_query ? scale_of(args.q_descale, b, kv_head) : 1.0;
       const double k_scale = scale_of(args.k_descale, b, kv_head);

@@ -25,7 +25,7 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args);
 // The format called `name` in the mode table; "auto" is the cache's own float type. kNone where there is none.
 format::FormatId resolve_format(std::string_view name, DType cache_dtype);
 
-// The values of one stored row, rotated back: x[0 .. head_size). `meta` is null for formats without a scale cache.
+// The values of one stored row, rotated back: x [head_size]. `meta` is null for formats without a scale cache.
 void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta,
                 const format::SideInputs& side, int head_size, double* x);
 

@@ -53,8 +53,8 @@ TEST(Bench, RowsOfAGrid) {
   EXPECT_EQ(problems.size(), 16U);
 }
 
-// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and in
-// TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
+// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and
+// in TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
 TEST(Bench, EveryLayoutCountsTheSameBytes) {
   const std::map<std::string, double> bytes_per_token_head = {{"bfloat16", 2.0 * 64 * 2},
                                                               {"fp8", 2.0 * 64},

@@ -35,12 +35,12 @@ TEST(ApiPage, ShowsTheSentenceOfEachMistake) {
     const std::string sentence = status.message().substr(0, status.message().find("; formats:"));
     EXPECT_NE(page.find("`" + sentence + "`"), std::string::npos) << what << ":\n" << sentence;
   };
-  const auto read = [&](const char* what, void (*spoil)(UnifiedAttentionArgs& args)) {
+  const auto read = [&](const char* what, void (*spoil)(UnifiedAttentionArgs & args)) {
     AttentionCase problem(options);
     spoil(problem.args);
     mistake(what, unified_attention(problem.args, nullptr));
   };
-  const auto store = [&](const char* what, void (*spoil)(ReshapeAndCacheArgs& args)) {
+  const auto store = [&](const char* what, void (*spoil)(ReshapeAndCacheArgs & args)) {
     AttentionCase problem(options);
     ReshapeAndCacheArgs args;
     problem.cache->apply(args);
@@ -69,7 +69,10 @@ TEST(ApiPage, ShowsTheSentenceOfEachMistake) {
   store("tensors on two devices", [](ReshapeAndCacheArgs& args) { args.slot_mapping.device = Device::cuda(1); });
   read("softmax_scale forgotten", [](UnifiedAttentionArgs& args) { args.softmax_scale = 0.0F; });
   read("a window of 0", [](UnifiedAttentionArgs& args) { args.mask.sliding_window = 0; });
-  read("heads", [](UnifiedAttentionArgs& args) { args.query.shape[1] = args.out.shape[1] = 12; args.lse = {}; });
+  read("heads", [](UnifiedAttentionArgs& args) {
+    args.query.shape[1] = args.out.shape[1] = 12;
+    args.lse = {};
+  });
   read("another mode's cache", [](UnifiedAttentionArgs& args) { args.mode = mode_of("int4_per_token_head"); });
 
   AttentionCase problem(options);

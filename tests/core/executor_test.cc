@@ -31,9 +31,8 @@ std::vector<std::vector<std::uint8_t>> written_bytes() {
   EXPECT_TRUE(problem.run(4).ok());
   bytes.push_back(problem.out.bytes);
   bytes.push_back(problem.lse.bytes);
-  const MergeAttnStatesArgs merge{problem.args.out, {},
-                                  problem.args.out, problem.args.lse,
-                                  problem.args.out, problem.args.lse};
+  const MergeAttnStatesArgs merge{problem.args.out, {}, problem.args.out, problem.args.lse, problem.args.out,
+                                  problem.args.lse};
   EXPECT_TRUE(merge_attn_states(merge, nullptr).ok());
   bytes.push_back(problem.out.bytes);
   return bytes;

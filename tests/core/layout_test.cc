@@ -102,9 +102,9 @@ TEST(Layout, KnownPages) {
 
 // Pull request 39074 to vLLM: effective_head_size is d, d, d / 2, d / 4, and its page formula adds the scales,
 // 2 * block_size * num_kv_heads * 4 bytes, to block_size * num_kv_heads * (K + V) * element size.
-// As vLLM 0.33.0's engine allocates them, int8, 2 heads of 128, blocks of 128 tokens: a tensor [blocks, 2, 128, 264] with
-// strides (67584, 264, 528, 1) token-major, dense head-major; its Triton backend looks for the scale of K at byte 128 and
-// for that of V at 132 + 128.
+// As vLLM 0.33.0's engine allocates them, int8, 2 heads of 128, blocks of 128 tokens: a tensor [blocks, 2, 128, 264]
+// with strides (67584, 264, 528, 1) token-major, dense head-major; its Triton backend looks for the scale of K at byte
+// 128 and for that of V at 132 + 128.
 TEST(Layout, VllmsPages) {
   KVCacheSpec spec;
   spec.mode = mode_of("int8_per_token_head");

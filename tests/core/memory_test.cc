@@ -58,8 +58,8 @@ namespace {
 
 using Bytes = std::vector<std::vector<std::uint8_t>>;
 
-// op() with its n-th allocation failing, n = 0, 1 and so on until none does; then it must succeed. `outputs` are all bytes
-// that it may write.
+// op() with its n-th allocation failing, n = 0, 1 and so on until none does; then it must succeed. `outputs` are all
+// bytes that it may write.
 void expect_every_failed_allocation_is_a_status(const std::function<Status()>& op,
                                                 const std::function<Bytes()>& outputs) {
   for (const bool all_further : {false, true}) {
@@ -138,7 +138,8 @@ TEST(Memory, EveryAllocationOfAStoreMayFail) {
   args.key = problem.key.view;
   args.value = problem.value.view;
   args.slot_mapping = problem.slot_mapping.view;
-  expect_every_failed_allocation_is_a_status([&] { return reshape_and_cache(args, nullptr); }, [&] { return cache.bytes(); });
+  expect_every_failed_allocation_is_a_status([&] { return reshape_and_cache(args, nullptr); },
+                                             [&] { return cache.bytes(); });
 }
 
 TEST(Memory, EveryAllocationOfAReadMayFail) {
@@ -185,7 +186,8 @@ TEST(Memory, EveryAllocationOfATurboQuantCallMayFail) {
   std::vector<std::uint8_t> cache(2 * 16 * 2 * 70, 0xFF);
   const Tensor kv_cache = Tensor::contiguous(cache.data(), DType::kUInt8, {2, 16, 2, 70});
   TurboQuantStoreArgs store{config, key.view, key.view, kv_cache, slot_mapping.view, rotation.view, midpoints.view};
-  expect_every_failed_allocation_is_a_status([&] { return turboquant_store(store, nullptr); }, [&] { return Bytes{cache}; });
+  expect_every_failed_allocation_is_a_status([&] { return turboquant_store(store, nullptr); },
+                                             [&] { return Bytes{cache}; });
   TurboQuantDecodeArgs decode;
   decode.softmax_scale = 0.125F;
   decode.config = config;

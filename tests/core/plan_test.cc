@@ -155,7 +155,8 @@ TEST(DeviceArch, OfDevices) {
   const Result<Arch> cpu = device_arch(Device::cpu());
   ASSERT_TRUE(cpu.ok());
   EXPECT_EQ(cpu->num_multiprocessors, 0);
-  EXPECT_EQ(device_arch({static_cast<DeviceType>(7), 0}).status().message(), "device is an unknown device; supported: cpu and cuda");
+  EXPECT_EQ(device_arch({static_cast<DeviceType>(7), 0}).status().message(),
+            "device is an unknown device; supported: cpu and cuda");
   if (!quire_with_cuda) {
     EXPECT_EQ(device_arch(Device::cuda()).status().code(), StatusCode::kUnsupported);
   }

@@ -72,8 +72,10 @@ const BadStore kBadStores[] = {
     {"int4_per_token_head", kInvalid, "value is not given", [](StoreCall& c) { c.args.value = Tensor(); }},
     {"int4_per_token_head", kInvalid, "slot_mapping is not given",
      [](StoreCall& c) { c.args.slot_mapping = Tensor(); }},
-    {"int4_per_token_head", kInvalid, "key_cache is not given", [](StoreCall& c) { c.args.cache.key_cache = Tensor(); }},
-    {"int4_per_token_head", kInvalid, "value_cache is not given", [](StoreCall& c) { c.args.cache.value_cache = Tensor(); }},
+    {"int4_per_token_head", kInvalid, "key_cache is not given",
+     [](StoreCall& c) { c.args.cache.key_cache = Tensor(); }},
+    {"int4_per_token_head", kInvalid, "value_cache is not given",
+     [](StoreCall& c) { c.args.cache.value_cache = Tensor(); }},
     {"int4_per_token_head", kInvalid, "k_scale_cache is not given",
      [](StoreCall& c) { c.args.cache.k_scale_cache = Tensor(); }},
     {"int2_per_token_head", kInvalid, "v_scale_cache is not given",
@@ -82,7 +84,8 @@ const BadStore kBadStores[] = {
      [](StoreCall& c) { c.args.cache.k_scale_cache.data = nullptr; }},
     {"int8_per_token_head", kInvalid, "k_scale_cache is float16",
      [](StoreCall& c) { c.args.cache.k_scale_cache.dtype = DType::kFloat16; }},
-    {"int8_per_token_head", kInvalid, "v_scale_cache is", [](StoreCall& c) { c.args.cache.v_scale_cache.shape[2] = 3; }},
+    {"int8_per_token_head", kInvalid, "v_scale_cache is",
+     [](StoreCall& c) { c.args.cache.v_scale_cache.shape[2] = 3; }},
     {"int8_per_token_head", kInvalid, "k_scale_cache is not aligned",
      [](StoreCall& c) { c.args.cache.k_scale_cache.data = c.args.cache.k_scale_cache.ptr<std::uint8_t>() + 2; }},
     {"bfloat16", kInvalid, "k_scale_cache is given", [](StoreCall& c) { c.args.cache.k_scale_cache = c.scale.view; }},
@@ -92,9 +95,12 @@ const BadStore kBadStores[] = {
     {"fp8", kInvalid, "value is float8_e5m2", [](StoreCall& c) { c.args.value.dtype = DType::kFloat8E5M2; }},
     {"int4_per_token_head", kInvalid, "slot_mapping is float32",
      [](StoreCall& c) { c.args.slot_mapping.dtype = DType::kFloat32; }},
-    {"int4_per_token_head", kInvalid, "key_cache is int8", [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kInt8; }},
-    {"fp8", kInvalid, "key_cache is float8_e5m2", [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kFloat8E5M2; }},
-    {"float16", kInvalid, "key_cache is bfloat16", [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kBFloat16; }},
+    {"int4_per_token_head", kInvalid, "key_cache is int8",
+     [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kInt8; }},
+    {"fp8", kInvalid, "key_cache is float8_e5m2",
+     [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kFloat8E5M2; }},
+    {"float16", kInvalid, "key_cache is bfloat16",
+     [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kBFloat16; }},
     {"auto", kInvalid, "key_cache is int8", [](StoreCall& c) { c.args.cache.key_cache.dtype = DType::kInt8; }},
     {"int4_per_token_head", kInvalid, "3 dimensions", [](StoreCall& c) { c.args.key.ndim = 2; }},
     {"int4_per_token_head", kInvalid, "value is", [](StoreCall& c) { c.args.value.shape[0] = 5; }},
@@ -109,7 +115,8 @@ const BadStore kBadStores[] = {
      [](StoreCall& c) { c.args.key.shape[2] = 63; }},
     {"int2_per_token_head", kInvalid, "head_size_v must be a multiple of 4, got 94",
      [](StoreCall& c) { c.args.value.shape[2] = 94; }},
-    {"int4_per_token_head", kInvalid, "key_cache has stride 2", [](StoreCall& c) { c.args.cache.key_cache.strides[3] = 2; }},
+    {"int4_per_token_head", kInvalid, "key_cache has stride 2",
+     [](StoreCall& c) { c.args.cache.key_cache.strides[3] = 2; }},
     {"int4_per_token_head", kInvalid, "key is a null pointer", [](StoreCall& c) { c.args.key.data = nullptr; }},
     {"int4_per_token_head", kInvalid, "key is not aligned",
      [](StoreCall& c) { c.args.key.data = c.args.key.ptr<const std::uint8_t>() + 1; }},
@@ -135,7 +142,8 @@ const BadStore kBadStores[] = {
      }},
     {"int4_per_token_head", kInvalid, "key_cache is [4611686018427387904",
      [](StoreCall& c) {
-       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache}) {
+       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                             &c.args.cache.v_scale_cache}) {
          cache->shape[0] = kHuge;
          cache->data = nullptr;
        }
@@ -151,21 +159,25 @@ const BadStore kBadStores[] = {
      }},
     {"int4_per_token_head", kInvalid, "key_cache is [8, 0, 2, 32] uint8; block_size must be between 1 and 2147483647",
      [](StoreCall& c) {
-       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache})
+       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                             &c.args.cache.v_scale_cache})
          cache->shape[1] = 0;
        c.slots.fill_integers({-1, -1, -1, -1, -1, -1});
      }},
     {"int4_per_token_head", StatusCode::kOutOfRange, "the cache has 0 blocks of 16, no slots",
      [](StoreCall& c) {
-       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache})
+       for (Tensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                             &c.args.cache.v_scale_cache})
          cache->shape[0] = 0;
      }},
     // What is written must not overlap itself.
     {"int4_per_token_head", kInvalid, "key_cache is [8, 16, 2, 32] uint8 with strides [0, 64, 32, 1]",
      [](StoreCall& c) { c.args.cache.key_cache.strides[0] = 0; }},
     {"int4_per_token_head", kInvalid, "value_cache is", [](StoreCall& c) { c.args.cache.value_cache.strides[1] = 95; }},
-    {"int4_per_token_head", kInvalid, "k_scale_cache is", [](StoreCall& c) { c.args.cache.k_scale_cache.strides[2] = 0; }},
-    {"int4_per_token_head", kInvalid, "v_scale_cache is", [](StoreCall& c) { c.args.cache.v_scale_cache.strides[1] = 1; }},
+    {"int4_per_token_head", kInvalid, "k_scale_cache is",
+     [](StoreCall& c) { c.args.cache.k_scale_cache.strides[2] = 0; }},
+    {"int4_per_token_head", kInvalid, "v_scale_cache is",
+     [](StoreCall& c) { c.args.cache.v_scale_cache.strides[1] = 1; }},
     {"int4_per_token_head", kInvalid, "slot_mapping has 7 entries",
      [](StoreCall& c) { c.args.slot_mapping.shape[0] = 7; }},
     {"int4_per_token_head", StatusCode::kOutOfRange, "slot_mapping[4] is 128",
@@ -262,7 +274,9 @@ const BadRead kBadReads[] = {
     {"int4_per_token_head", kInvalid, "v_scale_cache is a null pointer",
      [](AttentionCase& c) { c.args.cache.v_scale_cache.data = nullptr; }},
     {"fp8", kInvalid, "v_scale_cache is given",
-     [](AttentionCase& c) { c.args.cache.v_scale_cache = Tensor::contiguous(c.seq_lens.view.data, DType::kFloat32, {1}); }},
+     [](AttentionCase& c) {
+       c.args.cache.v_scale_cache = Tensor::contiguous(c.seq_lens.view.data, DType::kFloat32, {1});
+     }},
     {"int4_per_token_head", kInvalid, "cu_seqlens_q is not given",
      [](AttentionCase& c) { c.args.cu_seqlens_q = Tensor(); }},
     {"int4_per_token_head", kInvalid, "seq_lens is not given", [](AttentionCase& c) { c.args.seq_lens = Tensor(); }},
@@ -285,8 +299,10 @@ const BadRead kBadReads[] = {
     {"int4_per_token_head", kInvalid, "value_cache is", [](AttentionCase& c) { c.args.out.shape[2] = 62; }},
     {"int4_per_token_head", kInvalid, "multiple of KV heads",
      [](AttentionCase& c) { c.args.query.shape[1] = c.args.out.shape[1] = 3; }},
-    {"int4_per_token_head", kInvalid, "value_cache is", [](AttentionCase& c) { c.args.cache.value_cache.shape[2] = 1; }},
-    {"int4_per_token_head", kInvalid, "value_cache is", [](AttentionCase& c) { c.args.cache.value_cache.shape[1] = 8; }},
+    {"int4_per_token_head", kInvalid, "value_cache is",
+     [](AttentionCase& c) { c.args.cache.value_cache.shape[2] = 1; }},
+    {"int4_per_token_head", kInvalid, "value_cache is",
+     [](AttentionCase& c) { c.args.cache.value_cache.shape[1] = 8; }},
     {"int4_per_token_head", kInvalid, "seq_lens is", [](AttentionCase& c) { c.args.seq_lens.shape[0] = 2; }},
     {"int4_per_token_head", kInvalid, "block_table is", [](AttentionCase& c) { c.args.block_table.shape[0] = 2; }},
     {"int4_per_token_head", kInvalid, "cu_seqlens_q is empty",
@@ -306,7 +322,8 @@ const BadRead kBadReads[] = {
      }},
     {"int4_per_token_head", kInvalid, "key_cache is [4611686018427387904",
      [](AttentionCase& c) {
-       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache}) {
+       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                                  &c.args.cache.v_scale_cache}) {
          cache->shape[0] = kHuge;
          cache->data = nullptr;
        }
@@ -325,18 +342,21 @@ const BadRead kBadReads[] = {
      }},
     {"int4_per_token_head", kInvalid, "block_size must be between 1 and 2147483647",
      [](AttentionCase& c) {
-       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache})
+       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                                  &c.args.cache.v_scale_cache})
          cache->shape[1] = std::int64_t{1} << 31;
      }},
     {"int4_per_token_head", kInvalid, "num_kv_heads must be between 1 and 2147483647",
      [](AttentionCase& c) { c.args.cache.key_cache.shape[2] = (std::int64_t{1} << 32) + 2; }},
     {"int4_per_token_head", kInvalid, "num_ranges must be between 0 and 2147483647",
      [](AttentionCase& c) {
-       c.args.mask.mm_prefix_range = Tensor::contiguous(c.query.view.data, DType::kInt32, {3, std::int64_t{1} << 32, 2});
+       c.args.mask.mm_prefix_range =
+           Tensor::contiguous(c.query.view.data, DType::kInt32, {3, std::int64_t{1} << 32, 2});
      }},
     {"int4_per_token_head", StatusCode::kOutOfRange, "the cache has no blocks",
      [](AttentionCase& c) {
-       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache, &c.args.cache.v_scale_cache})
+       for (ConstTensor* cache : {&c.args.cache.key_cache, &c.args.cache.value_cache, &c.args.cache.k_scale_cache,
+                                  &c.args.cache.v_scale_cache})
          cache->shape[0] = 0;
      }},
     {"int4_per_token_head", StatusCode::kOutOfRange,
@@ -355,7 +375,8 @@ const BadRead kBadReads[] = {
     {"int4_per_token_head", kInvalid, "lse is", [](AttentionCase& c) { c.args.lse.strides[1] = 0; }},
     {"int4_per_token_head", kInvalid, "softmax_scale is 0.000000; it is required",
      [](AttentionCase& c) { c.args.softmax_scale = UnifiedAttentionArgs().softmax_scale; }},
-    {"int4_per_token_head", kInvalid, "softmax_scale is -0.000000", [](AttentionCase& c) { c.args.softmax_scale = -0.0F; }},
+    {"int4_per_token_head", kInvalid, "softmax_scale is -0.000000",
+     [](AttentionCase& c) { c.args.softmax_scale = -0.0F; }},
     {"int4_per_token_head", kInvalid, "softmax_scale is nan", [](AttentionCase& c) { c.args.softmax_scale = kNan; }},
     {"int4_per_token_head", kInvalid, "softmax_scale is -inf", [](AttentionCase& c) { c.args.softmax_scale = -kInf; }},
     {"int4_per_token_head", kInvalid, "softcap is inf", [](AttentionCase& c) { c.args.softcap = kInf; }},
@@ -372,7 +393,9 @@ const BadRead kBadReads[] = {
        c.args.sinks = c.sinks.view;
      }},
     {"int4_per_token_head", kInvalid, "chunk_lookback is 2147483647 with sliding_window 2147483647",
-     [](AttentionCase& c) { c.args.mask.chunk_lookback = c.args.mask.sliding_window = std::numeric_limits<int>::max(); }},
+     [](AttentionCase& c) {
+       c.args.mask.chunk_lookback = c.args.mask.sliding_window = std::numeric_limits<int>::max();
+     }},
     {"int4_per_token_head", kInvalid, "v_descale is not aligned",
      [](AttentionCase& c) {
        c.args.v_descale = Tensor::contiguous(c.seq_lens.view.ptr<std::uint8_t>() + 2, DType::kFloat32, {1});
@@ -388,7 +411,8 @@ const BadRead kBadReads[] = {
        c.args.output_scale = Tensor::contiguous(c.seq_lens.view.ptr<std::uint8_t>() + 1, DType::kFloat32, {1});
      }},
     {"int4_per_token_head", kInvalid, "sliding_window is 0", [](AttentionCase& c) { c.args.mask.sliding_window = 0; }},
-    {"int4_per_token_head", kInvalid, "sliding_window is -2", [](AttentionCase& c) { c.args.mask.sliding_window = -2; }},
+    {"int4_per_token_head", kInvalid, "sliding_window is -2",
+     [](AttentionCase& c) { c.args.mask.sliding_window = -2; }},
     {"int4_per_token_head", kInvalid, "chunk_lookback is 1 with sliding_window -1",
      [](AttentionCase& c) { c.args.mask.chunk_lookback = 1; }},
     {"int4_per_token_head", kInvalid, "chunk_lookback is 4 with sliding_window 4",
@@ -396,7 +420,8 @@ const BadRead kBadReads[] = {
        c.args.mask.chunk_lookback = 4;
        c.args.mask.sliding_window = 4;
      }},
-    {"int4_per_token_head", kInvalid, "chunk_lookback is -3", [](AttentionCase& c) { c.args.mask.chunk_lookback = -3; }},
+    {"int4_per_token_head", kInvalid, "chunk_lookback is -3",
+     [](AttentionCase& c) { c.args.mask.chunk_lookback = -3; }},
     {"int4_per_token_head", kInvalid, "rswa_window is 0; supported: 1 and more, or -1 for none",
      [](AttentionCase& c) { c.args.mask.rswa_window = 0; }},
     {"int4_per_token_head", kInvalid, "rswa_window is -2",
@@ -678,25 +703,25 @@ TEST(Refusals, CallsOutsideTheirPlan) {
     const char* words;
     void (*spoil)(AttentionProblem& problem);
   } cases[] = {
-      {"num_q_heads is 4", [](AttentionProblem& p) { p.num_q_heads = 8; }},
-      {"num_kv_heads is 2", [](AttentionProblem& p) { p.num_kv_heads = 4; }},
-      {"head_size is 64", [](AttentionProblem& p) { p.head_size = 128; }},
-      {"head_size_v is 64", [](AttentionProblem& p) { p.head_size_v = 128; }},
-      {"block_size is 16", [](AttentionProblem& p) { p.block_size = 32; }},
-      {"num_tokens is 18", [](AttentionProblem& p) { p.max_num_tokens = 17; }},
-      {"batch is 3", [](AttentionProblem& p) { p.max_batch = 2; }},
-      {"query_len is 9", [](AttentionProblem& p) { p.max_query_len = 8; }},
-      {"seq_len is 53", [](AttentionProblem& p) { p.max_seq_len = 52; }},
-      {"mode is int4_per_token_head, but the plan was made for int8_per_token_head",
-       [](AttentionProblem& p) { p.mode = mode_of("int8_per_token_head"); }},
-      {"query_dtype is float32, but the plan was made for bfloat16",
-       [](AttentionProblem& p) { p.query_dtype = DType::kBFloat16; }},
+    {"num_q_heads is 4", [](AttentionProblem& p) { p.num_q_heads = 8; }},
+    {"num_kv_heads is 2", [](AttentionProblem& p) { p.num_kv_heads = 4; }},
+    {"head_size is 64", [](AttentionProblem& p) { p.head_size = 128; }},
+    {"head_size_v is 64", [](AttentionProblem& p) { p.head_size_v = 128; }},
+    {"block_size is 16", [](AttentionProblem& p) { p.block_size = 32; }},
+    {"num_tokens is 18", [](AttentionProblem& p) { p.max_num_tokens = 17; }},
+    {"batch is 3", [](AttentionProblem& p) { p.max_batch = 2; }},
+    {"query_len is 9", [](AttentionProblem& p) { p.max_query_len = 8; }},
+    {"seq_len is 53", [](AttentionProblem& p) { p.max_seq_len = 52; }},
+    {"mode is int4_per_token_head, but the plan was made for int8_per_token_head",
+     [](AttentionProblem& p) { p.mode = mode_of("int8_per_token_head"); }},
+    {"query_dtype is float32, but the plan was made for bfloat16",
+     [](AttentionProblem& p) { p.query_dtype = DType::kBFloat16; }},
 #if quire_with_cuda
-      {"device is cpu, but the plan was made for cuda:1; make a plan",
-       [](AttentionProblem& p) {
-         p.device = Device::cuda(1);
-         p.arch = {9, 0, 132, 227 * 1024};
-       }},
+    {"device is cpu, but the plan was made for cuda:1; make a plan",
+     [](AttentionProblem& p) {
+       p.device = Device::cuda(1);
+       p.arch = {9, 0, 132, 227 * 1024};
+     }},
 #endif
   };
   QUIRE_NEEDS_MODES("int4_per_token_head", "int8_per_token_head", "auto");
@@ -987,12 +1012,14 @@ TEST(Refusals, ShapesThatLie) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   const StoreCall store("int4_per_token_head", DType::kFloat32);
   const std::vector<std::vector<std::uint8_t>> before = store.cache.bytes();
-  expect_lying_shapes_are_refused<ReshapeAndCacheArgs>(store.args, [](const auto& a) { return reshape_and_cache(a, nullptr); });
+  expect_lying_shapes_are_refused<ReshapeAndCacheArgs>(store.args,
+                                                       [](const auto& a) { return reshape_and_cache(a, nullptr); });
   EXPECT_EQ(store.cache.bytes(), before);
 
   AttentionCase read(AttentionCase::Options{});
   const std::vector<std::uint8_t> out = read.out.bytes;
-  expect_lying_shapes_are_refused<UnifiedAttentionArgs>(read.args, [](const auto& a) { return unified_attention(a, nullptr); });
+  expect_lying_shapes_are_refused<UnifiedAttentionArgs>(read.args,
+                                                        [](const auto& a) { return unified_attention(a, nullptr); });
   EXPECT_EQ(read.out.bytes, out);
 
   OwnedTensor outs(DType::kFloat32, {2, 3, 64}), lses(DType::kFloat32, {2, 3});
@@ -1002,7 +1029,8 @@ TEST(Refusals, ShapesThatLie) {
                                   .prefix_lse = lses.view,
                                   .suffix_out = outs.view,
                                   .suffix_lse = lses.view};
-  expect_lying_shapes_are_refused<MergeAttnStatesArgs>(merge, [](const auto& a) { return merge_attn_states(a, nullptr); });
+  expect_lying_shapes_are_refused<MergeAttnStatesArgs>(merge,
+                                                       [](const auto& a) { return merge_attn_states(a, nullptr); });
 }
 
 // A stride over one element enters no address: it may hold anything and changes no bit and no plan.

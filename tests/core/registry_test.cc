@@ -399,7 +399,8 @@ TEST(Registry, ABackendCompiledWithoutRtti) {
   EXPECT_EQ(*(*backend)->packed_head_size(64), 64);
   ReshapeAndCacheArgs store;
   store.mode = mode;
-  EXPECT_TRUE(refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"registry_no_rtti", "reshape_and_cache"}));
+  EXPECT_TRUE(
+      refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"registry_no_rtti", "reshape_and_cache"}));
 }
 
 TEST(Registry, IsThreadSafe) {
@@ -585,8 +586,8 @@ TEST(ExternalMode, BringsItsOwnBytes) {
 
   // It does not write, and says so.
   store.mode = mode;
-  EXPECT_TRUE(
-      refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"external_sixteenths", "reshape_and_cache"}));
+  EXPECT_TRUE(refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported,
+                      {"external_sixteenths", "reshape_and_cache"}));
 }
 
 // One byte an element, no scale; throws on a row that starts with 0xEE and cannot decode one that starts with 0xDD.
@@ -650,7 +651,8 @@ TEST(ExternalMode, RowsAndScaleCachesAreWhatTheBackendSays) {
       {"k_scale_cache is a null pointer", [](OwnRows& p) { p.args.cache.k_scale_cache.data = nullptr; }},
       {"k_scale_cache is not aligned",
        [](OwnRows& p) { p.args.cache.k_scale_cache.data = p.args.cache.k_scale_cache.ptr<const std::uint8_t>() + 1; }},
-      {"a row of mode external_scaled has 32 bytes at head_size 32", [](OwnRows& p) { p.args.cache.key_cache.shape[3] = 8; }},
+      {"a row of mode external_scaled has 32 bytes at head_size 32",
+       [](OwnRows& p) { p.args.cache.key_cache.shape[3] = 8; }},
       {"a row of mode external_scaled has 32 bytes at head_size_v 32",
        [](OwnRows& p) { p.args.cache.value_cache = p.args.cache.value_cache.slice_last(0, 31); }},
       {"a row of mode external_scaled has 32 bytes at head_size 32",
@@ -801,7 +803,8 @@ TEST(ExternalMode, TheBaseRefusesWithTheMode) {
   store.key = problem.key.view;
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
-  EXPECT_TRUE(refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"external_mute", "reshape_and_cache"}));
+  EXPECT_TRUE(
+      refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"external_mute", "reshape_and_cache"}));
 
   const ModeId forgetful = new_mode("external_forgetful");
   ASSERT_TRUE(register_backend(forgetful, backend_class<Forgetful>(), [forgetful] {

@@ -149,7 +149,8 @@ TEST(TurboQuant, RefusesOtherConfigurations) {
     SlotCalls calls({}, 64);
     calls.store.config = calls.decode.config = config;
     const auto before = calls.cache;
-    std::vector<Status> refusals = {turboquant_mode(config).status(), turboquant_decode_attention(calls.decode, nullptr)};
+    std::vector<Status> refusals = {turboquant_mode(config).status(),
+                                    turboquant_decode_attention(calls.decode, nullptr)};
     if (config.norm_correction) refusals.push_back(turboquant_store(calls.store, nullptr));
     for (const Status& status : refusals) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
@@ -363,7 +364,8 @@ TEST(TurboQuant, EmptyCallsAreCalls) {
     kv_cache.shape[0] = 0;
     kv_cache.data = nullptr;
   });
-  for (const Status& status : {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
+  for (const Status& status :
+       {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
     EXPECT_TRUE(status.ok()) << status.message();
   }
 }
@@ -467,8 +469,8 @@ const Bad kBad[] = {
      true},
     {"stride 9223372036854775807",
      [](SlotCalls& c) { c.store.kv_cache.strides[3] = c.decode.kv_cache.strides[3] = INT64_MAX; }, true, true},
-    {"kv_cache is a null pointer", [](SlotCalls& c) { c.store.kv_cache.data = nullptr, c.decode.kv_cache.data = nullptr; }, true,
-     true},
+    {"kv_cache is a null pointer",
+     [](SlotCalls& c) { c.store.kv_cache.data = nullptr, c.decode.kv_cache.data = nullptr; }, true, true},
     {"kv_cache is [4611686018427387904, 16, 2, 70]",
      [](SlotCalls& c) { c.store.kv_cache.shape[0] = c.decode.kv_cache.shape[0] = std::int64_t{1} << 62; }, true, true},
     {"key has 7 dimensions", [](SlotCalls& c) { c.store.key.ndim = 7; }, true, false},
@@ -535,14 +537,15 @@ TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
   for (const bool with_tables : {false, true}) {
     SlotCalls calls({}, 64);
     edit_all({&calls.store.key, &calls.store.value, &calls.store.kv_cache, &calls.store.slot_mapping,
-                           &calls.store.rotation, &calls.store.midpoints, &calls.decode.query, &calls.decode.out,
-                           &calls.decode.kv_cache, &calls.decode.block_table, &calls.decode.seq_lens,
-                           &calls.decode.rotation, &calls.decode.centroids, &calls.decode.lse},
+              &calls.store.rotation, &calls.store.midpoints, &calls.decode.query, &calls.decode.out,
+              &calls.decode.kv_cache, &calls.decode.block_table, &calls.decode.seq_lens, &calls.decode.rotation,
+              &calls.decode.centroids, &calls.decode.lse},
              [](Tensor& tensor) { tensor.device = Device::cuda(); });
     if (!with_tables) {
       calls.store.rotation = calls.store.midpoints = calls.decode.rotation = calls.decode.centroids = Tensor();
     }
-    for (const Status& status : {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
+    for (const Status& status :
+         {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
       EXPECT_NE(status.message().find("device is cuda, but this build has no CUDA"), std::string::npos)
           << status.message();
@@ -567,8 +570,9 @@ TEST(TurboQuant, RefusesHeadSizesThatItsPackingDoesNotDivide) {
     SlotCalls calls(config, 64);
     calls.store.key.shape[2] = calls.store.value.shape[2] = calls.decode.query.shape[2] = head_size;
     const auto cache = calls.cache;
-    for (const Status& status : {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr),
-                                 turboquant_views(config, calls.store.kv_cache, head_size).status()}) {
+    for (const Status& status :
+         {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr),
+          turboquant_views(config, calls.store.kv_cache, head_size).status()}) {
       EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
       EXPECT_NE(status.message().find(words), std::string::npos) << status.message();
     }

@@ -52,7 +52,8 @@ TEST(CudaAttention, PagesPastFourGiB) {
         cuda::DeviceBuffer::allocate(static_cast<std::size_t>((pages - 1) * kPageDistance + (1 << 20)));
     ASSERT_TRUE(pool.ok()) << pool.status().message();
     std::int64_t offset = 0;
-    for (ConstTensor* cache : {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache, &args.cache.v_scale_cache}) {
+    for (ConstTensor* cache :
+         {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache, &args.cache.v_scale_cache}) {
       if (!cache->defined()) continue;
       const auto size = static_cast<std::int64_t>(dtype_bytes(cache->dtype));
       const std::int64_t page_bytes = cache->strides[0] * size;

@@ -9,7 +9,8 @@ namespace quire::testing {
 using cuda::DeviceBuffer;
 
 Status store_on_device(const ReshapeAndCacheArgs& args) {
-  return cuda::run_on_device(args, [](const ReshapeAndCacheArgs& on_device) { return reshape_and_cache(on_device, nullptr); });
+  return cuda::run_on_device(
+      args, [](const ReshapeAndCacheArgs& on_device) { return reshape_and_cache(on_device, nullptr); });
 }
 
 Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant) {
@@ -30,7 +31,8 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
 }
 
 Status merge_on_device(const MergeAttnStatesArgs& args) {
-  return cuda::run_on_device(args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device, nullptr); });
+  return cuda::run_on_device(
+      args, [](const MergeAttnStatesArgs& on_device) { return merge_attn_states(on_device, nullptr); });
 }
 
 Status hadamard_on_device(const HadamardArgs& args) {

@@ -390,7 +390,8 @@ TEST(CudaStore, OffsetsPastFourGiB) {
     QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
 
     constexpr std::int64_t kPageDistance = (std::int64_t{9} << 28) + 4096;  // 2.25 GiB: page 2 starts past 4.5 GiB
-    Tensor* const caches[] = {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache, &args.cache.v_scale_cache};
+    Tensor* const caches[] = {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache,
+                              &args.cache.v_scale_cache};
     const Tensor* const expected[] = {&small.key_cache, &small.value_cache, &small.k_scale_cache, &small.v_scale_cache};
     Result<cuda::DeviceBuffer> pool =
         cuda::DeviceBuffer::allocate(static_cast<std::size_t>(2 * kPageDistance + (1 << 20)));

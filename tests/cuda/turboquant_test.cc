@@ -75,7 +75,8 @@ struct StoreCase {
   Status run_on_gpu(bool device_tables) {
     TurboQuantStoreArgs on_gpu = args;
     std::vector<cuda::TensorRef> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
-    if (device_tables) tensors.insert(tensors.end(), {cuda::TensorRef(&on_gpu.rotation), cuda::TensorRef(&on_gpu.midpoints)});
+    if (device_tables)
+      tensors.insert(tensors.end(), {cuda::TensorRef(&on_gpu.rotation), cuda::TensorRef(&on_gpu.midpoints)});
     const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(tensors);
     if (!mirror.ok()) return mirror.status();
     if (Status status = turboquant_store(on_gpu, nullptr); !status) return status;
@@ -299,8 +300,8 @@ TEST(CudaTurboQuant, ADecodeIsCapturedAfterItsTablesWereCompared) {
   for (const std::vector<std::int64_t>& lengths :
        {std::vector<std::int64_t>{53, 1, 700, 16, 17}, {12, 0, 90, 3, 1}, {1, 1, 256, 15, 9}}) {
     problem.seq_lens.fill_integers(lengths);
-    QUIRE_ASSERT_CUDA(cudaMemcpy(const_cast<void*>(on_gpu.seq_lens.data), problem.seq_lens.bytes.data(), problem.seq_lens.bytes.size(),
-                                 cudaMemcpyHostToDevice));
+    QUIRE_ASSERT_CUDA(cudaMemcpy(const_cast<void*>(on_gpu.seq_lens.data), problem.seq_lens.bytes.data(),
+                                 problem.seq_lens.bytes.size(), cudaMemcpyHostToDevice));
     std::vector<std::vector<std::uint8_t>> outputs, log_sums;
     for (const bool replayed : {true, false}) {
       if (replayed) {

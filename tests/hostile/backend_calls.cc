@@ -103,16 +103,17 @@ Call call_of(const std::shared_ptr<Rows>& rows) {
   }
   // The dtype of the rows is the backend's business: only the caller knows that they are bytes.
   const std::vector<DType> wider = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64};
-  call.tensors = {{"query", &args.query, "num_tokens num_q_heads =head_size"},
-                  {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
-                  {"key_cache", &args.cache.key_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
-                  {"value_cache", &args.cache.value_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
-                  {"k_scale_cache", &args.cache.k_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"v_scale_cache", &args.cache.v_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
-                  {"seq_lens", &args.seq_lens, "batch"},
-                  {"block_table", &args.block_table, "batch ~max_blocks"},
-                  {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
+  call.tensors = {
+      {"query", &args.query, "num_tokens num_q_heads =head_size"},
+      {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
+      {"key_cache", &args.cache.key_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
+      {"value_cache", &args.cache.value_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
+      {"k_scale_cache", &args.cache.k_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"v_scale_cache", &args.cache.v_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
+      {"seq_lens", &args.seq_lens, "batch"},
+      {"block_table", &args.block_table, "batch ~max_blocks"},
+      {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
   call.words = {"mode",      "head_size",      "block_size",  "backend",   "factory",
                 "row_bytes", "packing_factor", "read_format", "decode_row"};
   call.run = [&args] { return unified_attention(args, nullptr); };
@@ -139,8 +140,8 @@ Call make_arguments() {
                              for (int dim = 0; dim < 3; ++dim) tensor->shape[dim] = 1;
                            }
                          }});
-  call.probes.push_back(
-      {"rows of 1 byte", Expect::kRefused, [&args] { args.cache.key_cache.shape[3] = args.cache.value_cache.shape[3] = 1; }});
+  call.probes.push_back({"rows of 1 byte", Expect::kRefused,
+                         [&args] { args.cache.key_cache.shape[3] = args.cache.value_cache.shape[3] = 1; }});
   all_tensor_probes(call);
   for (const char* name : {"cu_seqlens_q", "seq_lens", "block_table"}) index_probes(call, name);
   return call;

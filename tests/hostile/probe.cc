@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -475,8 +475,8 @@ void swap_probes(Call& call) {
       const cuda::TensorRef from = b.tensor;
       // Two views of one memory, one of them written: what comes out is undefined.
       const bool writes = a.role != Role::kInput || b.role != Role::kInput;
-      call.probes.push_back(
-          {std::string(a.name) + ":=" + b.name, writes ? Expect::kConfined : Expect::kRight, [=] { to.set(from.get()); }});
+      call.probes.push_back({std::string(a.name) + ":=" + b.name, writes ? Expect::kConfined : Expect::kRight,
+                             [=] { to.set(from.get()); }});
       if (std::less<>()(a.tensor.address(), b.tensor.address())) {
         call.probes.push_back({std::string(a.name) + "<->" + b.name, Expect::kRight, [=] {
                                  const ConstTensor moved = to.get();

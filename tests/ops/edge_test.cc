@@ -39,7 +39,7 @@ TEST_P(Edge, RowsWithoutKeysGiveZeroAndMinusInfinity) {
         options.sequences = {{1, 0}, {3, 0}, {5, 2}, {0, 17}, {1, 300}, {0, 0}, {4, 4}};
         AttentionCase problem(options);
         ASSERT_TRUE(problem.check(num_splits));
-        // Tokens 0 .. 3 have no keys; 4 .. 6 sit at positions -3 .. -1.
+        // Tokens 0 to 3 have no keys; 4 to 6 sit at positions -3 to -1.
         for (std::int64_t t = 0; t < 7; ++t) {
           for (std::int64_t h = 0; h < 4; ++h) {
             const float lse = problem.lse.get(t, h);

@@ -1,5 +1,5 @@
-// The public rotation, against the definition in double precision: H[i][j] = (-1)^popcount(i & j) inside blocks of b, and
-// the signs of std::mt19937.
+// The public rotation, against the definition in double precision: H[i][j] = (-1)^popcount(i & j) inside blocks of b,
+// and the signs of std::mt19937.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -33,9 +33,8 @@ std::vector<double> rotated(const std::vector<double>& x, bool inverse, bool sig
   std::vector<double> y(x.size());
   for (int i = 0; i < d; ++i) {
     for (int j = i / block * block; j < (i / block + 1) * block; ++j) {
-      const double entry = std::popcount(static_cast<unsigned>(i % block) & static_cast<unsigned>(j % block)) % 2 == 0
-                               ? 1.0
-                               : -1.0;
+      const double entry =
+          std::popcount(static_cast<unsigned>(i % block) & static_cast<unsigned>(j % block)) % 2 == 0 ? 1.0 : -1.0;
       const int sign = !signs ? 1 : sign_of(inverse ? i % block : j % block);
       y[static_cast<std::size_t>(i)] += sign * entry * x[static_cast<std::size_t>(j)];
     }
@@ -121,7 +120,7 @@ TEST(Hadamard, RefusesInASentence) {
     const char* words;
     void (*spoil)(HadamardArgs& args);
   } cases[] = {
-      {"x is not given; it must be [.., head_size]", [](HadamardArgs& a) { a.x = {}; }},
+      {"x is not given; it must be [any, head_size]", [](HadamardArgs& a) { a.x = {}; }},
       {"out is not given", [](HadamardArgs& a) { a.out = {}; }},
       {"x is int8; supported: float32, float16, bfloat16", [](HadamardArgs& a) { a.x.dtype = DType::kInt8; }},
       {"out is float8_e4m3fn; supported", [](HadamardArgs& a) { a.out.dtype = DType::kFloat8E4M3; }},
@@ -138,8 +137,7 @@ TEST(Hadamard, RefusesInASentence) {
        }},
       {"where elements overlap", [](HadamardArgs& a) { a.out.strides[0] = 1; }},
       {"x is a null pointer", [](HadamardArgs& a) { a.x.data = nullptr; }},
-      {"out is not aligned",
-       [](HadamardArgs& a) { a.out.data = static_cast<std::uint8_t*>(a.out.data) + 1; }},
+      {"out is not aligned", [](HadamardArgs& a) { a.out.data = static_cast<std::uint8_t*>(a.out.data) + 1; }},
       {"out is on cuda:0, but x is on cpu", [](HadamardArgs& a) { a.out.device = Device::cuda(); }},
   };
   for (const auto& entry : cases) {

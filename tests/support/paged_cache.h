@@ -1,5 +1,5 @@
-// The caches of one mode in one of the layouts below, over memory that starts as poison: 0xFF is NaN in every float type
-// and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
+// The caches of one mode in one of the layouts below, over memory that starts as poison: 0xFF is NaN in every float
+// type and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
 #pragma once
 
 #include <cstdint>

@@ -38,9 +38,9 @@ Result<Memory> copy_of(Device device, const std::vector<T>& values) {
 
 const std::vector<std::string> kOps = {"decode", "prefill", "store"};
 
-// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale behind
-// it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's slot is
-// such a row already, which vLLM itself has token-major only.
+// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale
+// behind it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's
+// slot is such a row already, which vLLM itself has token-major only.
 struct Placement {
   CacheOrder order;
   KVPacking packing;
@@ -183,7 +183,8 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
 // What a call reads of a page; tensors whose rows lie end to end (K and V of a slot, inline scales) are one.
 std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
   std::vector<bench::PageRead> reads;
-  for (const ConstTensor* rows : {&args.cache.key_cache, &args.cache.k_scale_cache, &args.cache.value_cache, &args.cache.v_scale_cache}) {
+  for (const ConstTensor* rows :
+       {&args.cache.key_cache, &args.cache.k_scale_cache, &args.cache.value_cache, &args.cache.v_scale_cache}) {
     if (!rows->defined()) continue;
     const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
     bench::PageRead read;
@@ -363,15 +364,16 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
                                   problem.device);
   idle.cache = cache.views;
   const std::vector<std::int64_t> skipped(static_cast<std::size_t>(tokens), -1);
-  idle.slot_mapping = ConstTensor::contiguous(problem.device.is_cpu() ? static_cast<const void*>(skipped.data()) : slots.data(),
-                                              DType::kInt64, {tokens}, problem.device);
+  idle.slot_mapping =
+      ConstTensor::contiguous(problem.device.is_cpu() ? static_cast<const void*>(skipped.data()) : slots.data(),
+                              DType::kInt64, {tokens}, problem.device);
   QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return reshape_and_cache(idle, nullptr); }));
   row["host_us"] = host_us;
   row["host_us_with_plan"] = nullptr;
   return row;
 }
 
-// The GPU driver's version as the kernel module tells it ("NVRM version: ..  580.159.04  Release Build ..": the first
+// The GPU driver's version as the kernel module tells it (a line "NVRM version:" with 580.159.04 in it: the first
 // word that begins with a digit); empty where it does not.
 std::string driver_version() {
   std::ifstream file("/proc/driver/nvidia/version");
@@ -470,8 +472,8 @@ Status run_bench(const Options& options) {
       const auto share = [&](const char* name) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
-      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}{:>9}{:>9}\n", options.op,
-                 problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
+      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}{:>9}{:>9}\n",
+                 options.op, problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
                  fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
                  r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));

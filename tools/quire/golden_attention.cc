@@ -99,10 +99,11 @@ Status replay_attention(Replay& replay) {
   if (!golden.params.contains("softmax_scale")) return golden.refuse("no parameter 'softmax_scale'");
   for (Status status :
        {golden.read("softmax_scale", &args.softmax_scale), golden.read("softcap", &args.softcap),
-        golden.read("sliding_window", &args.mask.sliding_window), golden.read("chunk_lookback", &args.mask.chunk_lookback),
-        golden.read("rswa_window", &args.mask.rswa_window), golden.read("use_alibi_sqrt", &args.use_alibi_sqrt),
-        golden.confirm("num_q_heads", args.query.shape[1]), golden.confirm("head_size", args.query.shape[2]),
-        golden.confirm("head_size_v", theirs.shape[2]), golden.confirm("num_kv_heads", args.cache.key_cache.shape[2]),
+        golden.read("sliding_window", &args.mask.sliding_window),
+        golden.read("chunk_lookback", &args.mask.chunk_lookback), golden.read("rswa_window", &args.mask.rswa_window),
+        golden.read("use_alibi_sqrt", &args.use_alibi_sqrt), golden.confirm("num_q_heads", args.query.shape[1]),
+        golden.confirm("head_size", args.query.shape[2]), golden.confirm("head_size_v", theirs.shape[2]),
+        golden.confirm("num_kv_heads", args.cache.key_cache.shape[2]),
         golden.confirm("block_size", args.cache.key_cache.shape[1])}) {
     if (!status) return status;
   }

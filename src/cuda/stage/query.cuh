@@ -55,8 +55,8 @@ __device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const 
   return query;
 }
 
-// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1), ..; its info, completed,
-// to `info`.
+// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1) and so on; its info,
+// completed, to `info`.
 template <class KeyF, int kHead, class Place>
 __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& query, Place&& place, RowInfo& info,
                                           int lane) {

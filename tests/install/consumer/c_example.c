@@ -5,12 +5,12 @@
 
 #include "quire/quire_c.h"
 
-#define CHECK(call)                         \
-  do {                                      \
-    if ((call) != QUIRE_OK) {               \
+#define CHECK(call)                                \
+  do {                                             \
+    if ((call) != QUIRE_OK) {                      \
       fprintf(stderr, "%s\n", quire_last_error()); \
-      return 1;                             \
-    }                                       \
+      return 1;                                    \
+    }                                              \
   } while (0)
 
 enum { TOKENS = 40, HEADS = 8, QUERY_HEADS = 32, HEAD_SIZE = 128, BLOCKS = 3 };
