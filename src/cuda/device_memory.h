@@ -136,7 +136,8 @@ std::string device_description(Device device);
 // Waits for the device's work; reports its first error.
 Status synchronize(Device device);
 
-// Memory on either device, aligned to 64 bytes at least; freed with its last copy.
+// Memory on either device, aligned to 64 bytes at least; freed with its last copy. On CUDA it is on the current device:
+// the tools and the runner use cuda:0 alone.
 class Memory {
  public:
   // Zeroed. Zero bytes give no pointer.
