@@ -38,7 +38,7 @@ struct DecodePagesConfig {
   // Slices at once.
   static constexpr int kRawWords =
       2 * KeyPieces::kCount * KeyPieces::kWords + 4 * ValuePieces::kCount * ValuePieces::kWords;
-  static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 8 || kHead > 128 || kRawWords > 32 ? 1 : 2;
+  static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 16 || kHead > 128 || kRawWords > 32 ? 1 : 2;
   static constexpr bool kLateValues = kRawWords > 32 || kRows > 16;  // loaded once K's registers are free
   // What divides the address of every row where nothing is odd about the layout: rows of slots are as aligned as a slot.
   static constexpr bool kSlots =

@@ -44,6 +44,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     value_meta_ = kHasScaleCache<ValueF> ? place(p.slice.value_scale, key_)
                                          : place(p.slice.value, key_) + code_bytes<ValueF>(p.head_size_v);
     leads_ = lane == 0 ? 1U : 0U;
+    touch_signs(KeyF::kRotation, format::row_shape(p.head_size).block, lane);
     // Kept in registers, not computed again in the loop.
     asm volatile("" : "+r"(key_at_), "+r"(value_at_[0]), "+r"(value_at_[1]), "+r"(key_meta_), "+r"(value_meta_));
     asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane4_));
@@ -59,7 +60,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
       load_queries(segment.tile);
       clear();
       biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr ? 1U : 0U;
-      asm volatile("" : "+r"(biased_));  // asked once
+      asm volatile("" : "+r"(biased_));                                     // asked once
       const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
       int left = slices;
       if (p_.aligned && !(Config::kTail && p_.head_size < kHead)) {

@@ -97,7 +97,8 @@ struct PagesMerge {
     for (int v = 0; v < kVectors; ++v) {
       const int place = v * kLanes + lane % kLanes;  // elements f on of a lane of decode_pages
       const int f = place / 8 * 4;
-      places[v] = reinterpret_cast<float4*>(own + (f / p.value_piece * 8 + place % 8) * p.value_piece + f % p.value_piece);
+      places[v] =
+          reinterpret_cast<float4*>(own + (f / p.value_piece * 8 + place % 8) * p.value_piece + f % p.value_piece);
     }
     asm volatile("" ::"r"(query), "r"(query_head), "l"(states), "l"(vectors), "l"(places[0]));  // now, not later
     ptx::touch_params<sizeof(MergePagesParams)>(p);

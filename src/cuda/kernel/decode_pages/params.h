@@ -37,7 +37,7 @@ struct MergePagesParams {
   PagePartials partials;
   int tile_rows, max_tiles, num_kv_heads, group_size, groups;
   int warps, log2_warps;  // that share the partials of a row
-  int value_piece;  // ValueOperand's pieces, which say in what order partials have elements
+  int value_piece;        // ValueOperand's pieces, which say in what order partials have elements
   int tiles;
   std::int64_t num_tokens;
   OutputRule output;
