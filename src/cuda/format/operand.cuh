@@ -127,16 +127,12 @@ __device__ __forceinline__ std::uint32_t plus_1024(std::uint32_t bits, std::uint
   return ptx::and_or(bits, mask, 0x64006400U);
 }
 
-// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: the power of two, 2 to 16,
-// that divides the address of every row, or 0, where `access` says it.
+// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: a power of two, 2 to 16, that
+// divides the address of every row.
 template <int kBytes, int kAccess>
-__device__ __forceinline__ void load_piece(std::uint32_t at, int access, std::uint32_t (&words)[(kBytes + 3) / 4]) {
+__device__ __forceinline__ void load_piece(std::uint32_t at, std::uint32_t (&words)[(kBytes + 3) / 4]) {
   constexpr int kWords = (kBytes + 3) / 4;
-  if constexpr (kAccess == 0) {
-    if (access >= 8) return load_piece<kBytes, 8>(at, access, words);
-    if (access >= 4) return load_piece<kBytes, 4>(at, access, words);
-    load_piece<kBytes, 2>(at, access, words);
-  } else if constexpr (kAccess >= 16 && kBytes % 16 == 0) {
+  if constexpr (kAccess >= 16 && kBytes % 16 == 0) {
 #pragma unroll
     for (int w = 0; w < kWords; w += 4) ptx::load_shared_128(at + 4 * w, words + w);
   } else if constexpr (kAccess >= 8 && kBytes % 8 == 0) {

@@ -113,6 +113,7 @@ struct PageRuns {
 // them), its first query token, and its rows, negative where it has no slices.
 template <int kTileRows>
 __device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
+#pragma unroll 1
   for (int t = 0; t < shape.max_tiles; ++t) {
     const int rows = max(work.rows - t * kTileRows, 0);
     if (rows == 0 || work.slices == 0) {  // nobody has a run of it

@@ -71,7 +71,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
         }
       }
       for (; left > 0; --left) {  // what is left, and whatever is unusual
-        take<1, Config::kTail, 0>(segment);
+        take<1, Config::kTail, Config::kLeastAccess>(segment);
         if (kCentered && left % 16 == 0) center();
       }
       if constexpr (kCentered) center();
@@ -164,7 +164,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
       const std::uint32_t at = slice.at + key_at_ + i * 8 * p_.slice.key.slot_stride;
 #pragma unroll
       for (int j = 0; j < Keys::kCount; ++j) {
-        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, p_.key_access, slice.key[i][j]);
+        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, slice.key[i][j]);
       }
       slice.of_key[i] = load_meta<KeyF>(slice.at + key_meta_, i, p_.slice.key, p_.slice.key_scale, p_.head_size);
       slice.of_value[i] =
@@ -200,7 +200,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
         const std::uint32_t at = slices[n].at + value_at_[i % 2] + i / 2 * 8 * p_.slice.value.slot_stride;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
-          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, p_.value_access, slices[n].value[i][j]);
+          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, slices[n].value[i][j]);
         }
       }
     }

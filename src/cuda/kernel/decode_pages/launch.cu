@@ -136,9 +136,7 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   while (p.groups > 1 && fit < 2 * p.groups) --p.groups;
   p.num_stages = std::min(fit, kernel.max_stages) / p.groups * p.groups;
   if (p.num_stages < 1) return cudaErrorInvalidValue;
-  p.key_access = access_of(p.slice.key);
-  p.value_access = access_of(p.slice.value);
-  p.aligned = std::min(p.key_access, p.value_access) >= kernel.access;
+  p.aligned = std::min(access_of(p.slice.key), access_of(p.slice.value)) >= kernel.access;
   PagePartials& partials = p.partials_of_pages;
   partials.tiles = static_cast<int4*>(static_cast<void*>(params.partials.state));
   partials.state = static_cast<float2*>(static_cast<void*>(partials.tiles + tiles));

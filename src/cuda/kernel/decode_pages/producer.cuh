@@ -136,11 +136,13 @@ class PageProducer {
     const TileRows& tile = segment.tile;
     const SliceRun& run = segment.run;
     const int end = segment.num_slices;
+    // Every segment begins with the first group of warps: the last groups may get a stage without a slice.
+    const int stages = (end + p_.groups - 1) / p_.groups * p_.groups;
 #pragma unroll 1
-    for (int first = 0; first < end; first += 32) {
+    for (int first = 0; first < stages; first += 32) {
       const int blocks = first + lane_ < end ? checked(next, tile, run.slice(first + lane_)) : -1;
       next = first + 32 + lane_ < end ? entry_of(tile.batch, run.slice(first + 32 + lane_)) : -1;
-      const int count = min(32, end - first);
+      const int count = min(32, stages - first);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const int block = __shfl_sync(kFullWarp, blocks, i);
@@ -149,8 +151,6 @@ class PageProducer {
         copy_slice(block, key, careful);
       }
     }
-    // Every segment begins with the first group of warps.
-    for (int i = segment.num_slices % p_.groups; i > 0 && i < p_.groups; ++i) copy_slice(-1, 0, true);
   }
 
   __device__ __forceinline__ void copy_slice(int block, int key, bool careful) {
