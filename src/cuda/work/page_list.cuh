@@ -71,11 +71,8 @@ __device__ __forceinline__ SequenceSlices plain_slices(const AttentionParams& p,
   work.slices = work.rows > 0 && seq_len > 0 ? (seq_len + kSliceKeys - 1) / kSliceKeys : 0;
   return work;
 }
-template <int kTileRows>
-__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int batch) {
-  if (p.plain_mask) return plain_slices<kTileRows>(p, batch);
-  SequenceSlices work = sequence_rows<kTileRows>(p, batch);
-  if (work.rows <= 0) return work;
+// The slices that masks leave of a sequence. A call, as masked_keys is.
+static __device__ __noinline__ SequenceSlices masked_slices(const AttentionParams& p, int batch, SequenceSlices work) {
   const attention::SequenceMask sequence = load_sequence(p, batch, work.rows / p.group_size);
   const attention::KeyRange range =
       attention::visible_range(p.mask, sequence, sequence.context_len, sequence.seq_len - 1);
@@ -90,6 +87,12 @@ __device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams&
     work.run = {0, prefix, begin - prefix};
   }
   return work;
+}
+template <int kTileRows>
+__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int batch) {
+  if (p.plain_mask) return plain_slices<kTileRows>(p, batch);
+  const SequenceSlices work = sequence_rows<kTileRows>(p, batch);
+  return work.rows > 0 ? masked_slices(p, batch, work) : work;
 }
 
 // How the list is cut, by its number of grains.
@@ -110,6 +113,7 @@ struct PageRuns {
 // them), its first query token, and its rows, negative where it has no slices.
 template <int kTileRows>
 __device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
+#pragma unroll 1
   for (int t = 0; t < shape.max_tiles; ++t) {
     const int rows = max(work.rows - t * kTileRows, 0);
     if (rows == 0 || work.slices == 0) {  // nobody has a run of it
