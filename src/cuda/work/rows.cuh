@@ -74,20 +74,6 @@ __device__ __forceinline__ attention::KeyRange visible_keys(const AttentionParam
   return {0, last < 0 ? 0 : (sequence.causal ? min(last + 1, sequence.seq_len) : sequence.seq_len)};
 }
 
-// What masks leave of a split: keys that some row of first to last sees, and those that each does. A call, since it is
-// long and most launches have plain masks.
-struct SplitKeys {
-  attention::KeySpan span;
-  attention::FullRange full;
-};
-static __device__ __noinline__ SplitKeys masked_keys(const AttentionParams& p, attention::SequenceMask sequence,
-                                                     int first, int last, int split) {
-  const attention::KeyRange range = visible_keys(p, sequence, first, last);
-  const std::int64_t begin = split * p.split_size;
-  const std::int64_t end = split + 1 < p.max_splits ? begin + p.split_size : std::int64_t{range.end};
-  return {attention::clip(range, begin, end), attention::full_range(p.mask, sequence, first, last)};
-}
-
 // Fills in a tile whose batch, KV head, split and row_begin are set; false where it has no rows of this launch.
 __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, TileRows& tile) {
   tile.query_begin = p.cu_seqlens_q[tile.batch * p.cu_stride];
@@ -100,19 +86,17 @@ __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile
   const int last_row = min(tile.row_begin + tile_rows, tile.num_rows) - 1;
   const int first = sequence.context_len + tile.row_begin / p.group_size;
   const int last = sequence.context_len + last_row / p.group_size;
-  if (p.plain_mask && p.max_splits == 1) {  // what masked_keys makes of that
-    tile.first = tile.prefix_end = tile.begin = tile.full_begin = 0;
-    tile.end = visible_keys(p, sequence, first, last).end;
-    tile.full_end = first < 0 ? 0 : (sequence.causal ? first + 1 : sequence.seq_len);
-    return true;
-  }
-  const SplitKeys keys = masked_keys(p, sequence, first, last, tile.split);
-  tile.first = keys.span.first;
-  tile.prefix_end = keys.span.prefix_end;
-  tile.begin = keys.span.begin;
-  tile.end = keys.span.end;
-  tile.full_begin = keys.full.begin;
-  tile.full_end = keys.full.end;
+  const attention::KeyRange range = visible_keys(p, sequence, first, last);
+  const auto split = static_cast<std::int64_t>(tile.split);
+  const attention::KeySpan span = attention::clip(
+      range, split * p.split_size, split + 1 < p.max_splits ? (split + 1) * p.split_size : std::int64_t{range.end});
+  tile.first = span.first;
+  tile.prefix_end = span.prefix_end;
+  tile.begin = span.begin;
+  tile.end = span.end;
+  const attention::FullRange full = attention::full_range(p.mask, sequence, first, last);
+  tile.full_begin = full.begin;
+  tile.full_end = full.end;
   return true;
 }
 

@@ -45,7 +45,7 @@ struct DecodePagesConfig {
       KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
   static constexpr int kRowBytes = static_cast<int>(format::row_bytes<KeyF>(kHead) | format::row_bytes<ValueF>(kHead));
   static constexpr int kAccess = !kSlots ? 16 : kRowBytes % 4 == 0 ? 4 : 2;
-  static constexpr int kLeastAccess = kSlots ? 2 : 4;  // whatever the layout
+  static constexpr int kLeastAccess = kSlots ? 2 : 4;                      // whatever the layout
   static constexpr bool kTail = kCodesMayBeNaN<KeyF> || KeyF::kLevelNorm;  // elements past the head size matter
 
   static constexpr int kMaxStages = 32;

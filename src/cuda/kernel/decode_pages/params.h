@@ -26,7 +26,8 @@ struct DecodePagesParams : AttentionParams {
   int parts;   // sets of KV heads: block i works on set i % parts
   int groups;  // of warps, each of which has every head of the part and takes every groups-th slice
   int num_stages, stage_bytes;
-  bool aligned;  // PagesKernel::access divides the address of every row of a slice in shared memory: the plain loop serves
+  bool
+      aligned;  // PagesKernel::access divides the address of every row of a slice in shared memory: the plain loop serves
   attention::PageSlice slice;
   PagePartials partials_of_pages;
 };

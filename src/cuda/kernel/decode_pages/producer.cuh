@@ -74,16 +74,13 @@ class PageProducer {
         const int from = at;
         const int count = min(grains - from, left);
         typename Config::Segment segment;
-        segment.tile.kv_head = 0;  // each consumer's own
-        segment.tile.batch = batch;
-        segment.tile.split = 0;
-        segment.tile.row_begin = tile * Config::kRows;
         const int before = from << p_.list.grain_shift;
         segment.run = work.run.from(before);
         segment.num_slices = min(count << p_.list.grain_shift, work.slices - before);
         segment.slot = run + batch * p_.list.max_tiles + tile;
         const int blocks = lane_ < segment.num_slices ? entry_of(batch, segment.run.slice(lane_)) : -1;
-        complete_rows(p_, Config::kRows, segment.tile);  // while the block table is on its way
+        // While the block table is on its way:
+        segment.tile = tile_of_sequence<Config::kRows>(p_, work, batch, tile * Config::kRows);
         if (part_ == 0 && lane_ == 0) {
           int4& runs = p_.partials_of_pages.tiles[batch * p_.list.max_tiles + tile];
           if (from == 0) runs.x = run;
