@@ -5,6 +5,8 @@
 //
 // A split's result is folded into the row's running state in split order, whether the splits ran one after the other in
 // one task or in parallel through the workspace: the bits depend on split_size alone.
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -50,37 +52,47 @@ KeySpan split_keys(const AttentionCall& call, const QueryTile& tile, int index) 
   return attention::clip(tile.range, start, start + call.split_size);
 }
 
-void attend_all_splits(const AttentionCall& call, const QueryTile& tile, int kv_head, Scratch& scratch) {
-  const RowOf rows{call.shape.group_size(), kv_head};
-  const int num_rows = tile.num_tokens * rows.group;
+void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
+  const int num_rows = tile.num_tokens * call.shape.group_size();
   const SequenceMask sequence = call.sequence(tile.batch);
-  std::fill_n(scratch.total, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
-  std::fill_n(scratch.total_state, num_rows, SoftmaxState{});
-  if (tile.num_splits > 0) load_queries(call, tile, rows, scratch);
+  for (int h = 0; h < heads.count; ++h) {
+    std::fill_n(scratch.heads[h].total, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
+    std::fill_n(scratch.heads[h].total_state, num_rows, SoftmaxState{});
+  }
+  if (tile.num_splits > 0) load_queries(call, tile, heads, scratch);
   for (int s = 0; s < tile.num_splits; ++s) {
-    attend_split(call, tile, sequence, rows, split_keys(call, tile, s), scratch);
-    for (int m = 0; m < num_rows; ++m) {
-      const std::int64_t at = static_cast<std::int64_t>(m) * call.v_stride;
-      fold(scratch.acc + at, scratch.state[m], call.v_stride, scratch.total + at, scratch.total_state[m]);
+    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), scratch);
+    for (int h = 0; h < heads.count; ++h) {
+      const Scratch::Head& head = scratch.heads[h];
+      for (int m = 0; m < num_rows; ++m) {
+        fold(head.acc + static_cast<std::int64_t>(m) * call.acc_stride, head.state[m], call.v_stride,
+             head.total + static_cast<std::int64_t>(m) * call.v_stride, head.total_state[m]);
+      }
     }
   }
   const std::int64_t first_token = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
-  for (int m = 0; m < num_rows; ++m) {
-    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m),
-              scratch.total + static_cast<std::int64_t>(m) * call.v_stride, scratch.total_state[m]);
+  for (int h = 0; h < heads.count; ++h) {
+    const RowOf rows{call.shape.group_size(), heads.first + h};
+    for (int m = 0; m < num_rows; ++m) {
+      write_row(call, tile.batch, first_token + rows.token(m), rows.head(m),
+                scratch.heads[h].total + static_cast<std::int64_t>(m) * call.v_stride, scratch.heads[h].total_state[m]);
+    }
   }
 }
 
-void attend_one_split(const AttentionCall& call, const QueryTile& tile, int kv_head, int split,
+void attend_one_split(const AttentionCall& call, const QueryTile& tile, HeadRange heads, int split,
                       const Partials& partials, Scratch& scratch) {
-  const RowOf rows{call.shape.group_size(), kv_head};
-  load_queries(call, tile, rows, scratch);
-  attend_split(call, tile, call.sequence(tile.batch), rows, split_keys(call, tile, split), scratch);
-  for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
-    float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, split);
-    std::copy_n(scratch.acc + static_cast<std::int64_t>(m) * call.v_stride, call.v_stride, partial);
-    partial[call.v_stride] = scratch.state[m].max;
-    partial[call.v_stride + 1] = scratch.state[m].sum;
+  load_queries(call, tile, heads, scratch);
+  attend_split(call, tile, call.sequence(tile.batch), heads, split_keys(call, tile, split), scratch);
+  for (int h = 0; h < heads.count; ++h) {
+    const RowOf rows{call.shape.group_size(), heads.first + h};
+    const Scratch::Head& head = scratch.heads[h];
+    for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
+      float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, split);
+      std::copy_n(head.acc + static_cast<std::int64_t>(m) * call.acc_stride, call.v_stride, partial);
+      partial[call.v_stride] = head.state[m].max;
+      partial[call.v_stride + 1] = head.state[m].sum;
+    }
   }
 }
 
@@ -90,12 +102,13 @@ void fold_partials(const AttentionCall& call, const QueryTile& tile, int kv_head
   const std::int64_t first_token = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     SoftmaxState state;
-    std::fill_n(scratch.total, call.v_stride, 0.0F);
+    float* total = scratch.heads[0].total;
+    std::fill_n(total, call.v_stride, 0.0F);
     for (int s = 0; s < tile.num_splits; ++s) {
       const float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, s);
-      fold(partial, {partial[call.v_stride], partial[call.v_stride + 1]}, call.v_stride, scratch.total, state);
+      fold(partial, {partial[call.v_stride], partial[call.v_stride + 1]}, call.v_stride, total, state);
     }
-    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m), scratch.total, state);
+    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m), total, state);
   }
 }
 
@@ -128,12 +141,52 @@ std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile,
   return tiles;
 }
 
-// A task is one KV head of a tile, or one split of it.
+// A task is some KV heads of a tile, or one split of them.
 struct Task {
   std::size_t tile;
-  int kv_head;
+  HeadRange heads;
   int split;  // -1: all of them, one after the other
 };
+
+// KV heads of a task: the more, the longer the runs of memory that it reads; fewer, where threads would be idle or the
+// rows of one head are enough to work on. No result depends on it.
+int heads_of_task(const AttentionShape& shape, const std::vector<QueryTile>& tiles, int threads) {
+  std::int64_t parts = 0;
+  int most_tokens = 0;
+  for (const QueryTile& tile : tiles) {
+    parts += tile.partial < 0 ? 1 : tile.num_splits;
+    most_tokens = std::max(most_tokens, tile.num_tokens);
+  }
+  constexpr int kTasksOfAThread = 4;
+  int heads = std::min(shape.num_kv_heads, Scratch::kMaxHeads);
+  while (heads > 1 && (parts * ((shape.num_kv_heads + heads - 1) / heads) < std::int64_t{kTasksOfAThread} * threads ||
+                       heads * most_tokens * shape.group_size() > 2 * kQueryRows)) {
+    heads = (heads + 1) / 2;
+  }
+  return heads;
+}
+
+// Positions and their elements; the largest query dtype that needs no fp32.
+void set_operands(AttentionCall& call) {
+  call.k_positions = call.v_positions = 0;
+  call.query_parts = 1;
+  if (call.k_in_pairs()) {
+    const OperandFormat& format = call.key.operands;
+    call.k_positions = format.key_positions(call.key.shape);
+    call.k_order.resize(static_cast<std::size_t>(call.k_positions));
+    format.key_order(call.key.shape, call.k_order.data());
+    // bf16 holds a query of bf16 or fp8; the rest of fp16, and of what a rotation makes, is a second part.
+    const bool one = call.args.query.dtype != DType::kFloat16 && call.key.rotation == format::Rotation::kNone;
+    if (format.operand == Operand::kBFloat16 && !one) call.query_parts = 2;
+  }
+  if (call.v_in_pairs()) {
+    const OperandFormat& format = call.value.operands;
+    call.v_positions = format.value_positions(call.value.shape);
+    call.v_order.resize(static_cast<std::size_t>(call.v_positions));
+    format.value_order(call.value.shape, call.v_order.data());
+  }
+  call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
+}
 
 // A block id that would be read but does not exist, before anything is written.
 Status check_blocks(const AttentionCall& call, const std::vector<QueryTile>& tiles) {
@@ -187,14 +240,15 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
 Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace) {
   std::atomic<bool> decode_threw = false;
-  const AttentionCall call{
+  const bool exact = args.query.dtype == DType::kFloat32;
+  AttentionCall call{
       .args = args,
       .shape = shape,
       .k = kernels(),
       .key = make_reader(args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, shape.key_format,
-                         shape.head_size, backend, &decode_threw, false),
+                         shape.head_size, backend, &decode_threw, false, exact),
       .value = make_reader(args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
-                           shape.value_format, shape.head_size_v, backend, &decode_threw, true),
+                           shape.value_format, shape.head_size_v, backend, &decode_threw, true, exact),
       .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
                                         args.mm_prefix_clamp_window),
       .q_scale = make_scale_view(args.q_scale),
@@ -203,7 +257,14 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
       .split_size = plan.split_size,
       .k_stride = padded(shape.head_size),
       .v_stride = padded(shape.head_size_v),
+      .k_positions = 0,
+      .v_positions = 0,
+      .k_order = {},
+      .v_order = {},
+      .query_parts = 1,
+      .acc_stride = 0,
   };
+  set_operands(call);
 
   std::int64_t partial_rows = 0;
   const std::vector<QueryTile> tiles = cut_into_tiles(call, plan.query_tile, partial_rows);
@@ -217,13 +278,15 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
 
   std::vector<Task> tasks;
   std::vector<Task> folds;
+  const int task_heads = heads_of_task(shape, tiles, omp_get_max_threads());
   for (std::size_t t = 0; t < tiles.size(); ++t) {
-    for (int head = 0; head < shape.num_kv_heads; ++head) {
+    for (int first = 0; first < shape.num_kv_heads; first += task_heads) {
+      const HeadRange heads{first, std::min(task_heads, shape.num_kv_heads - first)};
       if (tiles[t].partial < 0) {
-        tasks.push_back({t, head, -1});
+        tasks.push_back({t, heads, -1});
       } else {
-        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, head, s});
-        folds.push_back({t, head, 0});
+        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, heads, s});
+        for (int h = 0; h < heads.count; ++h) folds.push_back({t, {first + h, 1}, 0});
       }
     }
   }
@@ -235,7 +298,7 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   std::atomic<bool> no_memory{false};
 #pragma omp parallel
   {
-    Scratch scratch(max_rows, call.k_stride, call.v_stride);
+    Scratch scratch(call, task_heads, max_rows);
     if (scratch.memory == nullptr) no_memory = true;
 #pragma omp barrier
     const std::size_t num_tasks = no_memory ? 0 : tasks.size();
@@ -244,14 +307,14 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
     for (std::size_t i = 0; i < num_tasks; ++i) {
       const Task& task = tasks[i];
       if (task.split < 0) {
-        attend_all_splits(call, tiles[task.tile], task.kv_head, scratch);
+        attend_all_splits(call, tiles[task.tile], task.heads, scratch);
       } else {
-        attend_one_split(call, tiles[task.tile], task.kv_head, task.split, partials, scratch);
+        attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, scratch);
       }
     }
 #pragma omp for schedule(dynamic)
     for (std::size_t i = 0; i < num_folds; ++i) {
-      fold_partials(call, tiles[folds[i].tile], folds[i].kv_head, partials, scratch);
+      fold_partials(call, tiles[folds[i].tile], folds[i].heads.first, partials, scratch);
     }
   }
   if (no_memory) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "format/formats.h"
+#include "support/attention_case.h"
 #include "support/modes.h"
 
 namespace quire::testing {
@@ -21,14 +23,34 @@ Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batc
   return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes);
 }
 
+// What the 16-bit products of src/cpu round. A query that is rotated, or that meets integer levels, becomes int16 by
+// steps of its largest element / largest, where 32-bit sums allow largest = 32767 for head sizes up to 512 and small
+// levels, and 2^31 / (d * 1958) for the codebooks: 8195 at d = 128, 2140 at 512. The error of an element is evenly
+// distributed over a step and the largest element is 3 to 4 standard deviations, so in the tolerance's terms (u / sqrt(3)
+// of an element) u is at most 4 / 2 / largest: 2^-14, or 2^-12 at d = 128. The codebooks' levels themselves are off by up
+// to 2.6e-4 of a standard deviation, 2^-12. bf16 queries in two parts keep 16 bits. Weights: int16 by steps of the tile's
+// largest weight / 32767, 2^-16 of it at most; bf16 in two parts, 2^-17.
+void set_cpu_tolerances(AttentionCase& problem) {
+  const Result<ModeInfo> mode = mode_info(problem.args.mode);
+  if (problem.options.dtype == DType::kFloat32 || !mode.ok()) return;
+  const format::FormatId key = format::find_format(mode->key_format);
+  if (key == format::FormatId::kNone) return;
+  const format::FormatInfo& info = format::format_info(key);
+  const bool codebook = info.level_norm;
+  const bool integer = info.rotation != format::Rotation::kNone || mode->key_format == "int8_per_token_head";
+  problem.serial_sums = 4.0;
+  problem.query_unit = codebook ? 0x1p-11 : (integer ? 0x1p-13 : 0x1p-24);
+  problem.weight_unit = 0x1p-15;
+}
+
 }  // namespace
 
 TestedOps ops{Device::kCpu,
-              {DType::kFloat32},
+              {DType::kFloat32, DType::kBFloat16},
               [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args); },
               attend_on_cpu,
               [](const MergeAttnStatesArgs& args) { return merge_attn_states(args); },
-              [](AttentionCase&) {}};
+              set_cpu_tolerances};
 
 std::vector<ModeAndQuery> modes_and_queries() {
   std::vector<ModeAndQuery> all;
