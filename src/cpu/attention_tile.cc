@@ -47,7 +47,7 @@ Scratch::Scratch(const AttentionCall& call, int num_heads, int rows) {
     take(weights, std::int64_t{2} * rows * kKeyTile);
     take(unit, rows);
     take(row, call.acc_stride);
-    take(keys, static_cast<std::int64_t>(kKeyGroup) * call.k_positions);
+    take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
     take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
     take(scale, kKeyTile);
     take(offset, kKeyTile);
@@ -197,17 +197,28 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
     const OperandFormat& format = call.key.operands;
     const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
     format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
+    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on their
+    // way to memory.
+    const auto group_size = [&](int first) { return std::min(kKeyGroup, keys.count - first); };
+    const auto operands = [&](int first) {
+      return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
+    };
+    const auto load = [&](int first) {
+      if (in_place || first >= keys.count) return;
+      format.load_keys(k_rows.from(first, group_size(first)), call.key.shape, operands(first));
+    };
+    load(0);
     for (int first = 0; first < keys.count; first += kKeyGroup) {
-      const int count = std::min(kKeyGroup, keys.count - first);
-      if (!in_place) format.load_keys(k_rows.from(first, count), call.key.shape, scratch.keys);
+      load(first + kKeyGroup);
+      const int count = group_size(first);
       if (format.divide_by_norms != nullptr) {
-        format.divide_by_norms(scratch.keys, count, call.k_positions, scratch.scale + first);
+        format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
       }
       const std::uint8_t* addresses[kKeyGroup];
       for (int n = 0; n < kKeyGroup; ++n) {
         const int key = std::min(n, count - 1);
         addresses[n] = in_place ? k_rows.data(first + key)
-                                : reinterpret_cast<const std::uint8_t*>(scratch.keys + key * call.k_positions);
+                                : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
       }
       call.k.dot_keys(format.operand, head.queries, addresses, count, scratch.scores + first, prefetch);
     }
@@ -293,23 +304,36 @@ void finish_rows(const AttentionCall& call, int num_rows, const Scratch::Head& h
   }
 }
 
-// The bytes of a tile's rows of some heads, in the order of their addresses where these ascend; rows that touch are one
-// run.
+// The bytes of a tile's rows of some heads, in the order of their addresses where these ascend.
 int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange heads, Prefetch::Run* runs) {
   int count = 0;
-  const auto add = [&](const std::uint8_t* begin, std::int64_t bytes) {
-    if (count > 0 && runs[count - 1].end == begin) {
-      runs[count - 1].end += bytes;
-    } else {
-      runs[count++] = {begin, begin + bytes};
+  // Rows of `bytes` at every `stride` from `begin` on: one run where they touch.
+  const auto add = [&](const std::uint8_t* begin, std::int64_t bytes, int num, std::int64_t stride) {
+    const bool touch = stride > 0 && stride <= bytes + 64;
+    for (int i = 0; i < (touch ? 1 : num) && count < Scratch::kMaxRuns; ++i) {
+      const std::uint8_t* row = begin + i * stride;
+      runs[count++] = {row, row + bytes + (touch ? (num - 1) * stride : 0)};
     }
   };
+  const int size = call.shape.block_size;
   for (int side = 0; side < 2; ++side) {
     const CacheReader& reader = side == 0 ? call.key : call.value;
     const RowAddress* rows = side == 0 ? keys.k : keys.v;
-    const bool whole = reader.head_stride <= 2 * reader.row_bytes;  // heads side by side
-    const std::int64_t bytes = whole ? (heads.count - 1) * reader.head_stride + reader.row_bytes : reader.row_bytes;
-    for (int n = 0; n < keys.count; ++n) add(rows[n].data + heads.first * reader.head_stride, bytes);
+    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + reader.row_bytes;
+    const bool whole = bytes <= 2 * heads.count * reader.row_bytes;  // heads lie side by side
+    const std::int64_t scale_bytes = (heads.count - 1) * reader.scale_head_stride + 4;
+    const bool scales = reader.scales != nullptr && scale_bytes <= 64;  // neither among the rows nor heads apart
+    for (int n = 0; n < keys.count;) {
+      const int num = std::min(keys.count - n, size - (keys.first + n) % size);  // in one block
+      for (int h = 0; h < (whole ? 1 : heads.count); ++h) {
+        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : reader.row_bytes, num,
+            reader.slot_stride);
+      }
+      if (scales) {
+        add(rows[n].meta + heads.first * reader.scale_head_stride, scale_bytes, num, reader.scale_slot_stride);
+      }
+      n += num;
+    }
   }
   return count;
 }
@@ -319,12 +343,14 @@ Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange 
                     Scratch& scratch) {
   Prefetch prefetch;
   if (ahead.count == 0 || call.key.row_bytes == 0 || call.value.row_bytes == 0) return prefetch;
-  prefetch.runs = scratch.runs;
-  prefetch.num_runs = prefetch_runs(call, ahead, heads, scratch.runs);
+  const int num_runs = prefetch_runs(call, ahead, heads, scratch.runs);
+  prefetch.run = scratch.runs;
+  prefetch.end_of_runs = scratch.runs + num_runs;
   std::int64_t lines = 0;
-  for (int i = 0; i < prefetch.num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
+  for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
   const int num_rows = tile.num_tokens * call.shape.group_size();
-  const std::int64_t steps = std::int64_t{heads.count} * ((num_rows + 3) / 4) * (kKeyTile / 8) * (call.k_stride / 16 + 1);
+  const std::int64_t steps = std::int64_t{heads.count} * ((num_rows + 3) / 4) * (kKeyTile / 8) *
+                             std::max(1, (call.k_stride + call.v_stride) / 64);
   prefetch.lines_a_step = static_cast<int>((lines + steps - 1) / steps);
   return prefetch;
 }

@@ -49,6 +49,7 @@ struct Scratch {
     attention::SoftmaxState* total_state;
   };
   static constexpr int kMaxHeads = 64;
+  static constexpr int kMaxRuns = 512;
 
   std::unique_ptr<std::uint8_t, Free> memory;
   Head heads[kMaxHeads];
@@ -56,12 +57,12 @@ struct Scratch {
   std::uint16_t* weights;  // [2, rows, kKeyTile]
   float* unit;             // [rows]
   float* row;              // [acc_stride]
-  std::uint16_t* keys;     // [kKeyGroup, k_positions]
+  std::uint16_t* keys;     // [2, kKeyGroup, k_positions]
   std::uint16_t* values;   // [kKeyTile / 2, v_positions, 2]
   float* scale;            // [kKeyTile] each
   float* offset;
   LevelTile k_tile, v_tile;
-  Prefetch::Run runs[2 * kKeyTile * 2];
+  Prefetch::Run runs[kMaxRuns];
 
   Scratch(const AttentionCall& call, int num_heads, int rows);
 };

@@ -64,23 +64,24 @@ struct Prefetch {
     const std::uint8_t* begin;
     const std::uint8_t* end;
   };
-  const Run* runs = nullptr;
-  int num_runs = 0, run = 0;
+  const Run* run = nullptr;  // the one after that of `at`
+  const Run* end_of_runs = nullptr;
   const std::uint8_t* at = nullptr;
-  int lines_a_step = 0;  // of a step of about 32 products
+  const std::uint8_t* end = nullptr;
+  int lines_a_step = 0;  // of a step of about 64 products of vectors
 
-  void lines(int count) {
-    while (count-- > 0 && run < num_runs) {
-      if (at == nullptr) at = runs[run].begin;
-      __builtin_prefetch(at, 0, 2);
-      at += 64;
-      if (at >= runs[run].end) {
-        ++run;
-        at = nullptr;
-      }
+  // Not for innermost loops, where its branches would cost registers.
+  void step() {
+    if (at >= end) {
+      if (run == end_of_runs) return;
+      at = run->begin;
+      end = run->end;
+      ++run;
     }
+    // The last step of a run may go past its end, to where the next often begins.
+    const std::uint8_t* last = at + std::int64_t{64} * lines_a_step;
+    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
   }
-  void step() { lines(lines_a_step); }
 };
 
 // The 16-bit operands of a format's rows on this target.

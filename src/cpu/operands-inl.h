@@ -16,6 +16,7 @@
 
 #include <cmath>
 
+#include "cpu/products-inl.h"
 #include "cpu/vector-inl.h"
 #include "format/float_types.h"
 
@@ -367,7 +368,9 @@ bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, fl
     }
   } else {
     std::uint8_t meta[kKeyTile * F::kMetaBytes];
-    for (int i = 0; i < n; ++i) std::memcpy(meta + i * F::kMetaBytes, rows.meta(i), F::kMetaBytes);
+    for (int i = 0; i < n; ++i) {
+      std::memcpy(meta + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
+    }
     const float unit = F::kLevelNorm ? 1.0F : OperandOf<F>::kUnit;
     for (int i = 0; i < n; ++i) {
       const format::Affine affine = F::read_meta(meta + i * F::kMetaBytes, shape);
@@ -388,17 +391,6 @@ bool values_finite(const std::uint16_t* values, int num_pairs, int positions) {
     bad = hn::Or(bad, hn::VecFromMask(U16(), hn::Eq(x, exponent)));
   }
   return hn::AllTrue(U16(), hn::Eq(bad, hn::Zero(U16())));
-}
-
-void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, float* scale) {
-  for (int n = 0; n < num_keys; ++n) {
-    auto squares = hn::Zero(I32());
-    for (int i = 0; i < positions; i += kWords) {
-      const auto x = hn::BitCast(I16(), hn::LoadU(U16(), keys + n * positions + i));
-      squares = dot(squares, x, x);
-    }
-    scale[n] /= std::sqrt(static_cast<float>(hn::GetLane(hn::SumOfLanes(I32(), squares))));
-  }
 }
 
 template <class F>

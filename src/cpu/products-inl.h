@@ -95,35 +95,83 @@ HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, cons
                                float* scores, Prefetch& prefetch) {
   const typename Products::Sum sum;
   const typename Products::Factor factor;
-  hn::Vec<typename Products::Sum> acc[kSets][kKeys];
-  for (int s = 0; s < kSets; ++s) {
-    for (int k = 0; k < kKeys; ++k) acc[s][k] = hn::Zero(sum);
-  }
-  const std::uint8_t* rows[kKeys];
-  for (int k = 0; k < kKeys; ++k) rows[k] = keys[k];
-  const int part_words = queries.positions * kBlocks;
-  const std::uint16_t* q = queries.data + static_cast<std::int64_t>(first_set) * queries.parts * part_words;
-  for (int part = 0; part < queries.parts; ++part, q += part_words) {
-    const int bytes = queries.positions * 2;
-    const std::uint16_t* at = q;
-    for (int i = 0; i < bytes; i += 16, at += kWords) {
-      hn::Vec<typename Products::Factor> query[kSets];
-      for (int s = 0; s < kSets; ++s) {
-        query[s] = hn::BitCast(factor, hn::LoadU(U16(), at + static_cast<std::int64_t>(s) * queries.parts * part_words));
-      }
-      for (int k = 0; k < kKeys; ++k) {
-        const auto key = hn::BitCast(factor, hn::LoadDup128(U8(), rows[k] + i));
-        for (int s = 0; s < kSets; ++s) acc[s][k] = dot(acc[s][k], query[s], key);
-      }
-      if (i & 16) prefetch.step();
+  // Two sums of each where there are few, which wait for each other less.
+  constexpr int kChains = kSets == 1 ? 2 : 1;
+  hn::Vec<typename Products::Sum> acc[kChains][kSets][kKeys];
+  HWY_UNROLL(2)
+  for (int c = 0; c < kChains; ++c) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kSets; ++s) {
+      HWY_UNROLL(8)
+      for (int k = 0; k < kKeys; ++k) acc[c][s][k] = hn::Zero(sum);
     }
   }
+  const std::uint8_t* rows[kKeys];
+  HWY_UNROLL(8)
+  for (int k = 0; k < kKeys; ++k) rows[k] = keys[k];
+  const int part_words = queries.positions * kBlocks;
+  const std::int64_t set_words = static_cast<std::int64_t>(queries.parts) * part_words;
+  const std::uint16_t* q = queries.data + first_set * set_words;
+  const int bytes = queries.positions * 2;
+  const auto eight = [&]<int kChain>(const std::uint16_t* at, int i) HWY_ATTR {
+    hn::Vec<typename Products::Factor> query[kSets];
+    HWY_UNROLL(4)
+    for (int s = 0; s < kSets; ++s) query[s] = hn::BitCast(factor, hn::LoadU(U16(), at + s * set_words));
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; ++k) {
+      const auto key = hn::BitCast(factor, hn::LoadDup128(U8(), rows[k] + i));
+      HWY_UNROLL(4)
+      for (int s = 0; s < kSets; ++s) add_dot(acc[kChain][s][k], query[s], key);
+    }
+  };
+  for (int part = 0; part < queries.parts; ++part, q += part_words) {
+    for (int i = 0; i < bytes;) {
+      prefetch.step();
+      const int end = i + 128 < bytes ? i + 128 : bytes;
+      for (; i + 32 <= end; i += 32) {
+        eight.template operator()<0>(q + i / 2 * kBlocks, i);
+        eight.template operator()<kChains - 1>(q + (i / 2 + 8) * kBlocks, i + 16);
+      }
+      if (i < end) {
+        eight.template operator()<0>(q + i / 2 * kBlocks, i);
+        i += 16;
+      }
+    }
+  }
+  if constexpr (kChains == 2) {
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; ++k) acc[0][0][k] = hn::Add(acc[0][0][k], acc[1][0][k]);
+  }
+  HWY_UNROLL(4)
   for (int s = 0; s < kSets; ++s) {
     const auto step = hn::LoadU(F32(), queries.step + (first_set + s) * kBlocks * 4);
     float* out = scores + static_cast<std::int64_t>(first_set + s) * kBlocks * kKeyTile;
+    HWY_UNROLL(8)
     for (int k = 0; k < kKeys; k += 4) {
-      const auto four = reduce4<Products>(acc[s][k], acc[s][k + 1], acc[s][k + 2], acc[s][k + 3]);
+      const auto four = reduce4<Products>(acc[0][s][k], acc[0][s][k + 1], acc[0][s][k + 2], acc[0][s][k + 3]);
       store_blocks(hn::Mul(Products::to_float(four), step), out + k);
+    }
+  }
+}
+
+// scale[n] /= the norm of the levels of key n. Rows up to the next multiple of 4 are readable.
+void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, float* scale) {
+  for (int n = 0; n < num_keys; n += 4) {
+    hn::Vec<I32> squares[4] = {hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32())};
+    for (int i = 0; i < positions; i += kWords) {
+      HWY_UNROLL(4)
+      for (int k = 0; k < 4; ++k) {
+        const auto x = hn::BitCast(I16(), hn::LoadU(U16(), keys + (n + k) * positions + i));
+        add_dot(squares[k], x, x);
+      }
+    }
+    HWY_ALIGN float blocks[kFloats];
+    hn::Store(hn::ConvertTo(F32(), reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3])), F32(),
+              blocks);
+    for (int k = 0; k < 4 && n + k < num_keys; ++k) {
+      float sum = 0.0F;
+      for (int b = 0; b < kBlocks; ++b) sum += blocks[4 * b + k];
+      scale[n + k] /= std::sqrt(sum);
     }
   }
 }
@@ -162,15 +210,17 @@ HWY_INLINE std::int32_t weight_pair(const std::uint16_t* weights) {
 }
 
 // kRows rows by kVectors vectors of positions.
-template <class Products, int kRows, int kVectors>
-HWY_INLINE void accumulate_values_block(int parts, const std::uint16_t* weights, std::int64_t part_stride,
+template <class Products, int kRows, int kVectors, int kParts>
+HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t part_stride,
                                         int num_pairs, const std::uint16_t* values, std::int64_t pair_stride,
                                         const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
   const typename Products::Sum sum;
   const typename Products::Factor factor;
   constexpr bool kInteger = std::is_same_v<Products, Int16Products>;
   hn::Vec<typename Products::Sum> a[kRows][kVectors];
+  HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kInteger) {
         a[r][v] = hn::Zero(sum);
@@ -179,19 +229,28 @@ HWY_INLINE void accumulate_values_block(int parts, const std::uint16_t* weights,
       }
     }
   }
-  for (int pair = 0; pair < num_pairs; ++pair, values += pair_stride, weights += 2) {
-    hn::Vec<typename Products::Factor> x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = hn::BitCast(factor, hn::LoadU(U16(), values + v * kWords));
-    for (int r = 0; r < kRows; ++r) {
-      for (int part = 0; part < parts; ++part) {
-        const std::int32_t w = weight_pair(weights + part * part_stride + r * kKeyTile);
-        const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
-        for (int v = 0; v < kVectors; ++v) a[r][v] = dot(a[r][v], x[v], weight);
+  for (int pair = 0; pair < num_pairs;) {
+    prefetch.step();
+    const int end = pair + 4 < num_pairs ? pair + 4 : num_pairs;
+    for (; pair < end; ++pair, values += pair_stride, weights += 2) {
+      hn::Vec<typename Products::Factor> x[kVectors];
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) x[v] = hn::BitCast(factor, hn::LoadU(U16(), values + v * kWords));
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) {
+        HWY_UNROLL(2)
+        for (int part = 0; part < kParts; ++part) {
+          const std::int32_t w = weight_pair(weights + part * part_stride + r * kKeyTile);
+          const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
+          HWY_UNROLL(4)
+          for (int v = 0; v < kVectors; ++v) add_dot(a[r][v], x[v], weight);
+        }
       }
     }
-    prefetch.step();
   }
+  HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
       float* to = acc + static_cast<std::int64_t>(r) * acc_stride + v * kFloats;
       if constexpr (kInteger) {
@@ -203,8 +262,8 @@ HWY_INLINE void accumulate_values_block(int parts, const std::uint16_t* weights,
   }
 }
 
-template <class Products, int kVectors>
-void accumulate_columns(int parts, const std::uint16_t* weights, int num_rows, int num_pairs,
+template <class Products, int kVectors, int kParts>
+void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pairs,
                         const std::uint16_t* values, std::int64_t pair_stride, const float* unit, float* acc,
                         int acc_stride, Prefetch& prefetch) {
   const std::int64_t part_stride = static_cast<std::int64_t>(num_rows) * kKeyTile;
@@ -212,7 +271,7 @@ void accumulate_columns(int parts, const std::uint16_t* weights, int num_rows, i
     const std::uint16_t* w = weights + static_cast<std::int64_t>(m) * kKeyTile;
     float* to = acc + static_cast<std::int64_t>(m) * acc_stride;
     const auto rows = [&]<int kRows>() {
-      accumulate_values_block<Products, kRows, kVectors>(parts, w, part_stride, num_pairs, values, pair_stride, unit + m,
+      accumulate_values_block<Products, kRows, kVectors, kParts>(w, part_stride, num_pairs, values, pair_stride, unit + m,
                                                          to, acc_stride, prefetch);
       m += kRows;
     };
@@ -232,8 +291,8 @@ void accumulate_columns(int parts, const std::uint16_t* weights, int num_rows, i
   }
 }
 
-template <class Products>
-void accumulate_values_of(int parts, const std::uint16_t* weights, int num_rows, int num_keys,
+template <class Products, int kParts>
+void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_keys,
                           const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                           Prefetch& prefetch) {
   const int vectors = positions / kFloats;
@@ -241,7 +300,7 @@ void accumulate_values_of(int parts, const std::uint16_t* weights, int num_rows,
   const std::int64_t pair_stride = static_cast<std::int64_t>(positions) * 2;
   int v = 0;
   const auto columns = [&]<int kVectors>() {
-    accumulate_columns<Products, kVectors>(parts, weights, num_rows, num_pairs, values + v * kWords, pair_stride, unit,
+    accumulate_columns<Products, kVectors, kParts>(weights, num_rows, num_pairs, values + v * kWords, pair_stride, unit,
                                            acc + v * kFloats, acc_stride, prefetch);
     v += kVectors;
   };
@@ -251,9 +310,10 @@ void accumulate_values_of(int parts, const std::uint16_t* weights, int num_rows,
 void accumulate_values(Operand operand, int parts, const std::uint16_t* weights, int num_rows, int num_keys,
                        const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                        Prefetch& prefetch) {
-  const auto run = operand == Operand::kBFloat16 ? &accumulate_values_of<BFloat16Products>
-                                                 : &accumulate_values_of<Int16Products>;
-  run(parts, weights, num_rows, num_keys, values, positions, unit, acc, acc_stride, prefetch);
+  const auto run = operand == Operand::kInt16 ? &accumulate_values_of<Int16Products, 1>
+                   : parts == 1               ? &accumulate_values_of<BFloat16Products, 1>
+                                              : &accumulate_values_of<BFloat16Products, 2>;
+  run(weights, num_rows, num_keys, values, positions, unit, acc, acc_stride, prefetch);
 }
 
 }  // namespace

@@ -39,31 +39,45 @@ void softmax_tile(float* scores, int num_rows, int num_keys, attention::SoftmaxS
                   float* offset_sum) {
   const F32 d;
   const auto none = hn::Set(d, -INFINITY);
-  for (int m = 0; m < num_rows; ++m, scores += kKeyTile) {
-    auto top = none;
-    for (int n = 0; n < num_keys; n += kFloats) {
-      const auto x = hn::LoadU(d, scores + n);
-      top = hn::Max(hn::IfThenElse(hn::IsNaN(x), none, x), top);
+  // Some rows at a time, so that their maxima and sums do not wait for each other.
+  constexpr int kRows = 8;
+  for (int first = 0; first < num_rows; first += kRows) {
+    const int rows = num_rows - first < kRows ? num_rows - first : kRows;
+    float* tile = scores + static_cast<std::int64_t>(first) * kKeyTile;
+    float max[kRows], sum[kRows];
+    for (int m = 0; m < rows; ++m) {
+      auto top = none;
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto x = hn::LoadU(d, tile + m * kKeyTile + n);
+        top = hn::Max(hn::IfThenElse(hn::IsNaN(x), none, x), top);
+      }
+      max[m] = hn::GetLane(hn::MaxOfLanes(d, top));
     }
-    const float max = exact::max(hn::GetLane(hn::MaxOfLanes(d, top)), state[m].max);
-    const auto maximum = hn::Set(d, max == -INFINITY ? 0.0F : max);
-    auto sum = hn::Zero(d);
-    for (int n = 0; n < num_keys; n += kFloats) {
-      const auto x = hn::Sub(hn::LoadU(d, scores + n), maximum);
-      // Exp returns 0 for very negative arguments, -inf included; a NaN must survive it.
-      const auto e = hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
-      hn::StoreU(e, d, scores + n);
-      sum = hn::Add(sum, e);
+    for (int m = 0; m < rows; ++m) max[m] = exact::max(max[m], state[first + m].max);
+    for (int m = 0; m < rows; ++m) {
+      const auto maximum = hn::Set(d, max[m] == -INFINITY ? 0.0F : max[m]);
+      auto total = hn::Zero(d);
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto x = hn::Sub(hn::LoadU(d, tile + m * kKeyTile + n), maximum);
+        // Exp returns 0 for very negative arguments, -inf included; a NaN must survive it.
+        const auto e = hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+        hn::StoreU(e, d, tile + m * kKeyTile + n);
+        total = hn::Add(total, e);
+      }
+      sum[m] = hn::GetLane(hn::SumOfLanes(d, total));
     }
-    if (max != state[m].max) {
-      const float factor = attention::rescale(state[m].max, max);
-      float* row = acc + static_cast<std::int64_t>(m) * acc_stride;
-      for (int i = 0; i < acc_stride; ++i) row[i] *= factor;
-      offset_sum[m] *= factor;
-      state[m].sum *= factor;
-      state[m].max = max;
+    for (int m = 0; m < rows; ++m) {
+      attention::SoftmaxState& own = state[first + m];
+      if (max[m] != own.max) {
+        const float factor = attention::rescale(own.max, max[m]);
+        float* row = acc + static_cast<std::int64_t>(first + m) * acc_stride;
+        for (int i = 0; i < acc_stride; ++i) row[i] *= factor;
+        offset_sum[first + m] *= factor;
+        own.sum *= factor;
+        own.max = max[m];
+      }
+      own.sum += sum[m];
     }
-    state[m].sum += hn::GetLane(hn::SumOfLanes(d, sum));
   }
 }
 
