@@ -5,8 +5,6 @@
 //
 // A split's result is folded into the row's running state in split order, whether the splits ran one after the other in
 // one task or in parallel through the workspace: the bits depend on split_size alone.
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -21,6 +19,7 @@
 #include "cpu/cache_reader.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 #include "quire/mode.h"
 
 namespace quire::cpu {
@@ -278,7 +277,8 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
 
   std::vector<Task> tasks;
   std::vector<Task> folds;
-  const int task_heads = heads_of_task(shape, tiles, omp_get_max_threads());
+  const int threads = max_threads();
+  const int task_heads = heads_of_task(shape, tiles, threads);
   for (std::size_t t = 0; t < tiles.size(); ++t) {
     for (int first = 0; first < shape.num_kv_heads; first += task_heads) {
       const HeadRange heads{first, std::min(task_heads, shape.num_kv_heads - first)};
@@ -295,32 +295,29 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   for (const QueryTile& tile : tiles) most_tokens = std::max(most_tokens, tile.num_tokens);
   const int max_rows = most_tokens * shape.group_size();
   // All threads have their memory before one of them writes to an output.
-  std::atomic<bool> no_memory{false};
-#pragma omp parallel
-  {
-    Scratch scratch(call, task_heads, max_rows);
-    if (scratch.memory == nullptr) no_memory = true;
-#pragma omp barrier
-    const std::size_t num_tasks = no_memory ? 0 : tasks.size();
-    const std::size_t num_folds = no_memory ? 0 : folds.size();
-#pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < num_tasks; ++i) {
-      const Task& task = tasks[i];
-      if (task.split < 0) {
-        attend_all_splits(call, tiles[task.tile], task.heads, scratch);
-      } else {
-        attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, scratch);
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (std::size_t i = 0; i < num_folds; ++i) {
-      fold_partials(call, tiles[folds[i].tile], folds[i].heads.first, partials, scratch);
-    }
+  const auto num_threads = static_cast<int>(
+      std::min<std::size_t>(static_cast<std::size_t>(threads), std::max<std::size_t>(1, tasks.size())));
+  std::vector<Scratch> scratch(static_cast<std::size_t>(num_threads));
+  const std::size_t bytes = scratch[0].lay_out(call, task_heads, max_rows, nullptr);
+  std::uint8_t* memory = scratch_memory(bytes * scratch.size());
+  if (memory == nullptr) {
+    return internal_error("no memory for the scratch of " + std::to_string(num_threads) + " threads, " +
+                          std::to_string(max_rows) + " rows of queries, logits and results each");
   }
-  if (no_memory) {
-    return internal_error("no memory for the scratch of a thread, " + std::to_string(max_rows) +
-                          " rows of queries, logits and results");
-  }
+  for (std::size_t t = 0; t < scratch.size(); ++t) scratch[t].lay_out(call, task_heads, max_rows, memory + t * bytes);
+  run_tasks(static_cast<std::int64_t>(tasks.size()), num_threads, [&](std::int64_t index, int thread) {
+    const Task& task = tasks[static_cast<std::size_t>(index)];
+    Scratch& own = scratch[static_cast<std::size_t>(thread)];
+    if (task.split < 0) {
+      attend_all_splits(call, tiles[task.tile], task.heads, own);
+    } else {
+      attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, own);
+    }
+  });
+  run_tasks(static_cast<std::int64_t>(folds.size()), num_threads, [&](std::int64_t index, int thread) {
+    const Task& task = folds[static_cast<std::size_t>(index)];
+    fold_partials(call, tiles[task.tile], task.heads.first, partials, scratch[static_cast<std::size_t>(thread)]);
+  });
   if (decode_threw) {
     const Result<ModeInfo> mode = mode_info(args.mode);
     return internal_error("decode_row of mode " + (mode ? mode->name : "?") +

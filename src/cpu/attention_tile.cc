@@ -14,56 +14,44 @@ using attention::LogitRule;
 using attention::SequenceMask;
 using attention::SoftmaxState;
 
-Scratch::Scratch(const AttentionCall& call, int num_heads, int rows) {
-  static_assert(sizeof(SoftmaxState) == 2 * sizeof(float));
+std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base) {
   const int num_sets = (rows + call.k.blocks - 1) / call.k.blocks;
   const int set_rows = num_sets * call.k.blocks;  // rows of scores that products write
   std::size_t bytes = 0;
-  // Twice: what it all takes, then where it lies.
-  for (std::uint8_t* base = nullptr;;) {
-    bytes = 0;
-    const auto take = [&]<class T>(T*& at, std::int64_t count) {
-      at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
-      bytes += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    };
-    for (int h = 0; h < num_heads; ++h) {
-      Head& head = heads[h];
-      take(head.q, static_cast<std::int64_t>(rows) * call.k_stride);
-      take(head.q_sum, rows);
-      if (call.k_in_pairs()) {
-        head.queries.num_sets = num_sets;
-        head.queries.parts = call.query_parts;
-        head.queries.positions = call.k_positions;
-        take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
-        take(head.queries.step, std::int64_t{4} * set_rows);
-      }
-      take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
-      take(head.offset_sum, rows);
-      take(head.state, rows);
-      take(head.total, static_cast<std::int64_t>(rows) * call.v_stride);
-      take(head.total_state, rows);
+  const auto take = [&]<class T>(T*& at, std::int64_t count) {
+    at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
+    bytes += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  };
+  for (int h = 0; h < num_heads; ++h) {
+    Head& head = heads[h];
+    take(head.q, static_cast<std::int64_t>(rows) * call.k_stride);
+    take(head.q_sum, rows);
+    if (call.k_in_pairs()) {
+      head.queries.num_sets = num_sets;
+      head.queries.parts = call.query_parts;
+      head.queries.positions = call.k_positions;
+      take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
+      take(head.queries.step, std::int64_t{4} * set_rows);
     }
-    take(scores, static_cast<std::int64_t>(set_rows) * kKeyTile);
-    take(weights, std::int64_t{2} * rows * kKeyTile);
-    take(unit, rows);
-    take(row, call.acc_stride);
-    take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
-    take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
-    take(scale, kKeyTile);
-    take(offset, kKeyTile);
-    take(k_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.k_stride);
-    take(v_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.v_stride);
-    if (base != nullptr) break;
-    memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
-    if (memory == nullptr) return;
-    base = memory.get();
+    take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
+    take(head.offset_sum, rows);
+    take(head.state, rows);
+    take(head.total, static_cast<std::int64_t>(rows) * call.v_stride);
+    take(head.total_state, rows);
   }
+  take(scores, static_cast<std::int64_t>(set_rows) * kKeyTile);
+  take(weights, std::int64_t{2} * rows * kKeyTile);
+  take(unit, rows);
+  take(row, call.acc_stride);
+  take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
+  take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
+  take(scale, kKeyTile);
+  take(offset, kKeyTile);
+  take(k_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.k_stride);
+  take(v_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.v_stride);
   k_tile.stride = call.k_stride;
   v_tile.stride = call.v_stride;
-  for (int h = 0; h < num_heads; ++h) {
-    std::uninitialized_fill_n(heads[h].state, rows, SoftmaxState{});
-    std::uninitialized_fill_n(heads[h].total_state, rows, SoftmaxState{});
-  }
+  return bytes;
 }
 
 namespace {
@@ -85,8 +73,8 @@ void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange he
     for (int m = 0; m < num_rows; ++m) {
       float* q = head.q + static_cast<std::int64_t>(m) * call.k_stride;
       const std::int64_t at = (first + rows.token(m)) * query.strides[0] + rows.head(m) * query.strides[1];
-      load_floats(query.ptr<const std::uint8_t>() + at * static_cast<std::int64_t>(dtype_bytes(query.dtype)),
-                  query.dtype, call.shape.head_size, q);
+      call.k.load_row(query.ptr<const std::uint8_t>() + at * static_cast<std::int64_t>(dtype_bytes(query.dtype)),
+                      query.dtype, call.shape.head_size, q);
       call.k.rotate(call.key.rotation, q, call.key.shape);
       std::fill(q + call.shape.head_size, q + call.k_stride, 0.0F);
       float sum = 0.0F;
@@ -164,8 +152,7 @@ void apply_rules(const AttentionCall& call, const QueryTile& tile, const Sequenc
 // Whether every row sees every key of the tile.
 bool all_visible(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const TileKeys& keys) {
   const int first = sequence.context_len + tile.first_row;
-  const attention::FullRange full =
-      attention::full_range(call.mask, sequence, first, first + tile.num_tokens - 1);
+  const attention::FullRange full = attention::full_range(call.mask, sequence, first, first + tile.num_tokens - 1);
   return keys.first >= full.begin && keys.first + keys.count <= full.end;
 }
 
@@ -175,7 +162,8 @@ void apply_mask(const AttentionCall& call, const QueryTile& tile, const Sequence
     const int p = sequence.context_len + tile.first_row + t;
     for (int n = 0; n < keys.count; ++n) {
       if (attention::visible(call.mask, sequence, p, keys.first + n)) continue;
-      for (int g = 0; g < rows.group; ++g) scores[static_cast<std::int64_t>(t * rows.group + g) * kKeyTile + n] = -INFINITY;
+      for (int g = 0; g < rows.group; ++g)
+        scores[static_cast<std::int64_t>(t * rows.group + g) * kKeyTile + n] = -INFINITY;
     }
   }
 }
@@ -186,7 +174,7 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
   const int num_rows = tile.num_tokens * rows.group;
   const float factor = call.args.softmax_scale * call.q_scale.at(tile.batch, rows.kv_head) *
                        call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
-  const TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head);
+  const TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
   if (!call.k_in_pairs()) {
     LevelTile& k = scratch.k_tile;
     call.key.load_tile(k_rows, rows.kv_head, k);
@@ -256,11 +244,19 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
   }
 }
 
+// bf16 weights come in two parts, 16 bits in all. Many rows of queries are bound by products rather than by memory, and
+// bf16 values hold no more bits than one part: there it is one.
+int weight_parts(const OperandFormat& format, int num_rows) {
+  constexpr int kManyRows = 16;
+  if (format.operand == Operand::kInt16) return 1;
+  return format.keys_in_place && num_rows > kManyRows ? 1 : 2;
+}
+
 // acc += P V; scratch.scores holds the softmax weights.
 void tile_output(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
                  const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
   const int num_rows = tile.num_tokens * rows.group;
-  const TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head);
+  const TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
   const OperandFormat& format = call.value.operands;
   if (call.v_in_pairs()) {
     // Numbers that are not finite: of a bf16, only in the way of rows that do not see them; a scale's always, as int16
@@ -271,7 +267,7 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
       finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
     }
     if (finite) {
-      const int parts = format.operand == Operand::kBFloat16 ? 2 : 1;
+      const int parts = weight_parts(format, num_rows);
       call.k.make_weights(format.operand, parts, scratch.scores, num_rows, keys.count, scratch.scale,
                           format.has_offset ? scratch.offset : nullptr, scratch.weights, scratch.unit, head.offset_sum);
       return call.k.accumulate_values(format.operand, parts, scratch.weights, num_rows, keys.count, scratch.values,

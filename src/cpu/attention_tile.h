@@ -8,9 +8,8 @@
 // Several KV heads take turns at each tile of keys, where their rows lie side by side: memory is read in order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 #include "attention/softmax.h"
 #include "cpu/attention_call.h"
@@ -30,13 +29,8 @@ struct HeadRange {
   int first, count;
 };
 
-// One thread's memory, for `heads` KV heads of `rows` query rows each; what is said of one head is repeated for each. It
-// is made inside a parallel region, which no exception may leave: without memory, the pointer is null and nothing else
-// may be looked at.
+// One thread's memory, for `heads` KV heads of `rows` query rows each; what is said of one head is repeated for each.
 struct Scratch {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
   // Of one KV head.
   struct Head {
     float* q;                        // [rows, k_stride]
@@ -51,7 +45,6 @@ struct Scratch {
   static constexpr int kMaxHeads = 64;
   static constexpr int kMaxRuns = 512;
 
-  std::unique_ptr<std::uint8_t, Free> memory;
   Head heads[kMaxHeads];
   float* scores;           // [rows, kKeyTile]
   std::uint16_t* weights;  // [2, rows, kKeyTile]
@@ -64,7 +57,8 @@ struct Scratch {
   LevelTile k_tile, v_tile;
   Prefetch::Run runs[kMaxRuns];
 
-  Scratch(const AttentionCall& call, int num_heads, int rows);
+  // Lays the pointers out from `base` on, which may be null, and returns how many bytes that takes.
+  std::size_t lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base);
 };
 
 // Fills the queries of the scratch, rotated as the keys are.

@@ -20,7 +20,7 @@ struct CacheReader : attention::PagedRows {
   format::Rotation rotation = format::Rotation::kNone;
   float unrotate = 1.0F;
   Kernels::LoadTile load = nullptr;
-  OperandFormat operands{};  // what 16-bit products take; kFloat32: the levels of load_tile are multiplied
+  OperandFormat operands{};    // what 16-bit products take; kFloat32: the levels of load_tile are multiplied
   std::int64_t row_bytes = 0;  // of codes and metadata in the row, where they are known
   const QuantKVBackend* backend = nullptr;    // decodes rows where load is null
   std::atomic<bool>* decode_threw = nullptr;  // set where it threw
@@ -32,10 +32,10 @@ struct CacheReader : attention::PagedRows {
     const std::uint8_t* meta = scales != nullptr ? scale(block, slot, 0) : nullptr;
     return {codes, in_row_meta > 0 ? codes + in_row_meta : meta, side(block, 0).page};
   }
-  TileRows tile_rows(const RowAddress* rows, int num_rows, int kv_head) const {
+  TileRows tile_rows(const RowAddress* rows, int num_rows, int kv_head, Prefetch* prefetch) const {
     const std::int64_t data_step = kv_head * head_stride;
     const std::int64_t meta_step = in_row_meta > 0 ? data_step : kv_head * scale_head_stride;
-    return {rows, num_rows, data_step, meta_step, kv_head * page_head_stride};
+    return {rows, num_rows, data_step, meta_step, kv_head * page_head_stride, prefetch};
   }
 
   // Rows of one KV head as fp32 levels.

@@ -10,6 +10,7 @@
 #include "cpu/operands-inl.h"
 #include "cpu/products-inl.h"
 #include "cpu/softmax-inl.h"
+#include "cpu/store-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu {
@@ -30,6 +31,7 @@ constexpr Kernels::LoadTile load_tile_if_enabled() {
 template <class... Fs>
 Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
   Kernels k{.target = target,
+            .load_row = &load_row,
             .encode_row = {encode_row_if_enabled<Fs>()...},
             .load_tile = {load_tile_if_enabled<Fs>()...},
             .dot_tile = &dot_tile,
@@ -37,8 +39,8 @@ Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
             .make_logits = &make_logits,
             .softmax_tile = &softmax_tile,
             .make_weights = &make_weights,
-            .rotate = &rotate,
-            .rotate_back = &rotate_back};
+            .rotate = &rotate_row,
+            .rotate_back = &rotate_row_back};
 #if QUIRE_CPU_HAS_PAIRS
   k.blocks = kBlocks;
   k.operands = {operand_format<Fs>()...};

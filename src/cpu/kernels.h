@@ -29,35 +29,6 @@ struct RowAddress {
   const std::uint8_t* page;  // metadata of the page and KV head; null where there is none
 };
 
-// Rows of some keys: addresses of the first KV head, and the bytes from there to the KV head at hand.
-struct TileRows {
-  const RowAddress* rows;
-  int num_rows;
-  std::int64_t data_step, meta_step, page_step;
-
-  const std::uint8_t* data(int n) const { return rows[n].data + data_step; }
-  const std::uint8_t* meta(int n) const { return rows[n].meta == nullptr ? nullptr : rows[n].meta + meta_step; }
-  const std::uint8_t* page(int n) const { return rows[n].page == nullptr ? nullptr : rows[n].page + page_step; }
-  TileRows from(int first, int count) const { return {rows + first, count, data_step, meta_step, page_step}; }
-};
-
-// Keys (or values) handled together.
-inline constexpr int kKeyTile = 64;
-// Keys whose 16-bit operands are made and multiplied together.
-inline constexpr int kKeyGroup = 16;
-
-// A tile of decoded rows: value = scale[n] * levels[n][i] + offset[n].
-struct LevelTile {
-  float* levels;  // [kKeyTile, stride]
-  int stride;     // padded(head_size)
-  float scale[kKeyTile];
-  float offset[kKeyTile];
-  bool any_offset;  // some offset is not 0
-  bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
-};
-
-enum class Operand : std::uint8_t { kFloat32, kBFloat16, kInt16 };
-
 // The cache lines of the next keys, asked for a few at a time between products: runs of bytes, one after the other.
 struct Prefetch {
   struct Run {
@@ -84,13 +55,43 @@ struct Prefetch {
   }
 };
 
+// Rows of some keys: addresses of the first KV head, and the bytes from there to the KV head at hand.
+struct TileRows {
+  const RowAddress* rows;
+  int num_rows;
+  std::int64_t data_step, meta_step, page_step;
+  Prefetch* prefetch = nullptr;  // steps with every row that is decoded to fp32
+
+  const std::uint8_t* data(int n) const { return rows[n].data + data_step; }
+  const std::uint8_t* meta(int n) const { return rows[n].meta == nullptr ? nullptr : rows[n].meta + meta_step; }
+  const std::uint8_t* page(int n) const { return rows[n].page == nullptr ? nullptr : rows[n].page + page_step; }
+  TileRows from(int first, int count) const { return {rows + first, count, data_step, meta_step, page_step, prefetch}; }
+};
+
+// Keys (or values) handled together.
+inline constexpr int kKeyTile = 64;
+// Keys whose 16-bit operands are made and multiplied together.
+inline constexpr int kKeyGroup = 16;
+
+// A tile of decoded rows: value = scale[n] * levels[n][i] + offset[n].
+struct LevelTile {
+  float* levels;  // [kKeyTile, stride]
+  int stride;     // padded(head_size)
+  float scale[kKeyTile];
+  float offset[kKeyTile];
+  bool any_offset;  // some offset is not 0
+  bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
+};
+
+enum class Operand : std::uint8_t { kFloat32, kBFloat16, kInt16 };
+
 // The 16-bit operands of a format's rows on this target.
 struct OperandFormat {
   Operand operand = Operand::kFloat32;  // kFloat32: the format has none
-  int max_level = 0;           // kInt16: the largest |operand|
-  int per_word = 1;            // of which head sizes must be multiples
-  bool has_offset = false;     // offsets of rows may differ from 0
-  bool keys_in_place = false;  // a key's codes are its operands, in order: no need to load them
+  int max_level = 0;                    // kInt16: the largest |operand|
+  int per_word = 1;                     // of which head sizes must be multiples
+  bool has_offset = false;              // offsets of rows may differ from 0
+  bool keys_in_place = false;           // a key's codes are its operands, in order: no need to load them
 
   // Positions of a row, padding included; element_of[position] is the element there, or -1.
   int (*key_positions)(format::RowShape shape) = nullptr;
@@ -123,7 +124,10 @@ struct Kernels {
   const char* target = nullptr;
   int blocks = 1;  // of 16 bytes in a vector
 
-  // y [head_size] is overwritten; data receives the codes, meta the metadata.
+  // source [size] of a float dtype to fp32.
+  void (*load_row)(const std::uint8_t* source, DType dtype, int size, float* y) = nullptr;
+
+  // y [padded(head_size)], aligned to 64 bytes, is overwritten; data receives the codes, meta the metadata.
   using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
                              std::uint8_t* meta);
   std::array<EncodeRow, format::AllFormats::kSize> encode_row{};
@@ -139,7 +143,8 @@ struct Kernels {
   void (*dot_tile)(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores) = nullptr;
 
   // acc[m][i] += sum_n p[m * kKeyTile + n] * levels[n][i], n ascending; acc [num_q, acc_stride].
-  void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc, int acc_stride) = nullptr;
+  void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc,
+                          int acc_stride) = nullptr;
 
   // Rows of a set that begins with `row`, of `num_rows` in all, in the order element_of: parts of bf16, or int16 by
   // steps of max |q| / largest. A row that is not finite has a step of NaN.
@@ -171,6 +176,7 @@ struct Kernels {
                             const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                             Prefetch& prefetch) = nullptr;
 
+  // y as in encode_row.
   void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
   void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
 };

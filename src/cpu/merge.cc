@@ -1,10 +1,12 @@
 // merge_attn_states on the CPU.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "attention/softmax.h"
 #include "cpu/cpu.h"
 #include "cpu/load.h"
+#include "cpu/team.h"
 #include "format/rotation.h"
 
 namespace quire::cpu {
@@ -20,8 +22,8 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
     return t.ptr<std::uint8_t>() +
            (token * t.strides[0] + head * t.strides[1]) * static_cast<std::int64_t>(dtype_bytes(t.dtype));
   };
-#pragma omp parallel for
-  for (std::int64_t token = 0; token < tokens; ++token) {
+  constexpr std::int64_t kTokensOfATask = 16;
+  const auto merge_token = [&](std::int64_t token) {
     for (std::int64_t head = 0; head < heads; ++head) {
       const float a = lse_at(args.prefix_lse, token, head);
       const float b = lse_at(args.suffix_lse, token, head);
@@ -49,7 +51,12 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
       }
       if (args.lse.defined()) lse_at(args.lse, token, head) = sum == 0.0F ? -INFINITY : max + std::log(sum);
     }
-  }
+  };
+  run_tasks((tokens + kTokensOfATask - 1) / kTokensOfATask, max_threads(), [&](std::int64_t task, int) {
+    for (std::int64_t token = task * kTokensOfATask; token < std::min(tokens, (task + 1) * kTokensOfATask); ++token) {
+      merge_token(token);
+    }
+  });
 }
 
 }  // namespace quire::cpu
