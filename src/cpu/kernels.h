@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "attention/softmax.h"
+#include "cpu/operand.h"
 #include "format/formats.h"
 
 namespace quire::cpu {
@@ -82,8 +83,6 @@ struct LevelTile {
   bool any_offset;  // some offset is not 0
   bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
 };
-
-enum class Operand : std::uint8_t { kFloat32, kBFloat16, kInt16 };
 
 // The 16-bit operands of a format's rows on this target.
 struct OperandFormat {

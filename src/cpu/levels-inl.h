@@ -54,9 +54,9 @@ struct LevelTable {
       constexpr int kBits = 8 * F::kUnitBytes / F::kUnit;
       for (int code = 0; code < 1 << kBits; ++code) {
         const std::uint8_t bytes[F::kUnitBytes] = {static_cast<std::uint8_t>(code)};  // the first element's
-        float levels[F::kUnit];
-        F::unpack(bytes, levels);
-        made.levels[code] = levels[0];
+        float unpacked[F::kUnit];
+        F::unpack(bytes, unpacked);
+        made.levels[code] = unpacked[0];
       }
       return made;
     }();

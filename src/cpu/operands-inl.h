@@ -16,6 +16,7 @@
 
 #include <cmath>
 
+#include "cpu/operand.h"
 #include "cpu/products-inl.h"
 #include "cpu/vector-inl.h"
 #include "format/float_types.h"
@@ -25,61 +26,6 @@ HWY_BEFORE_NAMESPACE();
 namespace quire::cpu {
 namespace HWY_NAMESPACE {
 namespace {
-
-// Which formats have 16-bit operands, and in what unit. Codebooks: the unit that brings all levels next to integers,
-// found by search. int2's are integers in it; TurboQuant's are off by 2.6e-4 (4 bits) and 7e-5 (3 bits) of a standard
-// deviation at most.
-template <Operand kForm>
-struct OperandTraits {
-  static constexpr Operand kOperand = kForm;
-  static constexpr float kUnit = 1.0F;
-  static constexpr int kMaxLevel = 0;
-};
-template <class F>
-struct OperandOf : OperandTraits<Operand::kFloat32> {};
-template <>
-struct OperandOf<format::BFloat16> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::Fp8PerTensor> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::Fp8E5M2PerTensor> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::Fp8PerTokenHead> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::TurboQuantK8> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::TurboQuantK8E4B15> : OperandTraits<Operand::kBFloat16> {};
-template <>
-struct OperandOf<format::Int8PerTokenHead> : OperandTraits<Operand::kInt16> {
-  static constexpr int kMaxLevel = 128;
-};
-template <>
-struct OperandOf<format::Int4PerTokenHead> : OperandTraits<Operand::kInt16> {
-  static constexpr int kMaxLevel = 8;
-};
-template <>
-struct OperandOf<format::Int2PerTokenHead> : OperandTraits<Operand::kInt16> {
-  static constexpr float kUnit = 0.0016F;
-  static constexpr int kMaxLevel = 944;
-};
-template <>
-struct OperandOf<format::TurboQuantK4> : OperandTraits<Operand::kInt16> {
-  static constexpr float kUnit = 0.00189234740F;
-  static constexpr int kMaxLevel = 1443;
-};
-template <>
-struct OperandOf<format::TurboQuantK3> : OperandTraits<Operand::kInt16> {
-  static constexpr float kUnit = 0.00109827142F;
-  static constexpr int kMaxLevel = 1958;
-};
-template <>
-struct OperandOf<format::TurboQuantV4> : OperandTraits<Operand::kInt16> {
-  static constexpr int kMaxLevel = 8;
-};
-template <>
-struct OperandOf<format::TurboQuantV3> : OperandTraits<Operand::kInt16> {
-  static constexpr int kMaxLevel = 4;
-};
 
 template <class F>
 constexpr int kCodeBits = 8 * F::kUnitBytes / F::kUnit;
@@ -220,10 +166,10 @@ HWY_INLINE VU16 row_words(const std::uint8_t* row, int code_bytes, int chunk) {
     const int bytes = code_bytes - chunk * (3 * kWords / 2);
 #ifdef QUIRE_CPU_ZEN4
     const __m512i x = load_partial(from, bytes < 48 ? bytes : 48).raw;
-    const __m512i first = _mm512_set_epi8(47, 46, 46, 45, 44, 43, 43, 42, 41, 40, 40, 39, 38, 37, 37, 36, 35, 34, 34, 33,
-                                          32, 31, 31, 30, 29, 28, 28, 27, 26, 25, 25, 24, 23, 22, 22, 21, 20, 19, 19, 18,
-                                          17, 16, 16, 15, 14, 13, 13, 12, 11, 10, 10, 9, 8, 7, 7, 6, 5, 4, 4, 3, 2, 1, 1,
-                                          0);
+    const __m512i first =
+        _mm512_set_epi8(47, 46, 46, 45, 44, 43, 43, 42, 41, 40, 40, 39, 38, 37, 37, 36, 35, 34, 34, 33, 32, 31, 31, 30,
+                        29, 28, 28, 27, 26, 25, 25, 24, 23, 22, 22, 21, 20, 19, 19, 18, 17, 16, 16, 15, 14, 13, 13, 12,
+                        11, 10, 10, 9, 8, 7, 7, 6, 5, 4, 4, 3, 2, 1, 1, 0);
     return VU16{_mm512_permutexvar_epi8(first, x)};
 #else
     HWY_ALIGN std::uint16_t words[kWords] = {};
@@ -246,7 +192,7 @@ int num_row_words(format::RowShape shape) {
 // Short rows: this many copies of a row fill a vector, each shifted to other codes.
 template <class F>
 int key_copies(format::RowShape shape) {
-  if (kBlocks < 4 || kCodeBits<F> > 4 || kCodeBits<F> == 3) return 1;
+  if (kBlocks < 4 || kCodeBits < F >> 4 || kCodeBits<F> == 3) return 1;
   const std::int64_t bytes = format::code_bytes<F>(shape.head_size);
   return bytes == 32 ? 2 : (bytes == 16 ? 4 : 1);
 }
@@ -285,7 +231,7 @@ void value_order(format::RowShape shape, std::int16_t* element_of) {
   const int positions = value_positions<F>(shape);
   constexpr int kLanes = kWords / 2;
   for (int p = 0; p < positions; ++p) {
-    element_of[p] = element<F>(shape, p / (kLanes * kPerWord<F>) * kLanes + p % kLanes, p / kLanes % kPerWord<F>);
+    element_of[p] = element<F>(shape, p / (kLanes * kPerWord<F>)*kLanes + p % kLanes, p / kLanes % kPerWord<F>);
   }
 }
 
