@@ -244,14 +244,6 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
   }
 }
 
-// bf16 weights come in two parts, 16 bits in all. Many rows of queries are bound by products rather than by memory, and
-// bf16 values hold no more bits than one part: there it is one.
-int weight_parts(const OperandFormat& format, int num_rows) {
-  constexpr int kManyRows = 16;
-  if (format.operand == Operand::kInt16) return 1;
-  return format.keys_in_place && num_rows > kManyRows ? 1 : 2;
-}
-
 // acc += P V; scratch.scores holds the softmax weights.
 void tile_output(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
                  const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
@@ -267,10 +259,9 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
       finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
     }
     if (finite) {
-      const int parts = weight_parts(format, num_rows);
-      call.k.make_weights(format.operand, parts, scratch.scores, num_rows, keys.count, scratch.scale,
+      call.k.make_weights(format.operand, scratch.scores, num_rows, keys.count, scratch.scale,
                           format.has_offset ? scratch.offset : nullptr, scratch.weights, scratch.unit, head.offset_sum);
-      return call.k.accumulate_values(format.operand, parts, scratch.weights, num_rows, keys.count, scratch.values,
+      return call.k.accumulate_values(format.operand, scratch.weights, num_rows, keys.count, scratch.values,
                                       call.v_positions, scratch.unit, head.acc, call.acc_stride, prefetch);
     }
   }
@@ -279,7 +270,7 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
   if (!v.all_finite || call.v_in_pairs()) {
     return accumulate_visible(call, tile, sequence, rows, keys, v, head, scratch);
   }
-  call.k.make_weights(Operand::kFloat32, 0, scratch.scores, num_rows, keys.count, v.scale,
+  call.k.make_weights(Operand::kFloat32, scratch.scores, num_rows, keys.count, v.scale,
                       v.any_offset ? v.offset : nullptr, nullptr, nullptr, head.offset_sum);
   call.k.accumulate_tile(scratch.scores, num_rows, v, keys.count, head.acc, call.acc_stride);
 }

@@ -67,7 +67,8 @@ std::vector<const Kernels*> runnable_kernels() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels* const best = runnable_zen4() != nullptr ? runnable_zen4() : HWY_DYNAMIC_DISPATCH(target_kernels)();
+  static const Kernels* const best =
+      runnable_zen4() != nullptr ? runnable_zen4() : HWY_DYNAMIC_DISPATCH(target_kernels)();
   return chosen != nullptr ? *chosen : *best;
 }
 

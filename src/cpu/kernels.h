@@ -111,6 +111,9 @@ struct OperandFormat {
   bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
 };
 
+// Softmax weights have 16 bits: an int16, or two bf16 whose sum they are.
+constexpr int weight_parts(Operand operand) { return operand == Operand::kBFloat16 ? 2 : 1; }
+
 // Queries of one KV head as 16-bit operands.
 struct QueryOperands {
   std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
@@ -167,11 +170,11 @@ struct Kernels {
   // weights[n] = p[n] * scale[n] in the operand's form (kFloat32: in place), for num_keys keys and 0 up to the next
   // multiple of kLaneAlign; unit[m] is what the products of kInt16 are multiplied by. offset_sum[m] += sum p * offset,
   // where offset is not null.
-  void (*make_weights)(Operand operand, int parts, float* scores, int num_rows, int num_keys, const float* scale,
+  void (*make_weights)(Operand operand, float* scores, int num_rows, int num_keys, const float* scale,
                        const float* offset, std::uint16_t* weights, float* unit, float* offset_sum) = nullptr;
 
   // acc[m][position] += unit[m] * sum_n weights[m][n] * values[n][position]
-  void (*accumulate_values)(Operand operand, int parts, const std::uint16_t* weights, int num_rows, int num_keys,
+  void (*accumulate_values)(Operand operand, const std::uint16_t* weights, int num_rows, int num_keys,
                             const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                             Prefetch& prefetch) = nullptr;
 

@@ -30,8 +30,8 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
   std::fill_n(queries.step, queries.num_sets * kBlocks * 4, 0.0F);
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
-    std::uint16_t* set = queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks +
-                         m % kBlocks * 8;
+    std::uint16_t* set =
+        queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
     const auto put = [&](int part, int p, std::uint16_t code) {
       set[(part * positions + p / 8 * 8) * kBlocks + p % 8] = code;
     };
@@ -54,7 +54,9 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
       const float inverse = most > 1e-30F && exact::is_finite(most) ? largest / most : 0.0F;
       for (int p = 0; p < positions; ++p) {
         if (element_of[p] < 0 || inverse == 0.0F) continue;
-        put(0, p, static_cast<std::uint16_t>(static_cast<std::int32_t>(exact::round_half_even(row[element_of[p]] * inverse))));
+        put(0, p,
+            static_cast<std::uint16_t>(
+                static_cast<std::int32_t>(exact::round_half_even(row[element_of[p]] * inverse))));
       }
     }
     std::fill_n(queries.step + 4 * m, 4, step);
@@ -211,9 +213,9 @@ HWY_INLINE std::int32_t weight_pair(const std::uint16_t* weights) {
 
 // kRows rows by kVectors vectors of positions.
 template <class Products, int kRows, int kVectors, int kParts>
-HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t part_stride,
-                                        int num_pairs, const std::uint16_t* values, std::int64_t pair_stride,
-                                        const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
+HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t part_stride, int num_pairs,
+                                        const std::uint16_t* values, std::int64_t pair_stride, const float* unit,
+                                        float* acc, int acc_stride, Prefetch& prefetch) {
   const typename Products::Sum sum;
   const typename Products::Factor factor;
   constexpr bool kInteger = std::is_same_v<Products, Int16Products>;
@@ -263,16 +265,15 @@ HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64
 }
 
 template <class Products, int kVectors, int kParts>
-void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pairs,
-                        const std::uint16_t* values, std::int64_t pair_stride, const float* unit, float* acc,
-                        int acc_stride, Prefetch& prefetch) {
+void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pairs, const std::uint16_t* values,
+                        std::int64_t pair_stride, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
   const std::int64_t part_stride = static_cast<std::int64_t>(num_rows) * kKeyTile;
   for (int m = 0; m < num_rows;) {
     const std::uint16_t* w = weights + static_cast<std::int64_t>(m) * kKeyTile;
     float* to = acc + static_cast<std::int64_t>(m) * acc_stride;
     const auto rows = [&]<int kRows>() {
-      accumulate_values_block<Products, kRows, kVectors, kParts>(w, part_stride, num_pairs, values, pair_stride, unit + m,
-                                                         to, acc_stride, prefetch);
+      accumulate_values_block<Products, kRows, kVectors, kParts>(w, part_stride, num_pairs, values, pair_stride,
+                                                                 unit + m, to, acc_stride, prefetch);
       m += kRows;
     };
     switch (num_rows - m) {
@@ -292,27 +293,25 @@ void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pair
 }
 
 template <class Products, int kParts>
-void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_keys,
-                          const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
-                          Prefetch& prefetch) {
+void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_keys, const std::uint16_t* values,
+                          int positions, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
   const int vectors = positions / kFloats;
   const int num_pairs = (num_keys + 1) / 2;
   const std::int64_t pair_stride = static_cast<std::int64_t>(positions) * 2;
   int v = 0;
   const auto columns = [&]<int kVectors>() {
     accumulate_columns<Products, kVectors, kParts>(weights, num_rows, num_pairs, values + v * kWords, pair_stride, unit,
-                                           acc + v * kFloats, acc_stride, prefetch);
+                                                   acc + v * kFloats, acc_stride, prefetch);
     v += kVectors;
   };
   while (v + 4 <= vectors) columns.template operator()<4>();
   while (v < vectors) columns.template operator()<1>();
 }
-void accumulate_values(Operand operand, int parts, const std::uint16_t* weights, int num_rows, int num_keys,
+void accumulate_values(Operand operand, const std::uint16_t* weights, int num_rows, int num_keys,
                        const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                        Prefetch& prefetch) {
-  const auto run = operand == Operand::kInt16 ? &accumulate_values_of<Int16Products, 1>
-                   : parts == 1               ? &accumulate_values_of<BFloat16Products, 1>
-                                              : &accumulate_values_of<BFloat16Products, 2>;
+  const auto run =
+      operand == Operand::kInt16 ? &accumulate_values_of<Int16Products, 1> : &accumulate_values_of<BFloat16Products, 2>;
   run(weights, num_rows, num_keys, values, positions, unit, acc, acc_stride, prefetch);
 }
 

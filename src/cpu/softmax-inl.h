@@ -93,8 +93,8 @@ HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
   hn::StoreU(hn::DemoteTo(half, hn::BitCast(I32(), x)), half, to);
 }
 
-void make_weights(Operand operand, int parts, float* scores, int num_rows, int num_keys, const float* scale,
-                  const float* offset, std::uint16_t* weights, float* unit, float* offset_sum) {
+void make_weights(Operand operand, float* scores, int num_rows, int num_keys, const float* scale, const float* offset,
+                  std::uint16_t* weights, float* unit, float* offset_sum) {
   const F32 d;
   for (int m = 0; m < num_rows; ++m, scores += kKeyTile, weights += kKeyTile) {
     if (offset != nullptr) {
@@ -126,13 +126,13 @@ void make_weights(Operand operand, int parts, float* scores, int num_rows, int n
         const auto w = hn::LoadU(d, scores + n);
         const auto high = to_bfloat16(w);
         store_words(high, weights + n);
-        if (parts == 1) continue;
         const auto rest = hn::Sub(w, hn::BitCast(d, hn::ShiftLeft<16>(high)));
         store_words(to_bfloat16(rest), weights + static_cast<std::int64_t>(num_rows) * kKeyTile + n);
       }
     }
     for (int n = num_keys; n < padded(num_keys); ++n) {
-      for (int part = 0; part < parts; ++part) weights[static_cast<std::int64_t>(part) * num_rows * kKeyTile + n] = 0;
+      for (int part = 0; part < weight_parts(operand); ++part)
+        weights[static_cast<std::int64_t>(part) * num_rows * kKeyTile + n] = 0;
     }
   }
 }

@@ -32,7 +32,7 @@ using F32 = hn::CappedTag<float, kLaneAlign>;
 using VU16 = hn::Vec<U16>;
 
 constexpr int kFloats = HWY_LANES(float) < kLaneAlign ? HWY_LANES(float) : kLaneAlign;  // in a vector
-constexpr int kBlocks = kFloats / 4;                                                   // of 16 bytes
+constexpr int kBlocks = kFloats / 4;                                                    // of 16 bytes
 constexpr int kWords = 2 * kFloats;
 
 // Whether the target has vectors, and so 16-bit operands.
@@ -142,8 +142,9 @@ HWY_INLINE VU16 load_words(const std::uint8_t* p, int bytes) {
 // a[0] b[0] a[1] b[1] ..: the first and the second half.
 HWY_INLINE void interleave(VU16 a, VU16 b, VU16& first, VU16& second) {
 #if QUIRE_CPU_WORDS_512
-  alignas(64) static constexpr std::uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static constexpr std::uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                           37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                           11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i index = _mm512_load_si512(kFirst);
   first = VU16{_mm512_permutex2var_epi16(a.raw, index, b.raw)};
   second = VU16{_mm512_permutex2var_epi16(a.raw, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b.raw)};

@@ -125,8 +125,8 @@ TEST(Model, FileDtypesAndShardsGiveTheSameLogits) {
   for (const auto& result : results) EXPECT_EQ(result, results[0]);
 }
 
-// The caches then hold the same numbers. Attention reads them by products of different types: over bf16 many rows of
-// queries round softmax weights to bf16, where K and V have been rounded in the model before, which is less.
+// The caches then hold the same numbers. Attention reads them by products of different types, whose rounding (softmax
+// weights in two bf16 parts, 2^-17) is small next to what the model's rounding of K and V does, 2^-9.
 TEST(Model, QkvInBf16FitABf16Cache) {
   const TempDir dir;
   TestModel("Qwen3ForCausalLM").save(dir);
@@ -146,7 +146,7 @@ TEST(Model, QkvInBf16FitABf16Cache) {
     }
     return worst;
   };
-  EXPECT_LT(distance(from_bf16), distance(unrounded));
+  EXPECT_LT(20 * distance(from_bf16), distance(unrounded));
 }
 
 TEST(Model, RefusesBadFolders) {

@@ -29,7 +29,7 @@ Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batc
 // distributed over a step and the largest element is 3 to 4 standard deviations, so in the tolerance's terms (u / sqrt(3)
 // of an element) u is at most 4 / 2 / largest: 2^-14, or 2^-12 at d = 128. The codebooks' levels themselves are off by up
 // to 2.6e-4 of a standard deviation, 2^-12. bf16 queries in two parts keep 16 bits. Weights: int16 by steps of the tile's
-// largest weight / 32767, 2^-16 of it at most; bf16 in two parts, 2^-17, or, of bf16 caches, in one: 2^-9.
+// largest weight / 32767, 2^-16 of it at most; bf16 in two parts, 2^-17.
 void set_cpu_tolerances(AttentionCase& problem) {
   const Result<ModeInfo> mode = mode_info(problem.args.mode);
   if (problem.options.dtype == DType::kFloat32 || !mode.ok()) return;
@@ -41,7 +41,7 @@ void set_cpu_tolerances(AttentionCase& problem) {
                                  mode->key_format == "int8_per_token_head");
   problem.serial_sums = 4.0;
   problem.query_unit = codebook ? 0x1p-11 : (integer ? 0x1p-13 : 0x1p-24);
-  problem.weight_unit = problem.args.value_cache.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-15;
+  problem.weight_unit = 0x1p-15;
 }
 
 }  // namespace
