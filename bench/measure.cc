@@ -16,7 +16,7 @@ double now_ms() {
 }  // namespace
 
 Result<double> median_ms(Device device, const Call& call, int num_calls, double budget_ms) {
-  if (device == Device::kCuda) return cuda::median_ms(call, num_calls, budget_ms);
+  if (device.is_cuda()) return cuda::median_ms(call, num_calls, budget_ms);
   std::vector<double> times;
   if (Status status = call(0, nullptr); !status) return status;  // warm up
   const double begin = now_ms();
@@ -31,7 +31,7 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
 }
 
 Result<double> linear_read_bandwidth(Device device) {
-  if (device == Device::kCuda) return cuda::linear_read_bandwidth();
+  if (device.is_cuda()) return cuda::linear_read_bandwidth();
   constexpr std::int64_t kWords = (std::int64_t{2} << 30) / 8;
   std::vector<std::uint64_t> memory(static_cast<std::size_t>(kWords), 1);
   volatile std::uint64_t sink = 0;
@@ -50,7 +50,7 @@ Result<double> linear_read_bandwidth(Device device) {
 }
 
 Result<double> copy_bandwidth(Device device) {
-  if (device == Device::kCuda) return cuda::copy_bandwidth();
+  if (device.is_cuda()) return cuda::copy_bandwidth();
   constexpr std::size_t kBytes = std::size_t{1} << 30;
   constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
   std::vector<std::uint8_t> from(kBytes, 1);

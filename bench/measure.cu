@@ -105,7 +105,7 @@ void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* f
 template <bool kCopy>
 Result<double> best_linear_ms(std::size_t bytes) {
   using quire::cuda::DeviceBuffer;
-  const Result<Arch> arch = device_arch(Device::kCuda);
+  const Result<Arch> arch = device_arch(Device::cuda());
   if (!arch) return arch.status();
   Result<DeviceBuffer> from = DeviceBuffer::allocate(bytes);
   if (!from) return from.status();
@@ -249,7 +249,7 @@ Result<double> copy_bandwidth() {
 }
 
 Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
-  const Result<Arch> arch = device_arch(Device::kCuda);
+  const Result<Arch> arch = device_arch(Device::cuda());
   if (!arch) return arch.status();
   Result<quire::cuda::DeviceBuffer> sink = quire::cuda::DeviceBuffer::allocate(16);
   if (!sink) return sink.status();

@@ -34,7 +34,7 @@ struct ScaleCaches {
   std::shared_ptr<void> memory;
 };
 
-// One stored vector as decode_row sees it.
+// A row is one stored vector, as decode_row sees it.
 struct CacheRow {
   const std::uint8_t* data = nullptr;  // row_bytes(head_size) bytes
   const float* scale = nullptr;        // its entry of the scale cache; null where needs_scale_caches() is false
@@ -53,8 +53,8 @@ class QUIRE_API QuantKVBackend {
   // that is no whole number: 3-bit codes, metadata in the row.
   virtual Result<int> packing_factor() const { return 1; }
 
-  // The last extent of the key cache, in elements of its dtype. In a mode k=..,v=.. the key's, not the value's. The
-  // default is row_bytes of K, as of a cache of bytes.
+  // The last extent of the key cache, in elements of its dtype. In a mode of two formats the key's, not the value's.
+  // The default is row_bytes of K, as of a cache of bytes.
   virtual Result<int> packed_head_size(int head_size) const;
 
   // Bytes of one row of K (or V). The default is head_size / packing_factor; refused where that does not divide.

@@ -1,9 +1,10 @@
-// What a KV cache costs and how its bytes lie: one description (KVCacheSpec) in, one answer (KVCacheLayout) out.
+// A layout says what a KV cache costs and how its bytes lie: KVCacheSpec describes the cache, KVCacheLayout answers.
 // Everything is in bytes. Pages, allocators and engines ask here; no other place computes the size of a row.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "quire/export.h"
 #include "quire/mode.h"
@@ -82,19 +83,38 @@ struct KVCacheLayout {
 // row_bytes and, where it needs scale caches, 4 bytes each for K and V.
 QUIRE_API Result<KVCacheLayout> make_layout(const KVCacheSpec& spec);
 
-// The views the ops take, over memory laid out as `layout` says. `base` holds K (and V unless packing is kSeparate);
-// `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode has none). Where
-// cache_bytes refuses num_blocks, the views are not defined.
-struct KVCacheViews {
-  Tensor key_cache, value_cache;        // [num_blocks, block_size, num_kv_heads, row elements]
-  Tensor k_scale_cache, v_scale_cache;  // [num_blocks, block_size, num_kv_heads] float32, or not defined
+// A paged cache as both ops take it. Data is void where it is stored to, const void where it is only read;
+// KVCacheViews converts to ConstKVCacheViews, so that an engine keeps one per layer and passes it to both ops.
+template <class Data>
+struct BasicKVCacheViews {
+  // [num_blocks, block_size, Hk, row] with row = the format's row in elements of the cache dtype; last stride 1. A
+  // store also takes the head-major layout of float modes and of fp8 per tensor: key_cache [num_blocks, Hk, d/x,
+  // block_size, x] and value_cache [num_blocks, Hk, dv, block_size].
+  BasicTensor<Data> key_cache, value_cache;
+  BasicTensor<Data> k_scale_cache, v_scale_cache;  // [num_blocks, block_size, Hk] float32: *_per_token_head modes only
+  // For formats whose rows are stored less a centre, optional: [num_blocks, Hk, page bytes] uint8 or, where the centre
+  // is the same for all pages, [Hk, d] ([Hk, dv]) float32. No format of this version has one; both ops only read them.
+  BasicTensor<Data> k_page_meta, v_page_meta;
+  ConstTensor k_head_vector, v_head_vector;
+
+  template <class D = Data, std::enable_if_t<!std::is_const_v<D>, int> = 0>
+  operator BasicKVCacheViews<const D>() const {
+    return {key_cache,   value_cache, k_scale_cache, v_scale_cache,
+            k_page_meta, v_page_meta, k_head_vector, v_head_vector};
+  }
 };
+using KVCacheViews = BasicKVCacheViews<void>;
+using ConstKVCacheViews = BasicKVCacheViews<const void>;
+
+// Makes the views that the ops take, over memory that is laid out as `layout` says. `base` holds K (and V unless
+// packing is kSeparate); `v_base` is used only for kSeparate; scale bases only for separate scales (null where the mode
+// has none). Where cache_bytes refuses num_blocks, the views are not defined.
 QUIRE_API KVCacheViews make_views(const KVCacheLayout& layout, std::int64_t num_blocks, void* base,
                                   void* v_base = nullptr, void* k_scale_base = nullptr, void* v_scale_base = nullptr,
-                                  Device device = Device::kCpu);
+                                  Device device = Device::cpu());
 
-// Bytes each buffer of make_views needs for num_blocks pages. Refused where num_blocks is negative or the bytes do not
-// fit in 63 bits.
+// Counts the bytes that each buffer of make_views needs for num_blocks pages. Refused where num_blocks is negative or
+// the bytes do not fit in 63 bits.
 struct KVCacheBytes {
   std::int64_t base = 0, v_base = 0, k_scales = 0, v_scales = 0;
 };

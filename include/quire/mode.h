@@ -30,7 +30,7 @@ QUIRE_API std::string_view kv_quant_mode_name(KVQuantMode value);
 // kNotFound lists the names that exist.
 QUIRE_API Result<KVQuantMode> kv_quant_mode_from_name(std::string_view name);
 
-// True for the four modes with an fp32 scale per (token, head).
+// Says whether a mode is one of the four that have an fp32 scale per (token, head).
 QUIRE_API bool is_per_token_head(KVQuantMode value);
 
 // Elements of a row per element of the cache: 4 for INT2_PER_TOKEN_HEAD, 2 for INT4_PER_TOKEN_HEAD, else 1.
@@ -38,9 +38,9 @@ QUIRE_API Result<int> packing_factor(KVQuantMode value);
 // head_size / packing_factor; refused where it does not divide.
 QUIRE_API Result<int> packed_head_size(KVQuantMode value, int head_size);
 
-// vLLM's functions of the same names: what the enum says of a kv_cache_dtype string. "fp8.." is FP8_PER_TENSOR. NONE,
-// and so not quantized, is also every string the enum knows nothing of: unknown ones, nvfp4, turboquant_*, modes of two
-// formats, registered modes. What quire stores in those is a question for mode_info.
+// vLLM's functions of the same names: what the enum says of a kv_cache_dtype string. What begins with "fp8" is
+// FP8_PER_TENSOR. NONE, and so not quantized, is also every string the enum knows nothing of: unknown ones, nvfp4,
+// turboquant_*, modes of two formats, registered modes. What quire stores in those is a question for mode_info.
 QUIRE_API KVQuantMode get_kv_quant_mode(std::string_view kv_cache_dtype);
 QUIRE_API bool is_quantized_kv_cache(std::string_view kv_cache_dtype);
 QUIRE_API bool kv_cache_uses_per_token_head_scales(std::string_view kv_cache_dtype);
@@ -61,16 +61,17 @@ struct ModeInfo {
 };
 
 // The mode of a name or an alias. Any pair of formats is a mode too, spelled "k=<format>,v=<format>"
-// (k=int8_per_token_head,v=turboquant_v3), aliases of formats too (k=fp8_e4m3,v=..); a pair the table has is that mode.
-// kNotFound lists the names that exist.
+// (k=int8_per_token_head,v=turboquant_v3), aliases of formats too (k=fp8_e4m3,v=float16); a pair the table has is that
+// mode. kNotFound lists the names that exist.
 QUIRE_API Result<ModeId> parse_kv_cache_dtype(std::string_view name);
 
-// The mode of an enum value. kInvalidArgument where several modes share the value (NONE, FP8_PER_TENSOR).
+// Finds the mode of an enum value. kInvalidArgument where several modes share the value (NONE, FP8_PER_TENSOR).
 QUIRE_API Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value);
 
-QUIRE_API Result<ModeInfo> mode_info(ModeId mode);
+// Finds the row of a mode in the table. It does not change and lives as long as the process.
+QUIRE_API Result<const ModeInfo*> mode_info(ModeId mode);
 
-// Every mode with a name of its own: those of the table in table order, then the registered ones.
+// Lists every mode that has a name of its own: those of the table in table order, then the registered ones.
 QUIRE_API std::vector<ModeInfo> list_modes();
 
 // Adds a mode that is not in the table, to be served by a backend registered for it (quire/backend.h). Name and aliases

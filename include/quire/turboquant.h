@@ -5,15 +5,17 @@
 // e4b15 keys, in fp32 arithmetic, which is slower.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "quire/export.h"
+#include "quire/layout.h"
 #include "quire/ops.h"
 #include "quire/status.h"
 
 namespace quire {
 
-// What vLLM's launchers pass as separate integers.
+// A configuration holds what vLLM's launchers pass as separate integers.
 struct TurboQuantConfig {
   int key_bits = 4;             // 3 or 4: Lloyd-Max codes of the rotated key; 8: fp8 keys
   int value_bits = 4;           // 3 or 4
@@ -25,52 +27,53 @@ struct TurboQuantConfig {
 // callers who read or write vLLM's caches; quire itself asks no GPU and does what key_e4b15 says.
 QUIRE_API bool turboquant_uses_e4b15(int major, int minor);
 
-// The mode of a configuration. Refused: other bit widths, 3- or 4-bit keys without norm correction (a mode is also
-// read).
+// Finds the mode of a configuration. Refused are other bit widths, and 3- or 4-bit keys without norm correction,
+// because a mode is also read.
 QUIRE_API Result<ModeId> turboquant_mode(const TurboQuantConfig& config);
 
 struct TurboQuantStoreArgs {
   TurboQuantConfig config;
-  Tensor key;    // [T, Hk, d] Float
-  Tensor value;  // [T, Hk, d]
+  ConstTensor key;    // [T, Hk, d] Float
+  ConstTensor value;  // [T, Hk, d]
   // [num_blocks, block_size, Hk, slot bytes] uint8, last stride 1. A slot may be wider than the format's (vLLM's
   // padded_slot), not narrower; what lies behind the value row is not touched.
   Tensor kv_cache;
-  Tensor slot_mapping;  // [<= T] int64 or int32
+  ConstTensor slot_mapping;  // [<= T] int64 or int32
   // Optional, as vLLM passes them; quire derives both, honours these values and refuses others. Dense; on the cpu,
   // where every call compares them, or on cuda with the call's other tensors.
   //
   // On cuda a table is copied to the host and compared in the first call that names its pointer, and trusted from then
   // on. That call waits for the stream, so it is refused inside a graph capture: make it before. If the memory later
   // holds another matrix at the same address, nobody notices: leave the tables out, or keep them where they are.
-  Tensor rotation;   // [d, d] float32: the Hadamard matrix over sqrt(d), symmetric
-  Tensor midpoints;  // [2^key_bits - 1] float32: of the centroids for N(0, 1/d)
+  ConstTensor rotation;   // [d, d] float32: the Hadamard matrix over sqrt(d), symmetric
+  ConstTensor midpoints;  // [2^key_bits - 1] float32: of the centroids for N(0, 1/d)
 };
 // Writes the same bytes with and without norm_correction.
-QUIRE_API Status turboquant_store(const TurboQuantStoreArgs& args, void* stream = nullptr);
+QUIRE_API Status turboquant_store(const TurboQuantStoreArgs& args, void* stream);
 
 struct TurboQuantDecodeArgs {
   TurboQuantConfig config;
-  Tensor query;        // [B, Hq, d] Float, one token a sequence
-  Tensor out;          // [B, Hq, d] Float
-  Tensor kv_cache;     // as above
-  Tensor block_table;  // [B, max_blocks] int32
-  Tensor seq_lens;     // [B] int32
-  float softmax_scale = 1.0F;
-  Tensor rotation;   // optional, as above
-  Tensor centroids;  // optional [2^key_bits] float32, of N(0, 1/d)
-  Tensor lse;        // optional [B, Hq] float32
+  ConstTensor query;           // [B, Hq, d] Float, one token a sequence
+  Tensor out;                  // [B, Hq, d] Float
+  ConstTensor kv_cache;        // as above
+  ConstTensor block_table;     // [B, max_blocks] int32
+  ConstTensor seq_lens;        // [B] int32
+  float softmax_scale = 0.0F;  // required, usually 1 / sqrt(d)
+  ConstTensor rotation;        // optional, as above
+  ConstTensor centroids;       // optional [2^key_bits] float32, of N(0, 1/d)
+  Tensor lse;                  // optional [B, Hq] float32
+  // CUDA: a bound on seq_lens; 0: all that block_table has room for, as vLLM's launcher plans.
+  std::int64_t max_seq_len = 0;
 };
-// Refused: 3- or 4-bit keys without norm_correction. On cuda: cu_seqlens_q is allocated, filled and freed in stream
+// 3- or 4-bit keys without norm_correction are refused. On cuda cu_seqlens_q is allocated, filled and freed in stream
 // order, without waiting, so the call can be captured in a graph.
-QUIRE_API Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream = nullptr);
+QUIRE_API Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* stream);
 
-// The key and value views of a slot tensor, for calling the ops with all their semantics. norm_correction, which no
-// byte shows, does not matter here.
-struct SlotViews {
-  Tensor key_cache, value_cache;
-};
-QUIRE_API Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size);
+// The key and value views of a slot tensor, for calling the ops with all their semantics; there are no scale caches.
+// norm_correction, which no byte shows, does not matter here.
+QUIRE_API Result<KVCacheViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size);
+QUIRE_API Result<ConstKVCacheViews> turboquant_views(const TurboQuantConfig& config, const ConstTensor& kv_cache,
+                                                     int head_size);
 
 // The layers that a TurboQuant model usually keeps in its own dtype: the first n and the last n, ascending. n is capped
 // at num_layers / 2, and at 65536; n <= 0 gives none.

@@ -36,7 +36,7 @@ QUIRE_HD MaskRule make_mask_rule(int sliding_window, int chunk_lookback, int rsw
   return rule;
 }
 
-// One sequence of the batch.
+// This is what the mask knows of one sequence of the batch.
 struct SequenceMask {
   int seq_len = 0;
   int context_len = 0;  // seq_len - query_len: position of the first query row, may be negative
@@ -69,7 +69,7 @@ QUIRE_HD bool visible(const MaskRule& rule, const SequenceMask& sequence, int p,
   return false;
 }
 
-// Keys [begin, end) and [0, prefix_end), which contain everything rows p_first .. p_last (inclusive) see; empty where
+// Keys [begin, end) and [0, prefix_end), which contain everything rows p_first to p_last (inclusive) see; empty where
 // begin >= end. prefix_end is 0 where there is no prefix or no key between the two; otherwise 0 < prefix_end < begin.
 struct KeyRange {
   int begin = 0;
@@ -122,7 +122,7 @@ struct KeySpan {
   int end = 0;
 };
 
-// The keys of a range in [from, to), from >= 0.
+// Gives the keys of a range that lie in [from, to), where from >= 0.
 QUIRE_HD KeySpan clip(const KeyRange& range, std::int64_t from, std::int64_t to) {
   KeySpan span;
   span.begin = range.begin;
@@ -143,7 +143,7 @@ QUIRE_HD KeySpan clip(const KeyRange& range, std::int64_t from, std::int64_t to)
   return span;
 }
 
-// Keys [begin, end) that each of rows p_first .. p_last (inclusive) sees: there no row needs the test. Other keys may
+// Keys [begin, end) that each of rows p_first to p_last (inclusive) sees: there no row needs the test. Other keys may
 // be seen by all of them too.
 struct FullRange {
   int begin = 0;  // may be negative

@@ -2,8 +2,8 @@
 // whole, or not. A slice is those 16 slots; copied run by run to one place it holds codes and scales of K and of V.
 //
 // Rows of K and of V and their scales are regions of rows with strides. Regions that interleave (K and V in one slot,
-// scales inline) are one region. A region's slice is one run where its 16 slots and its heads touch, else a run for each
-// head (slots touch) or for each slot (heads touch).
+// scales inline) are one region. A region's slice is one run where its 16 slots and its heads touch, else a run for
+// each head (slots touch) or for each slot (heads touch).
 #pragma once
 
 #include <algorithm>
@@ -40,8 +40,8 @@ struct PageSlice {
   PageRun runs[kMaxRuns];
 };
 
-// The most heads, at most 8, that divide the cache's and leave room for several slices in 227 KiB. row_bytes: of a row of
-// K and one of V.
+// The most heads, at most 8, that divide the cache's and leave room for several slices in 227 KiB. row_bytes: of a row
+// of K and one of V.
 constexpr int heads_of_slice(int num_kv_heads, std::int64_t row_bytes) {
   const std::int64_t most_bytes = row_bytes > 512 ? 48 * 1024 : 64 * 1024;
   const std::int64_t fit = std::max<std::int64_t>(1, most_bytes / (kSliceSlots * std::max<std::int64_t>(row_bytes, 1)));
@@ -58,7 +58,7 @@ struct Region {
   std::int64_t bytes;              // of a row and what interleaves with it
 };
 
-// Whether `other` interleaves with `region`, which then covers both.
+// Says whether `other` interleaves with `region`; if it does, the region grows to cover both.
 inline bool join(Region& region, const Region& other) {
   if (region.block != other.block || region.slot != other.slot || region.head != other.head) return false;
   const std::int64_t delta = other.data - region.data;
@@ -113,7 +113,8 @@ inline bool add_region(PageSlice& slice, const Region& region, int num_kv_heads,
 
 }  // namespace slices
 
-// The slice of a cache; nothing where its pages cannot be copied so. key_bytes, value_bytes: of a row.
+// Finds the slice of a cache, or nothing where its pages cannot be copied in runs. key_bytes and value_bytes are those
+// of a row.
 inline std::optional<PageSlice> page_slice(const PagedRows& key, std::int64_t key_bytes, const PagedRows& value,
                                            std::int64_t value_bytes, int num_kv_heads, std::int64_t block_size) {
   using slices::Region;

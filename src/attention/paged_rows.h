@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "format/exact.h"
 #include "format/format.h"
@@ -51,33 +52,35 @@ using PagedRows = PagedRowsOf<const std::uint8_t>;
 using WritablePagedRows = PagedRowsOf<std::uint8_t>;
 
 // The tensors that go with a cache; each may be undefined.
+template <class Data>
 struct SideTensors {
-  const Tensor& scale_cache;  // [num_blocks, block_size, num_kv_heads]
-  const Tensor& page_meta;    // [num_blocks, num_kv_heads, page bytes]
-  const Tensor& head_vector;  // [num_kv_heads, head_size]
+  BasicTensor<Data> scale_cache;  // [num_blocks, block_size, num_kv_heads]
+  BasicTensor<Data> page_meta;    // [num_blocks, num_kv_heads, page bytes]
+  ConstTensor head_vector;        // [num_kv_heads, head_size]
 };
 
-// Of a cache [num_blocks, block_size, num_kv_heads, ..].
-template <class Byte>
-void set_paged_rows(PagedRowsOf<Byte>& rows, const Tensor& cache, const SideTensors& side) {
+// Fills in the rows of a cache [num_blocks, block_size, num_kv_heads, row elements].
+template <class Byte, class Data>
+void set_paged_rows(PagedRowsOf<Byte>& rows, const BasicTensor<Data>& cache,
+                    const SideTensors<std::type_identity_t<Data>>& side) {
   const auto bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
-  rows.data = cache.ptr<Byte>();
+  rows.data = cache.template ptr<Byte>();
   rows.block_stride = cache.strides[0] * bytes;
   rows.slot_stride = cache.strides[1] * bytes;
   rows.head_stride = cache.strides[2] * bytes;
   if (side.scale_cache.defined()) {
-    rows.scales = side.scale_cache.ptr<Byte>();
+    rows.scales = side.scale_cache.template ptr<Byte>();
     rows.scale_block_stride = side.scale_cache.strides[0] * 4;
     rows.scale_slot_stride = side.scale_cache.strides[1] * 4;
     rows.scale_head_stride = side.scale_cache.strides[2] * 4;
   }
   if (side.page_meta.defined()) {
-    rows.pages = side.page_meta.ptr<const std::uint8_t>();
+    rows.pages = side.page_meta.template ptr<const std::uint8_t>();
     rows.page_block_stride = side.page_meta.strides[0];
     rows.page_head_stride = side.page_meta.strides[1];
   }
   if (side.head_vector.defined()) {
-    rows.head_vectors = side.head_vector.ptr<const float>();
+    rows.head_vectors = side.head_vector.template ptr<const float>();
     rows.head_vector_stride = side.head_vector.strides[0];
   }
 }

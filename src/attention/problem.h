@@ -12,6 +12,10 @@
 
 namespace quire {
 
+namespace attention {
+struct PageSlice;
+}
+
 // The product of sizes made from a caller's bounds, none negative; nothing where it does not fit 63 bits.
 inline std::optional<std::int64_t> checked_product(std::initializer_list<std::int64_t> sizes) {
   std::int64_t product = 1;
@@ -48,6 +52,7 @@ struct AttentionShape {
   std::int64_t max_blocks = 0;  // columns of block_table
   int num_mm_ranges = 0;
   int qq_bias_size = 0;
+  const attention::PageSlice* page_slice = nullptr;  // of the call's caches, where their pages have one and CUDA asks
 
   int group_size() const { return num_q_heads / num_kv_heads; }
 
@@ -68,7 +73,7 @@ struct ScaleView {
   }
 };
 
-inline ScaleView make_scale_view(const Tensor& scale) {
+inline ScaleView make_scale_view(const ConstTensor& scale) {
   ScaleView view;
   if (!scale.defined()) return view;
   view.data = scale.ptr<const float>();

@@ -1,4 +1,4 @@
-// The running softmax of one row and its merge, host+device, natural logarithms.
+// The running softmax of one row and the merge of two, for host and device. Logarithms are natural.
 //
 //   max = largest logit so far (-inf: none)     sum = sum exp(s - max)     acc = sum exp(s - max) * v
 //

@@ -1,4 +1,4 @@
-// Backends: the defaults of QuantKVBackend, the built-in one, and the registry.
+// The backends: what QuantKVBackend does by default, the one that serves the modes of the table, and the registry.
 #include "quire/backend.h"
 
 #include <cstdlib>
@@ -18,12 +18,10 @@ namespace {
 // Serves a mode of the table through its formats.
 class TableBackend final : public QuantKVBackend {
  public:
-  explicit TableBackend(const ModeInfo& mode)
-      : mode_(mode.id),
-        key_(format::format_info(format::find_format(mode.key_format))),
-        value_(format::format_info(format::find_format(mode.value_format))) {}
+  explicit TableBackend(const core::ModeRow& mode)
+      : mode_(mode), key_(format::format_info(mode.formats.key)), value_(format::format_info(mode.formats.value)) {}
 
-  ModeId mode() const override { return mode_; }
+  ModeId mode() const override { return mode_.id; }
   bool needs_scale_caches() const override { return has_scale_cache(key_) || has_scale_cache(value_); }
   Result<int> packing_factor() const override {
     if (const int factor = key_.packing_factor(); factor > 0) return factor;
@@ -50,23 +48,19 @@ class TableBackend final : public QuantKVBackend {
   }
   // Both ops dispatch modes of the table before they ask a backend, so the virtuals lead straight to the kernels.
   Status reshape_and_cache(const ReshapeAndCacheArgs& args, void* stream) const override {
-    ReshapeAndCacheArgs own = args;
-    own.mode = mode_;
-    return core::store(own, stream);
+    return core::store(args, mode_, stream);
   }
   Status unified_attention(const UnifiedAttentionArgs& args, void* stream) const override {
-    UnifiedAttentionArgs own = args;
-    own.mode = mode_;
-    return core::attend(own, nullptr, nullptr, 0, nullptr, stream);
+    return core::attend(args, mode_, nullptr, nullptr, 0, nullptr, stream);
   }
 
  private:
   static bool has_scale_cache(const format::FormatInfo& info) {
     return info.meta_place == format::MetaPlace::kScaleCache;
   }
-  std::string name() const { return "mode " + core::mode_name(mode_); }
+  std::string name() const { return "mode " + mode_.name; }
 
-  ModeId mode_;
+  const core::ModeRow& mode_;
   const format::FormatInfo& key_;
   const format::FormatInfo& value_;
 };
@@ -183,22 +177,19 @@ Status QuantKVBackend::reshape_and_cache(const ReshapeAndCacheArgs& args, void* 
   }
   const Result<ModeId> format_mode = parse_kv_cache_dtype(read_format());
   if (!format_mode) return format_mode.status();
-  ReshapeAndCacheArgs own = args;
-  own.mode = *format_mode;
-  return core::store(own, stream);
+  return core::store(args, *core::find_mode(*format_mode), stream);
 }
 
 Status QuantKVBackend::unified_attention(const UnifiedAttentionArgs& args, void* stream) const {
-  UnifiedAttentionArgs own = args;
   if (!read_format().empty()) {
     const Result<ModeId> format_mode = parse_kv_cache_dtype(read_format());
     if (!format_mode) return format_mode.status();
-    own.mode = *format_mode;
-    return core::attend(own, nullptr, nullptr, 0, nullptr, stream);
+    return core::attend(args, *core::find_mode(*format_mode), nullptr, nullptr, 0, nullptr, stream);
   }
   if (has_decode_row()) {
-    own.mode = mode();
-    return core::attend(own, nullptr, nullptr, 0, this, stream);
+    const Result<const core::ModeRow*> own = core::known_mode(mode());
+    if (!own) return own.status();
+    return core::attend(args, **own, nullptr, nullptr, 0, this, stream);
   }
   return unsupported("the backend of mode " + core::mode_name(mode()) +
                      " does not override unified_attention and has no readable format; name a read_format or override "
@@ -225,8 +216,9 @@ Status thrown(std::string_view what, ModeId mode) {
 
 Status register_backend(ModeId id, BackendClass the_class, BackendFactory factory) {
   return core::guarded([&]() -> Status {
-    const Result<ModeInfo> mode = mode_info(id);
-    if (!mode) return mode.status();
+    const Result<const core::ModeRow*> known = core::known_mode(id);
+    if (!known) return known.status();
+    const core::ModeRow* mode = *known;
     if (Status status = check_quantizing(*mode); !status) return status;
     if (!factory)
       return invalid_argument("factory of mode " + mode->name + " is empty; give a function that makes the backend");
@@ -250,16 +242,17 @@ Status register_backend(ModeId id, BackendClass the_class, BackendFactory factor
 }
 
 bool has_backend(ModeId id) {
-  const Result<ModeInfo> mode = mode_info(id);
-  if (!mode || !check_servable(*mode)) return false;
+  const core::ModeRow* mode = core::find_mode(id);
+  if (mode == nullptr || !check_servable(*mode)) return false;
   std::lock_guard lock(registry().mutex);
   return !mode->registered || registry().registrations.contains(id);
 }
 
 Result<const QuantKVBackend*> get_backend(ModeId id) {
   return core::guarded([&]() -> Result<const QuantKVBackend*> {
-    const Result<ModeInfo> mode = mode_info(id);
-    if (!mode) return mode.status();
+    const Result<const core::ModeRow*> known = core::known_mode(id);
+    if (!known) return known.status();
+    const core::ModeRow* mode = *known;
     if (Status status = check_servable(*mode); !status) return status;
     std::lock_guard lock(registry().mutex);
     auto position = registry().registrations.find(id);

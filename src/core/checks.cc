@@ -13,14 +13,16 @@ using format::MetaPlace;
 
 namespace {
 
-// "[3, 64, 1]"
+// Gives numbers as "[3, 64, 1]".
 std::string list_of(std::span<const std::int64_t> values) {
   std::string list;
   for (std::int64_t value : values) list += (list.empty() ? "[" : ", ") + str(value);
   return list + "]";
 }
 
-Status check_memory(const char* name, const Tensor& tensor) {
+}  // namespace
+
+Status check_memory(const char* name, const ConstTensor& tensor) {
   if (tensor.numel() == 0) return {};
   if (tensor.data == nullptr) {
     return invalid_argument(std::string(name) + " is a null pointer with shape " + to_string(tensor) +
@@ -33,8 +35,6 @@ Status check_memory(const char* name, const Tensor& tensor) {
   return {};
 }
 
-}  // namespace
-
 Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> supported) {
   if (std::ranges::find(supported, dtype) != supported.end()) return {};
   std::string names;
@@ -42,7 +42,7 @@ Status check_dtype(const char* name, DType dtype, std::initializer_list<DType> s
   return invalid_argument(std::string(name) + " is " + std::string(dtype_name(dtype)) + "; supported: " + names);
 }
 
-Status check(const Tensor& tensor, const Expect& expect) {
+Status check(const ConstTensor& tensor, const Expect& expect) {
   if (!tensor.defined()) {
     if (expect.optional) return {};
     return invalid_argument(std::string(expect.name) + " is not given; it must be " + expect.shape_text);
@@ -71,7 +71,16 @@ Status check(const Tensor& tensor, const Expect& expect) {
   return {};
 }
 
-Status check_extents(const char* name, const Tensor& tensor) {
+Status check_device(const char* name, const char* verb, const Device& device) {
+  if (device.is_cpu() && device.index == 0) return {};
+  if (device.is_cuda() && device.index >= 0) return {};
+  if (device.is_cpu() || device.is_cuda()) {
+    return invalid_argument(std::string(name) + verb + to_string(device) + "; supported: cpu, and cuda:0 and up");
+  }
+  return invalid_argument(std::string(name) + verb + "an unknown device; supported: cpu and cuda");
+}
+
+Status check_extents(const char* name, const ConstTensor& tensor) {
   if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
     return invalid_argument(std::string(name) + " has " + str(tensor.ndim) + " dimensions; supported: 0 to " +
                             str(Tensor::kMaxDims));
@@ -102,7 +111,7 @@ Status check_extents(const char* name, const Tensor& tensor) {
   return {};
 }
 
-Status check_apart(const char* name, const Tensor& tensor) {
+Status check_apart(const char* name, const ConstTensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return {};
   std::array<std::pair<std::int64_t, std::int64_t>, Tensor::kMaxDims> dims{};  // (distance of neighbours, extent)
   for (int dim = 0; dim < tensor.ndim; ++dim) {
@@ -122,7 +131,8 @@ Status check_apart(const char* name, const Tensor& tensor) {
   return {};
 }
 
-Status check_count(const char* name, const Tensor& tensor, const char* what, std::int64_t value, std::int64_t least) {
+Status check_count(const char* name, const ConstTensor& tensor, const char* what, std::int64_t value,
+                   std::int64_t least) {
   if (value >= least && value <= INT32_MAX) return {};
   return invalid_argument(std::string(name) + " is " + to_string(tensor) + "; " + what + " must be between " +
                           str(least) + " and " + str(INT32_MAX));
@@ -136,7 +146,7 @@ Status check_head_size(const char* name, std::int64_t head_size) {
   return {};
 }
 
-Status check_scale(const char* name, const Tensor& scale, std::int64_t num_kv_heads, std::int64_t batch) {
+Status check_scale(const char* name, const ConstTensor& scale, std::int64_t num_kv_heads, std::int64_t batch) {
   if (!scale.defined()) return {};
   const bool one = scale.numel() == 1 && scale.ndim <= 2;
   const bool per_head = scale.ndim == 1 && scale.shape[0] == num_kv_heads;
@@ -155,18 +165,22 @@ Status mode_not_built(const ModeInfo& mode) {
                      " is not in this build; configure with -DQUIRE_MODES=all or a list that names it");
 }
 
-Result<FormatPair> resolve(ModeId id, const Tensor& key_cache, const Tensor& value_cache) {
-  const Result<ModeInfo> mode = mode_info(id);
-  if (!mode) return mode.status();
-  if (!mode->compiled) return mode_not_built(*mode);
-  const FormatPair pair = formats_of(*mode, key_cache.dtype, value_cache.dtype);
+Result<const ModeRow*> known_mode(ModeId id) {
+  if (const ModeRow* mode = find_mode(id)) return mode;
+  return not_found("mode id " + str(static_cast<std::int32_t>(id)) +
+                   " is not a mode's; take ids from parse_kv_cache_dtype or register_mode");
+}
+
+Result<FormatPair> resolve(const ModeRow& mode, const ConstTensor& key_cache, const ConstTensor& value_cache) {
+  if (!mode.compiled) return mode_not_built(mode);
+  const FormatPair pair = formats_of(mode, key_cache.dtype, value_cache.dtype);
   if (pair.known()) return pair;
-  if (mode->registered) {
-    return unsupported("mode " + mode->name +
+  if (mode.registered) {
+    return unsupported("mode " + mode.name +
                        " was registered without a format quire can read or write; its backend must override the op");
   }
   return invalid_argument("key_cache is " + std::string(dtype_name(key_cache.dtype)) + " and value_cache " +
-                          std::string(dtype_name(value_cache.dtype)) + "; mode " + mode->name +
+                          std::string(dtype_name(value_cache.dtype)) + "; mode " + mode.name +
                           " stores float32, float16 or bfloat16");
 }
 
@@ -176,7 +190,7 @@ Status check_packing(const char* name, const FormatInfo& info, std::int64_t head
                           name + " must be a multiple of " + str(info.unit) + ", got " + str(head_size));
 }
 
-Status check_cache(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
+Status check_cache(const char* name, const ConstTensor& cache, const char* scale_name, const ConstTensor& scale_cache,
                    const FormatInfo& info, std::int64_t num_kv_heads, std::int64_t head_size, std::int64_t num_blocks,
                    std::int64_t block_size) {
   const auto element = static_cast<std::int64_t>(dtype_bytes(info.cache_dtype));
@@ -201,8 +215,9 @@ Status check_cache(const char* name, const Tensor& cache, const char* scale_name
   return {};
 }
 
-Status check_centre(const char* page_name, const Tensor& page_meta, const char* vector_name, const Tensor& head_vector,
-                    const FormatInfo& info, std::int64_t num_blocks, std::int64_t num_kv_heads, int head_size) {
+Status check_centre(const char* page_name, const ConstTensor& page_meta, const char* vector_name,
+                    const ConstTensor& head_vector, const FormatInfo& info, std::int64_t num_blocks,
+                    std::int64_t num_kv_heads, int head_size) {
   const auto unwanted = [&info](const char* name, const char* what) {
     return invalid_argument(std::string(name) + " is given, but rows of format " + std::string(info.name) +
                             " have no " + what + "; leave it out");
@@ -223,9 +238,9 @@ Status check_centre(const char* page_name, const Tensor& page_meta, const char* 
                              .dense_rows = true});
 }
 
-Status check_counter(const Tensor& counter, Device device) {
+Status check_counter(const ConstTensor& counter, Device device) {
   if (!counter.defined()) return {};
-  if (device == Device::kCpu) {
+  if (device.is_cpu()) {
     return invalid_argument(
         "error_counter is given, but on the CPU a bad index is refused before anything is written; leave it out");
   }

@@ -1,7 +1,10 @@
 // The table of devices: what each one does for the ops. Nothing else in the ops knows one device from another.
 #pragma once
 
+#include <string>
+
 #include "attention/problem.h"
+#include "call/plan_data.h"
 #include "core/mode_table.h"
 #include "quire/backend.h"
 #include "quire/ops.h"
@@ -9,26 +12,35 @@
 namespace quire::core {
 
 struct DeviceOps {
-  Result<Arch> (*arch)();
+  Result<int> (*count)();
+
+  // The facts of device `index`; refused where there is no such device.
+  Result<Arch> (*arch)(int index);
 
   // Fills in a problem's bounds on lengths: from the arguments or, where the host can read them, from the lengths.
   // `planned` is the problem of the plan the call brings, or null.
-  void (*bound_lengths)(const UnifiedAttentionArgs& args, const AttentionShape& shape, const AttentionProblem* planned,
-                        AttentionProblem& problem);
+  Status (*bound_lengths)(const UnifiedAttentionArgs& args, const AttentionShape& shape,
+                          const AttentionProblem* planned, AttentionProblem& problem);
 
-  Result<AttentionPlan> (*plan)(const AttentionProblem& problem, FormatPair formats);
+  // Fills in all of a plan but the problem and the formats, which are there.
+  Status (*plan)(PlanData& plan);
+
+  // Names the kernels of a plan.
+  std::string (*describe)(const PlanData& plan);
 
   Status (*store)(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream);
 
   // Reads the formats of `shape` or, where they are not known, rows through `decoder`. `workspace` holds
   // plan.workspace_bytes; null: the device finds its own for the call.
-  Status (*attend)(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+  Status (*attend)(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
                    const QuantKVBackend* decoder, void* workspace, void* stream);
 
   Status (*merge)(const MergeAttnStatesArgs& args, void* stream);
+
+  Status (*hadamard)(const HadamardArgs& args, void* stream);
 };
 
-// Validated arguments name one of the devices.
-const DeviceOps& device_ops(Device device);
+// Finds the row of a device. Validated arguments name one that there is.
+const DeviceOps& device_ops(DeviceType type);
 
 }  // namespace quire::core

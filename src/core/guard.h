@@ -19,7 +19,7 @@ inline Status out_of_memory() {
   }
 }
 
-// body() gives a Status or a Result.
+// Runs body(), which gives a Status or a Result.
 template <class Body>
 auto guarded(const Body& body) -> decltype(body()) {
   try {

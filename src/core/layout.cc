@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/checks.h"
 #include "core/guard.h"
 #include "core/mode_table.h"
 #include "quire/backend.h"
@@ -29,7 +30,7 @@ struct RowCost {
   DType cache_dtype = DType::kUInt8;
 };
 
-// What a registered mode's backend says.
+// Asks the backend of a registered mode what its rows cost.
 Result<RowCost> registered_row_cost(const ModeInfo& mode, int head_size, bool is_value) {
   const Result<const QuantKVBackend*> backend = get_backend(mode.id);
   if (!backend) return backend.status();
@@ -52,7 +53,7 @@ Result<RowCost> registered_row_cost(const ModeInfo& mode, int head_size, bool is
   return RowCost{*bytes, 4, DType::kUInt8};
 }
 
-Result<RowCost> row_cost(const ModeInfo& mode, const KVCacheSpec& spec, bool is_value) {
+Result<RowCost> row_cost(const core::ModeRow& mode, const KVCacheSpec& spec, bool is_value) {
   const int head_size = is_value ? spec.head_size_v : spec.head_size;
   const char* argument = is_value ? "head_size_v" : "head_size";
   if (head_size < format::kMinHeadSize || head_size > format::kMaxHeadSize) {
@@ -99,8 +100,9 @@ Result<KVCacheLayout> make_layout(const KVCacheSpec& given) {
       return invalid_argument("model_dtype is outside its enum; supported: float32, float16, bfloat16");
     }
     if (spec.head_size_v == 0) spec.head_size_v = spec.head_size;
-    Result<ModeInfo> mode = mode_info(spec.mode);
-    if (!mode) return mode.status();
+    const Result<const core::ModeRow*> known = core::known_mode(spec.mode);
+    if (!known) return known.status();
+    const core::ModeRow* mode = *known;
     if (mode->shared_slot) spec.packing = KVPacking::kKVInRow;
 
     // The limits keep every product of these with a row's bytes inside 63 bits.

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <deque>
 #include <iterator>
 #include <mutex>
 #include <shared_mutex>
 #include <utility>
 
+#include "core/checks.h"
 #include "core/guard.h"
 
 namespace quire {
@@ -27,12 +29,22 @@ constexpr bool shares_slot() {
   return false;
 }
 
-std::vector<ModeInfo> built_in_modes() {
+using core::ModeRow;
+
+// Looks up the formats that a row names.
+void set_formats(ModeRow& mode) {
+  mode.auto_key = mode.key_format == AutoFloat::kName;
+  mode.auto_value = mode.value_format == AutoFloat::kName;
+  mode.formats = {format::find_format(mode.key_format), format::find_format(mode.value_format)};
+}
+
+// The rows of the table. They never move, because callers keep pointers to them.
+std::deque<ModeRow> built_in_modes() {
   using namespace format;
-  std::vector<ModeInfo> modes;
+  std::deque<ModeRow> modes;
 #define QUIRE_MODE(mode_name, enum_value, Key, Value) \
   {                                                   \
-    ModeInfo mode;                                    \
+    ModeRow mode;                                     \
     mode.id = static_cast<ModeId>(modes.size());      \
     mode.name = mode_name;                            \
     mode.kv_quant_mode = enum_value;                  \
@@ -40,10 +52,11 @@ std::vector<ModeInfo> built_in_modes() {
     mode.value_format = Value::kName;                 \
     mode.shared_slot = shares_slot<Key, Value>();     \
     mode.compiled = mode_enabled(mode_name);          \
+    set_formats(mode);                                \
     modes.push_back(std::move(mode));                 \
   }
 #define QUIRE_MODE_ALIAS(alias, name_of)                        \
-  for (ModeInfo & mode : modes) {                               \
+  for (ModeRow & mode : modes) {                                \
     if (mode.name == name_of) mode.aliases.emplace_back(alias); \
   }
   using enum KVQuantMode;
@@ -70,10 +83,10 @@ bool format_compiled(format::FormatId id) {
 
 struct ModeTable {
   std::shared_mutex mutex;
-  std::vector<ModeInfo> modes = built_in_modes();
+  std::deque<ModeRow> modes = built_in_modes();
 
-  const ModeInfo* find(std::string_view name) const {
-    for (const ModeInfo& mode : modes) {
+  const ModeRow* find(std::string_view name) const {
+    for (const ModeRow& mode : modes) {
       if (mode.name == name || std::ranges::find(mode.aliases, name) != mode.aliases.end()) return &mode;
     }
     return nullptr;
@@ -94,7 +107,7 @@ ModeTable& table() {
 }
 
 // The mode that "k=<format>,v=<format>" describes, without an id; kNotFound for another spelling or an unknown format.
-Result<ModeInfo> compose(std::string_view name) {
+Result<ModeRow> compose(std::string_view name) {
   const std::size_t comma = name.find(",v=");
   const auto find = [](std::string_view format_name) {
     std::shared_lock lock(table().mutex);
@@ -107,7 +120,8 @@ Result<ModeInfo> compose(std::string_view name) {
     return not_found("kv_cache_dtype " + core::quoted(name) +
                      " is not k=<format>,v=<format>; formats: " + format_names());
   }
-  ModeInfo mode;
+  ModeRow mode;
+  mode.formats = {key, value};
   mode.key_format = format::format_info(key).name;
   mode.value_format = format::format_info(value).name;
   mode.name = "k=" + mode.key_format + ",v=" + mode.value_format;
@@ -142,7 +156,7 @@ Status outside_the_enum() {
 // alike.
 const format::FormatInfo* key_format_of(KVQuantMode value) {
   std::shared_lock lock(table().mutex);
-  for (const ModeInfo& mode : table().modes) {
+  for (const ModeRow& mode : table().modes) {
     if (mode.kv_quant_mode != value) continue;
     const core::FormatPair pair = core::formats_of(mode, DType::kFloat32, DType::kFloat32);
     return &format::format_info(pair.key);
@@ -178,8 +192,15 @@ Status check_multiple(std::string_view who, int unit, int head_size) {
 }
 
 std::string mode_name(ModeId mode) {
-  const Result<ModeInfo> info = mode_info(mode);
-  return info ? info->name : "id " + std::to_string(static_cast<std::int32_t>(mode));
+  const ModeRow* row = find_mode(mode);
+  return row != nullptr ? row->name : "id " + std::to_string(static_cast<std::int32_t>(mode));
+}
+
+const ModeRow* find_mode(ModeId mode) {
+  std::shared_lock lock(table().mutex);
+  const auto index = static_cast<std::size_t>(mode);
+  if (static_cast<std::int32_t>(mode) < 0 || index >= table().modes.size()) return nullptr;
+  return &table().modes[index];
 }
 
 std::string quoted(std::string_view text) {
@@ -195,7 +216,7 @@ std::string quoted(std::string_view text) {
     }
   }
   quoted += "'";
-  if (text.size() > kMaxShown) quoted += " .. (" + std::to_string(text.size()) + " characters)";
+  if (text.size() > kMaxShown) quoted += " (of " + std::to_string(text.size()) + " characters)";
   return quoted;
 }
 
@@ -211,10 +232,10 @@ Result<ModeId> parse_kv_cache_dtype(std::string_view name) {
       return not_found("kv_cache_dtype " + core::quoted(name) + " is not a mode; modes: " + core::mode_names() +
                        ", and any pair k=<format>,v=<format>");
     }
-    Result<ModeInfo> composed = compose(name);
+    Result<ModeRow> composed = compose(name);
     if (!composed) return composed.status();
     std::unique_lock lock(table().mutex);
-    for (const ModeInfo& mode : table().modes) {
+    for (const ModeRow& mode : table().modes) {
       if (mode.key_format == composed->key_format && mode.value_format == composed->value_format) return mode.id;
     }
     composed->id = static_cast<ModeId>(table().modes.size());
@@ -228,7 +249,7 @@ Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value) {
     std::shared_lock lock(table().mutex);
     const ModeInfo* found = nullptr;
     std::string sharing;
-    for (const ModeInfo& mode : table().modes) {
+    for (const ModeRow& mode : table().modes) {
       if (mode.kv_quant_mode != value) continue;
       sharing += (found == nullptr ? "" : ", ") + mode.name;
       found = found == nullptr ? &mode : found;
@@ -242,22 +263,18 @@ Result<ModeId> mode_from_kv_quant_mode(KVQuantMode value) {
   });
 }
 
-Result<ModeInfo> mode_info(ModeId mode) {
-  return core::guarded([&]() -> Result<ModeInfo> {
-    std::shared_lock lock(table().mutex);
-    const auto index = static_cast<std::size_t>(mode);
-    if (static_cast<std::int32_t>(mode) < 0 || index >= table().modes.size()) {
-      return not_found("mode id " + std::to_string(static_cast<std::int32_t>(mode)) +
-                       " is not a mode's; take ids from parse_kv_cache_dtype or register_mode");
-    }
-    return table().modes[index];
+Result<const ModeInfo*> mode_info(ModeId mode) {
+  return core::guarded([&]() -> Result<const ModeInfo*> {
+    const Result<const ModeRow*> row = core::known_mode(mode);
+    if (!row) return row.status();
+    return static_cast<const ModeInfo*>(*row);
   });
 }
 
 std::vector<ModeInfo> list_modes() {
   std::shared_lock lock(table().mutex);
   std::vector<ModeInfo> named;
-  std::ranges::copy_if(table().modes, std::back_inserter(named), [](const ModeInfo& mode) { return !mode.composed; });
+  std::ranges::copy_if(table().modes, std::back_inserter(named), [](const ModeRow& mode) { return !mode.composed; });
   return named;
 }
 
@@ -276,12 +293,12 @@ Result<ModeId> register_mode(const ModeSpec& spec) {
         return invalid_argument("alias of a registered mode is " + core::quoted(*name) +
                                 ", which is its name or another alias already; give each once");
       }
-      if (const ModeInfo* mode = table().find(*name)) {
+      if (const ModeRow* mode = table().find(*name)) {
         return already_exists("mode " + core::quoted(*name) + " exists already (as '" + mode->name +
                               "'); registered names must be new");
       }
     }
-    ModeInfo mode;
+    ModeRow mode;
     mode.id = static_cast<ModeId>(table().modes.size());
     mode.name = spec.name;
     mode.aliases = spec.aliases;
@@ -327,7 +344,7 @@ Result<int> packed_head_size(KVQuantMode value, int head_size) {
 
 KVQuantMode get_kv_quant_mode(std::string_view kv_cache_dtype) {
   if (const Result<ModeId> mode = parse_kv_cache_dtype(kv_cache_dtype)) {
-    if (const std::optional<KVQuantMode> value = mode_info(*mode)->kv_quant_mode) return *value;
+    if (const std::optional<KVQuantMode> value = core::find_mode(*mode)->kv_quant_mode) return *value;
   }
   return kv_cache_dtype.starts_with("fp8") ? KVQuantMode::kFp8PerTensor : KVQuantMode::kNone;
 }

@@ -2,7 +2,7 @@
 
 namespace quire {
 
-std::string to_string(const Tensor& tensor) {
+std::string to_string(const ConstTensor& tensor) {
   if (!tensor.defined()) return "not given";
   std::string text;
   if (tensor.ndim < 0 || tensor.ndim > Tensor::kMaxDims) {
@@ -16,7 +16,13 @@ std::string to_string(const Tensor& tensor) {
     text += "] ";
     text += dtype_name(tensor.dtype);
   }
-  if (tensor.device == Device::kCuda) text += " on cuda";
+  if (tensor.device != Device::cpu()) text += " on " + to_string(tensor.device);
+  return text;
+}
+
+std::string to_string(const Device& device) {
+  std::string text(device_type_name(device.type));
+  if (device != Device::cpu()) text += ":" + std::to_string(device.index);
   return text;
 }
 

@@ -1,53 +1,46 @@
-// The tensors of an op's arguments as a table: names and members, in the order of the struct. Each op's file lists its
-// own (validate_store.cc, ..); what holds for every tensor of every op is written here once, over such a table.
+// What holds for every tensor of every op, written once over the lists of call/tensors.h.
 #pragma once
 
-#include <cstddef>
 #include <string>
 
+#include "call/tensors.h"
 #include "core/checks.h"
 #include "quire/status.h"
 #include "quire/tensor.h"
 
 namespace quire::core {
 
-template <class Args>
-struct TensorField {
-  const char* name;
-  Tensor Args::*tensor;
-};
-
 // What every tensor must be (check_extents), and that all lie where the first one given does.
-template <class Args, std::size_t kSize>
-Status check_tensors(const Args& args, const TensorField<Args> (&fields)[kSize]) {
-  const TensorField<Args>* first = nullptr;
-  for (const TensorField<Args>& field : fields) {
-    const Tensor& tensor = args.*field.tensor;
-    if (!tensor.defined()) continue;
-    QUIRE_RETURN_IF_ERROR(check_extents(field.name, tensor));
-    if (tensor.device != Device::kCpu && tensor.device != Device::kCuda) {
-      return invalid_argument(std::string(field.name) + " is on an unknown device; supported: cpu and cuda");
+template <class Args>
+Status check_tensors(const Args& args) {
+  Status status;
+  const char* first = nullptr;
+  Device device;
+  call::for_each_tensor(args, [&](const char* name, const ConstTensor& tensor) {
+    if (!status.ok() || !tensor.defined()) return;
+    if (status = check_extents(name, tensor); !status.ok()) return;
+    if (status = check_device(name, " is on ", tensor.device); !status.ok()) return;
+    if (first == nullptr) {
+      first = name;
+      device = tensor.device;
     }
-    if (first == nullptr) first = &field;
-    if (const Device device = (args.*first->tensor).device; tensor.device != device) {
-      return invalid_argument(std::string(field.name) + " is on " + std::string(device_name(tensor.device)) + ", but " +
-                              first->name + " is on " + std::string(device_name(device)) +
-                              "; all tensors of a call must be on one device");
-    }
-  }
-  return {};
+    if (tensor.device == device) return;
+    status = invalid_argument(std::string(name) + " is on " + to_string(tensor.device) + ", but " + first + " is on " +
+                              to_string(device) + "; all tensors of a call must be on one device");
+  });
+  return status;
 }
 
-// What drop_idle_strides of validate.h does.
-template <class Args, std::size_t kSize>
-Args drop_idle_strides(const Args& args, const TensorField<Args> (&fields)[kSize]) {
+// The arguments with stride 0 in every dimension of extent 0 or 1. Such a stride enters no address and may hold
+// anything, so the devices, which scale and align by strides, get calls without them.
+template <class Args>
+Args drop_idle_strides(const Args& args) {
   Args copy = args;
-  for (const TensorField<Args>& field : fields) {
-    Tensor& tensor = copy.*field.tensor;
+  call::for_each_tensor(copy, [](const char*, auto& tensor) {
     for (int dim = 0; dim < tensor.ndim; ++dim) {
       if (tensor.shape[dim] <= 1) tensor.strides[dim] = 0;
     }
-  }
+  });
   return copy;
 }
 

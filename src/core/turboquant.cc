@@ -1,4 +1,4 @@
-// vLLM's TurboQuant entry points in terms of the ops.
+// vLLM's TurboQuant entry points are written here in terms of the ops.
 #include "quire/turboquant.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <functional>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/checks.h"
@@ -24,8 +25,9 @@ constexpr float kTableTolerance = 1e-4F;
 
 std::string number(double value) { return std::to_string(value); }
 
-// The last extent of key or query, `shape_text`: Float, as the ops check again.
-Result<int> head_size_of(const char* name, const Tensor& rows, const char* shape_text) {
+// Gives the last extent of key or query, whose shape is `shape_text`. The tensor must be Float, which the ops check
+// again.
+Result<int> head_size_of(const char* name, const ConstTensor& rows, const char* shape_text) {
   QUIRE_RETURN_IF_ERROR(core::check_extents(name, rows));
   QUIRE_RETURN_IF_ERROR(core::check(rows, {.name = name,
                                            .dtypes = core::kFloatsAndFloat8,
@@ -35,7 +37,7 @@ Result<int> head_size_of(const char* name, const Tensor& rows, const char* shape
   return static_cast<int>(rows.shape[2]);
 }
 
-// What the tables of a call have in common.
+// This is what the tables of a call have in common.
 struct TableCall {
   const TurboQuantConfig& config;
   int head_size;
@@ -45,16 +47,16 @@ struct TableCall {
 
 // A float32 table of the caller: `compare` is given its elements on the host, in every call or, of a table on the
 // device, until it has said yes once.
-Status check_table(const TableCall& call, const Tensor& table, const core::Expect& expect,
-                   const std::function<Status(const Tensor& on_host)>& compare) {
+Status check_table(const TableCall& call, const ConstTensor& table, const core::Expect& expect,
+                   const std::function<Status(const ConstTensor& on_host)>& compare) {
   const std::string name = expect.name;
   QUIRE_RETURN_IF_ERROR(core::check_extents(expect.name, table));
+  QUIRE_RETURN_IF_ERROR(core::check_device(expect.name, " is on ", table.device));
   QUIRE_RETURN_IF_ERROR(core::check(table, expect));
-  const bool on_cuda = table.device == Device::kCuda && call.device == Device::kCuda;
-  if (!on_cuda && table.device != Device::kCpu) {
-    return invalid_argument(name + " is on " + std::string(device_name(table.device)) +
-                            ", but the call's other tensors are on " + std::string(device_name(call.device)) +
-                            "; supported: on the cpu, or where they are");
+  const bool on_cuda = table.device == call.device && call.device.is_cuda();
+  if (!on_cuda && !table.device.is_cpu()) {
+    return invalid_argument(name + " is on " + to_string(table.device) + ", but the call's other tensors are on " +
+                            to_string(call.device) + "; supported: on the cpu, or where they are");
   }
   // Both orders of a matrix are dense, and the one that is supported is symmetric.
   const bool rows_dense = table.strides[table.ndim - 1] == 1 && (table.ndim == 1 || table.strides[0] == table.shape[1]);
@@ -69,11 +71,12 @@ Status check_table(const TableCall& call, const Tensor& table, const core::Expec
   return cuda::check_table_once(expect.name, table, call.head_size, compare, call.stream);
 }
 
-// Only the Hadamard matrix over sqrt(block), block-diagonal where head_size is no power of two.
-Status check_rotation(const TableCall& call, const Tensor& rotation) {
+// The one rotation that is supported is the Hadamard matrix over sqrt(block); it is block-diagonal where head_size is
+// no power of two.
+Status check_rotation(const TableCall& call, const ConstTensor& rotation) {
   if (!rotation.defined() || call.config.key_bits == 8) return {};
   const int head_size = call.head_size;
-  const auto compare = [head_size](const Tensor& given) -> Status {
+  const auto compare = [head_size](const ConstTensor& given) -> Status {
     const int block = format::rotation_block(head_size);
     const float unit = 1.0F / std::sqrt(static_cast<float>(block));
     for (int i = 0; i < head_size; ++i) {
@@ -99,13 +102,13 @@ Status check_rotation(const TableCall& call, const Tensor& rotation) {
                      compare);
 }
 
-// Centroids (or, with `midpoints`, the means of neighbours) of N(0, 1 / head_size).
-Status check_codebook(const TableCall& call, const char* name, const Tensor& given, bool midpoints) {
+// A codebook holds the centroids of N(0, 1 / head_size) or, with `midpoints`, the means of neighbouring ones.
+Status check_codebook(const TableCall& call, const char* name, const ConstTensor& given, bool midpoints) {
   if (!given.defined() || call.config.key_bits == 8) return {};
   const int bits = call.config.key_bits;
   const int count = (1 << bits) - (midpoints ? 1 : 0);
   const float sigma = 1.0F / std::sqrt(static_cast<float>(call.head_size));
-  const auto compare = [=](const Tensor& codebook) -> Status {
+  const auto compare = [=](const ConstTensor& codebook) -> Status {
     const auto centroid = [&](int i) { return sigma * (bits == 3 ? format::centroid<3>(i) : format::centroid<4>(i)); };
     for (int i = 0; i < count; ++i) {
       const float expected = midpoints ? 0.5F * (centroid(i) + centroid(i + 1)) : centroid(i);
@@ -154,8 +157,12 @@ Result<ModeId> turboquant_mode(const TurboQuantConfig& config) {
 
 bool turboquant_uses_e4b15(int major, int minor) { return major < 8 || (major == 8 && minor < 9); }
 
-Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size) {
-  return core::guarded([&]() -> Result<SlotViews> {
+namespace {
+
+template <class Data>
+Result<BasicKVCacheViews<Data>> slot_views(const TurboQuantConfig& config, const BasicTensor<Data>& kv_cache,
+                                           int head_size) {
+  return core::guarded([&]() -> Result<BasicKVCacheViews<Data>> {
     const Result<ModeId> mode = stored_mode(config);
     if (!mode) return mode.status();
     QUIRE_RETURN_IF_ERROR(core::check_extents("kv_cache", kv_cache));
@@ -176,12 +183,24 @@ Result<SlotViews> turboquant_views(const TurboQuantConfig& config, const Tensor&
                               " bytes (" + std::to_string(layout->k_data_bytes) + " of key, " +
                               std::to_string(layout->v_data_bytes) + " of value, rounded up to even) or more");
     }
-    SlotViews views{kv_cache, kv_cache};
+    using Byte = std::conditional_t<std::is_const_v<Data>, const std::uint8_t, std::uint8_t>;
+    BasicKVCacheViews<Data> views;
+    views.key_cache = views.value_cache = kv_cache;
     views.key_cache.shape[3] = layout->k_data_bytes;
     views.value_cache.shape[3] = layout->v_data_bytes;
-    if (kv_cache.data != nullptr) views.value_cache.data = kv_cache.ptr<std::uint8_t>() + layout->k_data_bytes;
+    if (kv_cache.data != nullptr) views.value_cache.data = static_cast<Byte*>(kv_cache.data) + layout->k_data_bytes;
     return views;
   });
+}
+
+}  // namespace
+
+Result<KVCacheViews> turboquant_views(const TurboQuantConfig& config, const Tensor& kv_cache, int head_size) {
+  return slot_views(config, kv_cache, head_size);
+}
+
+Result<ConstKVCacheViews> turboquant_views(const TurboQuantConfig& config, const ConstTensor& kv_cache, int head_size) {
+  return slot_views(config, kv_cache, head_size);
 }
 
 Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
@@ -190,7 +209,7 @@ Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
     if (!mode) return mode.status();
     const Result<int> head_size = head_size_of("key", args.key, "[num_tokens, num_kv_heads, head_size]");
     if (!head_size) return head_size.status();
-    const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
+    const Result<KVCacheViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
     if (!views) return views.status();
     const TableCall tables{args.config, *head_size, args.key.device, stream};
     QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
@@ -199,8 +218,7 @@ Status turboquant_store(const TurboQuantStoreArgs& args, void* stream) {
     store.mode = *mode;
     store.key = args.key;
     store.value = args.value;
-    store.key_cache = views->key_cache;
-    store.value_cache = views->value_cache;
+    store.cache = *views;
     store.slot_mapping = args.slot_mapping;
     return reshape_and_cache(store, stream);
   });
@@ -212,19 +230,19 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
     if (!mode) return mode.status();
     const Result<int> head_size = head_size_of("query", args.query, "[batch, num_q_heads, head_size]");
     if (!head_size) return head_size.status();
-    const Result<SlotViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
+    const Result<ConstKVCacheViews> views = turboquant_views(args.config, args.kv_cache, *head_size);
     if (!views) return views.status();
     UnifiedAttentionArgs read;
     read.mode = *mode;
     read.query = args.query;
     read.out = args.out;
-    read.key_cache = views->key_cache;
-    read.value_cache = views->value_cache;
+    read.cache = *views;
     read.seq_lens = args.seq_lens;
     read.block_table = args.block_table;
     read.softmax_scale = args.softmax_scale;
     read.lse = args.lse;
     read.max_query_len = 1;
+    read.max_seq_len = args.max_seq_len;
     // Before cu_seqlens_q is allocated, where query is.
     const std::int64_t batch = args.query.shape[0];
     QUIRE_RETURN_IF_ERROR(core::check_tensors(read));
@@ -234,11 +252,16 @@ Status turboquant_decode_attention(const TurboQuantDecodeArgs& args, void* strea
     const TableCall tables{args.config, *head_size, args.query.device, stream};
     QUIRE_RETURN_IF_ERROR(check_rotation(tables, args.rotation));
     QUIRE_RETURN_IF_ERROR(check_codebook(tables, "centroids", args.centroids, false));
-    const auto attend = [&read, stream](const Tensor& cu_seqlens_q) {
+    if (read.max_seq_len == 0 && args.block_table.ndim == 2 && args.kv_cache.ndim == 4) {
+      // unified_attention checks both. At least 1: an empty table has no keys to plan for.
+      read.max_seq_len = std::clamp<std::int64_t>(
+          checked_product({args.block_table.shape[1], args.kv_cache.shape[1]}).value_or(INT32_MAX), 1, INT32_MAX);
+    }
+    const auto attend = [&read, stream](const ConstTensor& cu_seqlens_q) {
       read.cu_seqlens_q = cu_seqlens_q;
       return unified_attention(read, stream);
     };
-    if (args.query.device == Device::kCuda) return cuda::with_one_token_each(batch, attend, stream);
+    if (args.query.device.is_cuda()) return cuda::with_one_token_each(args.query.device, batch, attend, stream);
     std::vector<std::int32_t> starts(static_cast<std::size_t>(batch) + 1);
     std::iota(starts.begin(), starts.end(), 0);
     return attend(Tensor::contiguous(starts.data(), DType::kInt32, {batch + 1}));

@@ -10,24 +10,20 @@
 
 namespace quire::core {
 
-// The arguments with stride 0 in every dimension of extent 0 or 1. Such a stride enters no address and may hold
-// anything, so the devices, which scale and align by strides, get calls without them.
-ReshapeAndCacheArgs drop_idle_strides(const ReshapeAndCacheArgs& args);
-UnifiedAttentionArgs drop_idle_strides(const UnifiedAttentionArgs& args);
-MergeAttnStatesArgs drop_idle_strides(const MergeAttnStatesArgs& args);
-
 // The first test of validate_attention: what every tensor must be (check_extents), and that all are on one device.
 Status check_tensors(const UnifiedAttentionArgs& args);
 
-Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args);
+Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args, const ModeRow& mode);
 
 // `own_rows`: the registered backend that reads its own rows, so that the caches' last dimension and dtype are its
 // business; null where the mode's formats are read. If it decodes row by row, rows and scale caches must be what it
 // says.
-Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows = nullptr);
+Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const ModeRow& mode,
+                                          const QuantKVBackend* own_rows);
 
 Status validate_merge(const MergeAttnStatesArgs& args);
 
-Status validate_problem(const AttentionProblem& problem);
+// Gives the formats of the problem's caches. Those of a registered mode are not known.
+Result<FormatPair> validate_problem(const AttentionProblem& problem);
 
 }  // namespace quire::core

@@ -11,33 +11,6 @@ using format::FormatInfo;
 
 namespace {
 
-// Every tensor of a call. The first one given says where the call runs.
-constexpr TensorField<UnifiedAttentionArgs> kTensors[] = {{"query", &UnifiedAttentionArgs::query},
-                                                          {"out", &UnifiedAttentionArgs::out},
-                                                          {"key_cache", &UnifiedAttentionArgs::key_cache},
-                                                          {"value_cache", &UnifiedAttentionArgs::value_cache},
-                                                          {"k_scale_cache", &UnifiedAttentionArgs::k_scale_cache},
-                                                          {"v_scale_cache", &UnifiedAttentionArgs::v_scale_cache},
-                                                          {"k_page_meta", &UnifiedAttentionArgs::k_page_meta},
-                                                          {"v_page_meta", &UnifiedAttentionArgs::v_page_meta},
-                                                          {"k_head_vector", &UnifiedAttentionArgs::k_head_vector},
-                                                          {"v_head_vector", &UnifiedAttentionArgs::v_head_vector},
-                                                          {"cu_seqlens_q", &UnifiedAttentionArgs::cu_seqlens_q},
-                                                          {"seq_lens", &UnifiedAttentionArgs::seq_lens},
-                                                          {"block_table", &UnifiedAttentionArgs::block_table},
-                                                          {"causal_per_seq", &UnifiedAttentionArgs::causal_per_seq},
-                                                          {"mm_prefix_range", &UnifiedAttentionArgs::mm_prefix_range},
-                                                          {"rswa_prefix_lens", &UnifiedAttentionArgs::rswa_prefix_lens},
-                                                          {"sinks", &UnifiedAttentionArgs::sinks},
-                                                          {"alibi_slopes", &UnifiedAttentionArgs::alibi_slopes},
-                                                          {"qq_bias", &UnifiedAttentionArgs::qq_bias},
-                                                          {"q_scale", &UnifiedAttentionArgs::q_scale},
-                                                          {"k_scale", &UnifiedAttentionArgs::k_scale},
-                                                          {"v_scale", &UnifiedAttentionArgs::v_scale},
-                                                          {"output_scale", &UnifiedAttentionArgs::output_scale},
-                                                          {"lse", &UnifiedAttentionArgs::lse},
-                                                          {"error_counter", &UnifiedAttentionArgs::error_counter}};
-
 // Each step fills what it has found out of `shape`, and may use what earlier ones have.
 Status check_query_and_out(const UnifiedAttentionArgs& args, AttentionShape& shape) {
   QUIRE_RETURN_IF_ERROR(check(args.query, {.name = "query",
@@ -63,8 +36,9 @@ Status check_query_and_out(const UnifiedAttentionArgs& args, AttentionShape& sha
 }
 
 // A cache of a registered backend that reads its own rows, and its scale cache.
-Status check_own_rows(const char* name, const Tensor& cache, const char* scale_name, const Tensor& scale_cache,
-                      const QuantKVBackend& backend, bool is_value, int head_size, const AttentionShape& shape) {
+Status check_own_rows(const char* name, const ConstTensor& cache, const char* scale_name,
+                      const ConstTensor& scale_cache, const QuantKVBackend& backend, bool is_value, int head_size,
+                      const AttentionShape& shape) {
   QUIRE_RETURN_IF_ERROR(check(cache, {.name = name,
                                       .dtypes = kAllDTypes,
                                       .shape = {shape.num_blocks, shape.block_size, shape.num_kv_heads, kAny},
@@ -90,23 +64,25 @@ Status check_own_rows(const char* name, const Tensor& cache, const char* scale_n
                           " has no scale caches; leave it out");
 }
 
-Status check_caches(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows, AttentionShape& shape) {
-  if (args.key_cache.ndim != 4 || args.value_cache.ndim != 4) {
-    return invalid_argument("key_cache is " + to_string(args.key_cache) + " and value_cache " +
-                            to_string(args.value_cache) +
+Status check_caches(const UnifiedAttentionArgs& args, const ModeRow& mode, const QuantKVBackend* own_rows,
+                    AttentionShape& shape) {
+  if (args.cache.key_cache.ndim != 4 || args.cache.value_cache.ndim != 4) {
+    return invalid_argument("key_cache is " + to_string(args.cache.key_cache) + " and value_cache " +
+                            to_string(args.cache.value_cache) +
                             "; both must be [num_blocks, block_size, num_kv_heads, row elements]");
   }
-  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.key_cache, "block_size", args.key_cache.shape[1], 1));
-  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.key_cache, "num_kv_heads", args.key_cache.shape[2], 1));
-  shape.num_blocks = args.key_cache.shape[0];
-  shape.block_size = static_cast<int>(args.key_cache.shape[1]);
-  shape.num_kv_heads = static_cast<int>(args.key_cache.shape[2]);
+  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.cache.key_cache, "block_size", args.cache.key_cache.shape[1], 1));
+  QUIRE_RETURN_IF_ERROR(
+      check_count("key_cache", args.cache.key_cache, "num_kv_heads", args.cache.key_cache.shape[2], 1));
+  shape.num_blocks = args.cache.key_cache.shape[0];
+  shape.block_size = static_cast<int>(args.cache.key_cache.shape[1]);
+  shape.num_kv_heads = static_cast<int>(args.cache.key_cache.shape[2]);
   if (shape.num_q_heads % shape.num_kv_heads != 0) {
     return invalid_argument("query has " + str(shape.num_q_heads) + " heads and key_cache " + str(shape.num_kv_heads) +
                             "; query heads must be a multiple of KV heads");
   }
   if (own_rows == nullptr) {
-    Result<FormatPair> pair = resolve(args.mode, args.key_cache, args.value_cache);
+    Result<FormatPair> pair = resolve(mode, args.cache.key_cache, args.cache.value_cache);
     if (!pair) return pair.status();
     shape.key_format = pair->key;
     shape.value_format = pair->value;
@@ -114,20 +90,21 @@ Status check_caches(const UnifiedAttentionArgs& args, const QuantKVBackend* own_
     const FormatInfo& value_format = format::format_info(pair->value);
     QUIRE_RETURN_IF_ERROR(check_packing("head_size", key_format, shape.head_size));
     QUIRE_RETURN_IF_ERROR(check_packing("head_size_v", value_format, shape.head_size_v));
-    QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.key_cache, "k_scale_cache", args.k_scale_cache, key_format,
-                                      shape.num_kv_heads, shape.head_size, shape.num_blocks, shape.block_size));
-    QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.value_cache, "v_scale_cache", args.v_scale_cache,
+    QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                      key_format, shape.num_kv_heads, shape.head_size, shape.num_blocks,
+                                      shape.block_size));
+    QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache,
                                       value_format, shape.num_kv_heads, shape.head_size_v, shape.num_blocks,
                                       shape.block_size));
-    QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.k_page_meta, "k_head_vector", args.k_head_vector, key_format,
-                                       shape.num_blocks, shape.num_kv_heads, shape.head_size));
-    QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.v_page_meta, "v_head_vector", args.v_head_vector,
+    QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector,
+                                       key_format, shape.num_blocks, shape.num_kv_heads, shape.head_size));
+    QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.cache.v_page_meta, "v_head_vector", args.cache.v_head_vector,
                                        value_format, shape.num_blocks, shape.num_kv_heads, shape.head_size_v));
   } else {
-    QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.key_cache, "k_scale_cache", args.k_scale_cache, *own_rows,
-                                         false, shape.head_size, shape));
-    QUIRE_RETURN_IF_ERROR(check_own_rows("value_cache", args.value_cache, "v_scale_cache", args.v_scale_cache,
-                                         *own_rows, true, shape.head_size_v, shape));
+    QUIRE_RETURN_IF_ERROR(check_own_rows("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                         *own_rows, false, shape.head_size, shape));
+    QUIRE_RETURN_IF_ERROR(check_own_rows("value_cache", args.cache.value_cache, "v_scale_cache",
+                                         args.cache.v_scale_cache, *own_rows, true, shape.head_size_v, shape));
   }
   return {};
 }
@@ -150,38 +127,40 @@ Status check_sequences(const UnifiedAttentionArgs& args, AttentionShape& shape) 
 }
 
 Status check_scalars(const UnifiedAttentionArgs& args) {
-  if (args.sliding_window != -1 && args.sliding_window < 1) {
-    return invalid_argument("sliding_window is " + str(args.sliding_window) +
+  if (args.mask.sliding_window != -1 && args.mask.sliding_window < 1) {
+    return invalid_argument("sliding_window is " + str(args.mask.sliding_window) +
                             "; supported: 1 and more, or -1 for none");
   }
-  if (args.chunk_lookback < -1) {
-    return invalid_argument("chunk_lookback is " + str(args.chunk_lookback) +
+  if (args.mask.chunk_lookback < -1) {
+    return invalid_argument("chunk_lookback is " + str(args.mask.chunk_lookback) +
                             "; supported: 0 and more, or -1 for none");
   }
-  if (args.chunk_lookback >= 0 && args.sliding_window <= args.chunk_lookback) {
-    return invalid_argument("chunk_lookback is " + str(args.chunk_lookback) + " with sliding_window " +
-                            str(args.sliding_window) +
+  if (args.mask.chunk_lookback >= 0 && args.mask.sliding_window <= args.mask.chunk_lookback) {
+    return invalid_argument("chunk_lookback is " + str(args.mask.chunk_lookback) + " with sliding_window " +
+                            str(args.mask.sliding_window) +
                             "; the window must be given and hold chunk_lookback + 1 chunks of at least one token");
   }
-  if (args.rswa_window != -1 && args.rswa_window < 1) {
-    return invalid_argument("rswa_window is " + str(args.rswa_window) + "; supported: 1 and more, or -1 for none");
+  if (args.mask.rswa_window != -1 && args.mask.rswa_window < 1) {
+    return invalid_argument("rswa_window is " + str(args.mask.rswa_window) + "; supported: 1 and more, or -1 for none");
   }
-  if ((args.rswa_window == -1) == args.rswa_prefix_lens.defined()) {
-    return invalid_argument("rswa_prefix_lens is " +
-                            (args.rswa_prefix_lens.defined() ? to_string(args.rswa_prefix_lens) : "not given") +
-                            " with rswa_window " + str(args.rswa_window) + "; the two go together");
+  if ((args.mask.rswa_window == -1) == args.mask.rswa_prefix_lens.defined()) {
+    return invalid_argument(
+        "rswa_prefix_lens is " +
+        (args.mask.rswa_prefix_lens.defined() ? to_string(args.mask.rswa_prefix_lens) : "not given") +
+        " with rswa_window " + str(args.mask.rswa_window) + "; the two go together");
   }
-  if (args.rswa_window != -1 && args.sliding_window != -1) {
-    return invalid_argument("rswa_window is " + str(args.rswa_window) + " with sliding_window " +
-                            str(args.sliding_window) +
+  if (args.mask.rswa_window != -1 && args.mask.sliding_window != -1) {
+    return invalid_argument("rswa_window is " + str(args.mask.rswa_window) + " with sliding_window " +
+                            str(args.mask.sliding_window) +
                             "; R-SWA takes the window's place and has no chunks: sliding_window must be -1");
   }
   if (!(args.softcap >= 0.0F && std::isfinite(args.softcap))) {
     return invalid_argument("softcap is " + std::to_string(args.softcap) +
                             "; supported: finite values above 0, or 0 for none");
   }
-  if (!std::isfinite(args.softmax_scale)) {
-    return invalid_argument("softmax_scale is " + std::to_string(args.softmax_scale) + "; supported: finite values");
+  if (!std::isfinite(args.softmax_scale) || args.softmax_scale == 0.0F) {
+    return invalid_argument("softmax_scale is " + std::to_string(args.softmax_scale) +
+                            "; it is required, finite and not 0, usually 1 / sqrt(head_size)");
   }
   if (args.use_alibi_sqrt && !args.alibi_slopes.defined()) {
     return invalid_argument("use_alibi_sqrt is set, but alibi_slopes is not given; it must be [num_q_heads]");
@@ -203,26 +182,26 @@ Status check_masks_and_biases(const UnifiedAttentionArgs& args, AttentionShape& 
                                                   .shape = {heads},
                                                   .shape_text = "[num_q_heads]",
                                                   .optional = true}));
-  QUIRE_RETURN_IF_ERROR(check(args.causal_per_seq, {.name = "causal_per_seq",
-                                                    .dtypes = {DType::kUInt8},
-                                                    .shape = {batch},
-                                                    .shape_text = "[batch]",
-                                                    .optional = true}));
-  QUIRE_RETURN_IF_ERROR(check(args.mm_prefix_range, {.name = "mm_prefix_range",
-                                                     .dtypes = {DType::kInt32},
-                                                     .shape = {batch, kAny, 2},
-                                                     .shape_text = "[batch, num_ranges, 2]",
-                                                     .optional = true}));
-  if (args.mm_prefix_range.defined()) {
-    const std::int64_t num_ranges = args.mm_prefix_range.shape[1];
-    QUIRE_RETURN_IF_ERROR(check_count("mm_prefix_range", args.mm_prefix_range, "num_ranges", num_ranges, 0));
+  QUIRE_RETURN_IF_ERROR(check(args.mask.causal_per_seq, {.name = "causal_per_seq",
+                                                         .dtypes = {DType::kUInt8},
+                                                         .shape = {batch},
+                                                         .shape_text = "[batch]",
+                                                         .optional = true}));
+  QUIRE_RETURN_IF_ERROR(check(args.mask.mm_prefix_range, {.name = "mm_prefix_range",
+                                                          .dtypes = {DType::kInt32},
+                                                          .shape = {batch, kAny, 2},
+                                                          .shape_text = "[batch, num_ranges, 2]",
+                                                          .optional = true}));
+  if (args.mask.mm_prefix_range.defined()) {
+    const std::int64_t num_ranges = args.mask.mm_prefix_range.shape[1];
+    QUIRE_RETURN_IF_ERROR(check_count("mm_prefix_range", args.mask.mm_prefix_range, "num_ranges", num_ranges, 0));
     shape.num_mm_ranges = static_cast<int>(num_ranges);
   }
-  QUIRE_RETURN_IF_ERROR(check(args.rswa_prefix_lens, {.name = "rswa_prefix_lens",
-                                                      .dtypes = {DType::kInt32},
-                                                      .shape = {batch},
-                                                      .shape_text = "[batch]",
-                                                      .optional = true}));
+  QUIRE_RETURN_IF_ERROR(check(args.mask.rswa_prefix_lens, {.name = "rswa_prefix_lens",
+                                                           .dtypes = {DType::kInt32},
+                                                           .shape = {batch},
+                                                           .shape_text = "[batch]",
+                                                           .optional = true}));
   if (args.qq_bias.defined()) {
     const std::int64_t rows = args.qq_bias.ndim > 0 ? args.qq_bias.shape[0] : 0;
     QUIRE_RETURN_IF_ERROR(check(args.qq_bias, {.name = "qq_bias",
@@ -240,15 +219,15 @@ Status check_masks_and_biases(const UnifiedAttentionArgs& args, AttentionShape& 
 }
 
 Status check_scales(const UnifiedAttentionArgs& args, const AttentionShape& shape) {
-  QUIRE_RETURN_IF_ERROR(check_scale("k_scale", args.k_scale, shape.num_kv_heads, shape.batch));
-  QUIRE_RETURN_IF_ERROR(check_scale("v_scale", args.v_scale, shape.num_kv_heads, shape.batch));
-  if (args.q_scale.defined() && !is_float8(args.query.dtype)) {
-    return invalid_argument("q_scale is given with a query of " + std::string(dtype_name(args.query.dtype)) +
+  QUIRE_RETURN_IF_ERROR(check_scale("k_descale", args.k_descale, shape.num_kv_heads, shape.batch));
+  QUIRE_RETURN_IF_ERROR(check_scale("v_descale", args.v_descale, shape.num_kv_heads, shape.batch));
+  if (args.q_descale.defined() && !is_float8(args.query.dtype)) {
+    return invalid_argument("q_descale is given with a query of " + std::string(dtype_name(args.query.dtype)) +
                             "; it belongs to float8 queries");
   }
-  QUIRE_RETURN_IF_ERROR(check_scale("q_scale", args.q_scale, shape.num_kv_heads, shape.batch));
-  if (args.q_scale.defined() && args.q_scale.ndim == 1 && args.q_scale.numel() != 1) {
-    return invalid_argument("q_scale is " + to_string(args.q_scale) +
+  QUIRE_RETURN_IF_ERROR(check_scale("q_descale", args.q_descale, shape.num_kv_heads, shape.batch));
+  if (args.q_descale.defined() && args.q_descale.ndim == 1 && args.q_descale.numel() != 1) {
+    return invalid_argument("q_descale is " + to_string(args.q_descale) +
                             "; supported: one element or [batch, num_kv_heads]");
   }
   const bool float8_out = args.out.dtype == DType::kFloat8E4M3;
@@ -297,15 +276,14 @@ Status check_contents(const UnifiedAttentionArgs& args, const AttentionShape& sh
 
 }  // namespace
 
-UnifiedAttentionArgs drop_idle_strides(const UnifiedAttentionArgs& args) { return drop_idle_strides(args, kTensors); }
+Status check_tensors(const UnifiedAttentionArgs& args) { return check_tensors<UnifiedAttentionArgs>(args); }
 
-Status check_tensors(const UnifiedAttentionArgs& args) { return check_tensors(args, kTensors); }
-
-Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const QuantKVBackend* own_rows) {
+Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, const ModeRow& mode,
+                                          const QuantKVBackend* own_rows) {
   AttentionShape shape;
   QUIRE_RETURN_IF_ERROR(check_tensors(args));
   QUIRE_RETURN_IF_ERROR(check_query_and_out(args, shape));
-  QUIRE_RETURN_IF_ERROR(check_caches(args, own_rows, shape));
+  QUIRE_RETURN_IF_ERROR(check_caches(args, mode, own_rows, shape));
   QUIRE_RETURN_IF_ERROR(check_sequences(args, shape));
   QUIRE_RETURN_IF_ERROR(check_scalars(args));
   QUIRE_RETURN_IF_ERROR(check_masks_and_biases(args, shape));
@@ -320,9 +298,10 @@ Result<AttentionShape> validate_attention(const UnifiedAttentionArgs& args, cons
   for (const auto& [name, bound] :
        {std::pair{"max_query_len", args.max_query_len}, std::pair{"max_seq_len", args.max_seq_len}}) {
     if (bound < 0)
-      return invalid_argument(std::string(name) + " is " + str(bound) + "; supported: a bound above 0, or 0 for none");
+      return invalid_argument(std::string(name) + " is " + str(bound) +
+                              "; it is an upper bound on the lengths of the batch, not negative");
   }
-  if (args.query.device == Device::kCpu) QUIRE_RETURN_IF_ERROR(check_contents(args, shape));
+  if (args.query.device.is_cpu()) QUIRE_RETURN_IF_ERROR(check_contents(args, shape));
   return shape;
 }
 

@@ -5,13 +5,12 @@
 
 namespace quire::core {
 
-Status validate_problem(const AttentionProblem& problem) {
-  const Result<ModeInfo> mode = mode_info(problem.mode);
-  if (!mode) return mode.status();
-  if (!mode->compiled) return mode_not_built(*mode);
-  if (problem.device != Device::kCpu && problem.device != Device::kCuda) {
-    return invalid_argument("device is unknown; supported: cpu and cuda");
-  }
+Result<FormatPair> validate_problem(const AttentionProblem& problem) {
+  const Result<const ModeRow*> known = known_mode(problem.mode);
+  if (!known) return known.status();
+  const ModeRow& mode = **known;
+  if (!mode.compiled) return mode_not_built(mode);
+  QUIRE_RETURN_IF_ERROR(check_device("device", " is ", problem.device));
   // Lengths are int32 in every call, so a larger bound on them says nothing.
   const struct {
     const char* name;
@@ -32,21 +31,26 @@ Status validate_problem(const AttentionProblem& problem) {
     return invalid_argument("row_alignment is " + str(problem.row_alignment) + "; supported: 1, 2, 4, 8 and 16");
   }
   QUIRE_RETURN_IF_ERROR(check_dtype("query_dtype", problem.query_dtype, kFloatsAndFloat8));
-  QUIRE_RETURN_IF_ERROR(check_dtype("cache_dtype", problem.cache_dtype, kAllDTypes));
+  QUIRE_RETURN_IF_ERROR(check_dtype("key_cache_dtype", problem.key_cache_dtype, kAllDTypes));
+  QUIRE_RETURN_IF_ERROR(check_dtype("value_cache_dtype", problem.value_cache_dtype, kAllDTypes));
   if (problem.num_q_heads % problem.num_kv_heads != 0) {
     return invalid_argument("num_q_heads is " + str(problem.num_q_heads) + "; it must be a multiple of num_kv_heads, " +
                             str(problem.num_kv_heads));
   }
   QUIRE_RETURN_IF_ERROR(check_head_size("head_size", problem.head_size));
   QUIRE_RETURN_IF_ERROR(check_head_size("head_size_v", problem.head_size_v));
-  const FormatPair pair = formats_of(*mode, problem.cache_dtype, problem.cache_dtype);
+  const FormatPair pair = formats_of(mode, problem.key_cache_dtype, problem.value_cache_dtype);
   if (!pair.known()) {
-    if (mode->registered) return {};  // its backend knows what it packs
-    return invalid_argument("cache_dtype is " + std::string(dtype_name(problem.cache_dtype)) + "; mode " + mode->name +
+    if (mode.registered) return FormatPair{};  // its backend knows what it packs
+    const bool is_key = pair.key == format::FormatId::kNone;
+    const DType dtype = is_key ? problem.key_cache_dtype : problem.value_cache_dtype;
+    return invalid_argument(std::string(is_key ? "key" : "value") + "_cache_dtype is " +
+                            std::string(dtype_name(dtype)) + "; mode " + mode.name +
                             " stores float32, float16 or bfloat16");
   }
   QUIRE_RETURN_IF_ERROR(check_packing("head_size", format::format_info(pair.key), problem.head_size));
-  return check_packing("head_size_v", format::format_info(pair.value), problem.head_size_v);
+  QUIRE_RETURN_IF_ERROR(check_packing("head_size_v", format::format_info(pair.value), problem.head_size_v));
+  return pair;
 }
 
 }  // namespace quire::core

@@ -12,22 +12,6 @@ using format::MetaPlace;
 
 namespace {
 
-// Every tensor of a call. The first one given says where the call runs.
-constexpr TensorField<ReshapeAndCacheArgs> kTensors[] = {{"key", &ReshapeAndCacheArgs::key},
-                                                         {"value", &ReshapeAndCacheArgs::value},
-                                                         {"key_cache", &ReshapeAndCacheArgs::key_cache},
-                                                         {"value_cache", &ReshapeAndCacheArgs::value_cache},
-                                                         {"slot_mapping", &ReshapeAndCacheArgs::slot_mapping},
-                                                         {"k_scale_cache", &ReshapeAndCacheArgs::k_scale_cache},
-                                                         {"v_scale_cache", &ReshapeAndCacheArgs::v_scale_cache},
-                                                         {"k_page_meta", &ReshapeAndCacheArgs::k_page_meta},
-                                                         {"v_page_meta", &ReshapeAndCacheArgs::v_page_meta},
-                                                         {"k_head_vector", &ReshapeAndCacheArgs::k_head_vector},
-                                                         {"v_head_vector", &ReshapeAndCacheArgs::v_head_vector},
-                                                         {"k_scale", &ReshapeAndCacheArgs::k_scale},
-                                                         {"v_scale", &ReshapeAndCacheArgs::v_scale},
-                                                         {"error_counter", &ReshapeAndCacheArgs::error_counter}};
-
 Status check_rows(const ReshapeAndCacheArgs& args, const FormatInfo& key_format, const FormatInfo& value_format) {
   QUIRE_RETURN_IF_ERROR(check(args.key, {.name = "key",
                                          .dtypes = kFloatsAndFloat8,
@@ -54,7 +38,7 @@ Status check_rows(const ReshapeAndCacheArgs& args, const FormatInfo& key_format,
   return {};
 }
 
-// How many rows of which size.
+// Finds out how many rows there are, and of which size.
 Status check_sizes(const ReshapeAndCacheArgs& args, const FormatInfo& key_format, const FormatInfo& value_format,
                    StoreProblem& problem) {
   QUIRE_RETURN_IF_ERROR(check_count("key", args.key, "num_kv_heads", args.key.shape[1], 0));
@@ -73,45 +57,44 @@ Status check_sizes(const ReshapeAndCacheArgs& args, const FormatInfo& key_format
   return {};
 }
 
-// Caches of 5 and 4 dimensions: K [num_blocks, Hk, d / x, block_size, x], V [num_blocks, Hk, dv, block_size].
+// These caches have 5 and 4 dimensions: K [num_blocks, Hk, d / x, block_size, x], V [num_blocks, Hk, dv, block_size].
 Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo& key_format,
                                const FormatInfo& value_format, StoreProblem& problem) {
   if (key_format.meta_place != MetaPlace::kNone || key_format.unit != 1 ||
       value_format.meta_place != MetaPlace::kNone || value_format.unit != 1) {
-    return invalid_argument("key_cache is " + to_string(args.key_cache) + ", the head-major layout; format " +
+    return invalid_argument("key_cache is " + to_string(args.cache.key_cache) + ", the head-major layout; format " +
                             std::string(key_format.name) +
                             " is stored as [num_blocks, block_size, num_kv_heads, row] only");
   }
-  const std::int64_t x = args.key_cache.shape[4];
-  problem.block_size = args.key_cache.shape[3];
+  const std::int64_t x = args.cache.key_cache.shape[4];
+  problem.block_size = args.cache.key_cache.shape[3];
   if (x < 1 || problem.head_size % x != 0) {
-    return invalid_argument("key_cache is " + to_string(args.key_cache) +
+    return invalid_argument("key_cache is " + to_string(args.cache.key_cache) +
                             "; x, its last dimension, must divide head_size " + str(problem.head_size));
   }
-  const auto cache_dtypes = [](const Tensor& cache, const FormatInfo& info) {
+  const auto cache_dtypes = [](const ConstTensor& cache, const FormatInfo& info) {
     return dtype_bytes(info.cache_dtype) == 1 && cache.dtype == DType::kUInt8 ? DType::kUInt8 : info.cache_dtype;
   };
   QUIRE_RETURN_IF_ERROR(
-      check(args.key_cache,
+      check(args.cache.key_cache,
             {.name = "key_cache",
-             .dtypes = {cache_dtypes(args.key_cache, key_format)},
+             .dtypes = {cache_dtypes(args.cache.key_cache, key_format)},
              .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size / x, problem.block_size, x},
              .shape_text = "[num_blocks, num_kv_heads, head_size / x, block_size, x]"}));
-  QUIRE_RETURN_IF_ERROR(check(
-      args.value_cache, {.name = "value_cache",
-                         .dtypes = {cache_dtypes(args.value_cache, value_format)},
-                         .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size_v, problem.block_size},
-                         .shape_text = "[num_blocks, num_kv_heads, head_size_v, block_size]"}));
-  if (args.k_scale_cache.defined() || args.v_scale_cache.defined()) {
+  QUIRE_RETURN_IF_ERROR(
+      check(args.cache.value_cache,
+            {.name = "value_cache",
+             .dtypes = {cache_dtypes(args.cache.value_cache, value_format)},
+             .shape = {problem.num_blocks, problem.num_kv_heads, problem.head_size_v, problem.block_size},
+             .shape_text = "[num_blocks, num_kv_heads, head_size_v, block_size]"}));
+  if (args.cache.k_scale_cache.defined() || args.cache.v_scale_cache.defined()) {
     return invalid_argument(
         "k_scale_cache or v_scale_cache is given, but the head-major layout has none; leave them out");
   }
-  for (const Tensor* side : {&args.k_page_meta, &args.v_page_meta, &args.k_head_vector, &args.v_head_vector}) {
-    if (side->defined()) {
-      return invalid_argument(
-          "k_page_meta, v_page_meta, k_head_vector or v_head_vector is given, but rows of the "
-          "head-major layout have no centre; leave them out");
-    }
+  if (has_centre(args.cache)) {
+    return invalid_argument(
+        "k_page_meta, v_page_meta, k_head_vector or v_head_vector is given, but rows of the head-major layout have no "
+        "centre; leave them out");
   }
   problem.head_major_x = static_cast<int>(x);
   return {};
@@ -119,11 +102,13 @@ Status check_head_major_caches(const ReshapeAndCacheArgs& args, const FormatInfo
 
 Status check_paged_caches(const ReshapeAndCacheArgs& args, const FormatInfo& key_format, const FormatInfo& value_format,
                           StoreProblem& problem) {
-  problem.block_size = args.key_cache.ndim > 1 ? args.key_cache.shape[1] : 0;
-  QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.key_cache, "k_scale_cache", args.k_scale_cache, key_format,
-                                    problem.num_kv_heads, problem.head_size, problem.num_blocks, problem.block_size));
-  QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.value_cache, "v_scale_cache", args.v_scale_cache, value_format,
-                                    problem.num_kv_heads, problem.head_size_v, problem.num_blocks, problem.block_size));
+  problem.block_size = args.cache.key_cache.ndim > 1 ? args.cache.key_cache.shape[1] : 0;
+  QUIRE_RETURN_IF_ERROR(check_cache("key_cache", args.cache.key_cache, "k_scale_cache", args.cache.k_scale_cache,
+                                    key_format, problem.num_kv_heads, problem.head_size, problem.num_blocks,
+                                    problem.block_size));
+  QUIRE_RETURN_IF_ERROR(check_cache("value_cache", args.cache.value_cache, "v_scale_cache", args.cache.v_scale_cache,
+                                    value_format, problem.num_kv_heads, problem.head_size_v, problem.num_blocks,
+                                    problem.block_size));
   return {};
 }
 
@@ -140,8 +125,8 @@ Status check_tensor_scales(const ReshapeAndCacheArgs& args, const FormatInfo& ke
   return {};
 }
 
-// On the CPU slots can be read, and are.
-Status check_slots(const Tensor& slot_mapping, const StoreProblem& problem) {
+// The host can read the slots of a call on the CPU, so they are checked one by one.
+Status check_slots(const ConstTensor& slot_mapping, const StoreProblem& problem) {
   const std::int64_t num_slots = problem.num_blocks * problem.block_size;
   for (std::int64_t t = 0; t < problem.num_tokens; ++t) {
     if (const std::int64_t slot = int_at(slot_mapping, t); slot >= num_slots) {
@@ -155,10 +140,8 @@ Status check_slots(const Tensor& slot_mapping, const StoreProblem& problem) {
 
 }  // namespace
 
-ReshapeAndCacheArgs drop_idle_strides(const ReshapeAndCacheArgs& args) { return drop_idle_strides(args, kTensors); }
-
-Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args) {
-  Result<FormatPair> pair = resolve(args.mode, args.key_cache, args.value_cache);
+Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args, const ModeRow& mode) {
+  Result<FormatPair> pair = resolve(mode, args.cache.key_cache, args.cache.value_cache);
   if (!pair) return pair.status();
   const FormatInfo& key_format = format::format_info(pair->key);
   const FormatInfo& value_format = format::format_info(pair->value);
@@ -166,25 +149,25 @@ Result<StoreProblem> validate_store(const ReshapeAndCacheArgs& args) {
   StoreProblem problem;
   problem.key_format = pair->key;
   problem.value_format = pair->value;
-  QUIRE_RETURN_IF_ERROR(check_tensors(args, kTensors));
+  QUIRE_RETURN_IF_ERROR(check_tensors(args));
   QUIRE_RETURN_IF_ERROR(check_rows(args, key_format, value_format));
   QUIRE_RETURN_IF_ERROR(check_sizes(args, key_format, value_format, problem));
-  problem.num_blocks = args.key_cache.shape[0];
-  const auto check_caches = args.key_cache.ndim == 5 ? check_head_major_caches : check_paged_caches;
+  problem.num_blocks = args.cache.key_cache.shape[0];
+  const auto check_caches = args.cache.key_cache.ndim == 5 ? check_head_major_caches : check_paged_caches;
   QUIRE_RETURN_IF_ERROR(check_caches(args, key_format, value_format, problem));
-  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.key_cache, "block_size", problem.block_size, 1));
+  QUIRE_RETURN_IF_ERROR(check_count("key_cache", args.cache.key_cache, "block_size", problem.block_size, 1));
   for (const auto& [name, written] :
-       {std::pair{"key_cache", &args.key_cache}, std::pair{"value_cache", &args.value_cache},
-        std::pair{"k_scale_cache", &args.k_scale_cache}, std::pair{"v_scale_cache", &args.v_scale_cache}}) {
+       {std::pair{"key_cache", &args.cache.key_cache}, std::pair{"value_cache", &args.cache.value_cache},
+        std::pair{"k_scale_cache", &args.cache.k_scale_cache}, std::pair{"v_scale_cache", &args.cache.v_scale_cache}}) {
     QUIRE_RETURN_IF_ERROR(check_apart(name, *written));
   }
   QUIRE_RETURN_IF_ERROR(check_tensor_scales(args, key_format, value_format, problem.num_kv_heads));
-  QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.k_page_meta, "k_head_vector", args.k_head_vector, key_format,
-                                     problem.num_blocks, problem.num_kv_heads, problem.head_size));
-  QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.v_page_meta, "v_head_vector", args.v_head_vector, value_format,
-                                     problem.num_blocks, problem.num_kv_heads, problem.head_size_v));
+  QUIRE_RETURN_IF_ERROR(check_centre("k_page_meta", args.cache.k_page_meta, "k_head_vector", args.cache.k_head_vector,
+                                     key_format, problem.num_blocks, problem.num_kv_heads, problem.head_size));
+  QUIRE_RETURN_IF_ERROR(check_centre("v_page_meta", args.cache.v_page_meta, "v_head_vector", args.cache.v_head_vector,
+                                     value_format, problem.num_blocks, problem.num_kv_heads, problem.head_size_v));
   QUIRE_RETURN_IF_ERROR(check_counter(args.error_counter, args.key.device));
-  if (args.key.device == Device::kCpu) QUIRE_RETURN_IF_ERROR(check_slots(args.slot_mapping, problem));
+  if (args.key.device.is_cpu()) QUIRE_RETURN_IF_ERROR(check_slots(args.slot_mapping, problem));
   return problem;
 }
 

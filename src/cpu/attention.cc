@@ -7,6 +7,10 @@
 // one task or in parallel through the workspace: the bits depend on split_size alone.
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,7 +23,7 @@
 #include "cpu/cache_reader.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
-#include "cpu/team.h"
+#include "cpu/threads.h"
 #include "quire/mode.h"
 
 namespace quire::cpu {
@@ -114,10 +118,11 @@ void fold_partials(const AttentionCall& call, const QueryTile& tile, int kv_head
 // A partial result is acc [v_stride], max, sum.
 std::int64_t partial_floats(int head_size_v) { return padded(head_size_v) + 2; }
 
-// The tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the
+// Fills in the tiles of a call, sequence by sequence; `partial_rows` counts the partial results that they leave in the
 // workspace.
-std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile, std::int64_t& partial_rows) {
-  std::vector<QueryTile> tiles;
+void cut_into_tiles(const AttentionCall& call, int query_tile, std::vector<QueryTile>& tiles,
+                    std::int64_t& partial_rows) {
+  tiles.clear();
   for (int b = 0; b < call.shape.batch; ++b) {
     const SequenceMask sequence = call.sequence(b);
     const int query_len = sequence.seq_len - sequence.context_len;
@@ -137,7 +142,6 @@ std::vector<QueryTile> cut_into_tiles(const AttentionCall& call, int query_tile,
       tiles.push_back(tile);
     }
   }
-  return tiles;
 }
 
 // A task is some KV heads of a tile, or one split of them.
@@ -149,31 +153,69 @@ struct Task {
 
 // KV heads of a task: the more, the longer the runs of memory that it reads; fewer, where threads would be idle or the
 // rows of one head are enough to work on. No result depends on it.
-int heads_of_task(const AttentionShape& shape, const std::vector<QueryTile>& tiles, int threads) {
-  std::int64_t parts = 0;
+int heads_of_task(const AttentionShape& shape, const std::vector<QueryTile>& tiles, int num_parts) {
+  std::int64_t splits = 0;
   int most_tokens = 0;
   for (const QueryTile& tile : tiles) {
-    parts += tile.partial < 0 ? 1 : tile.num_splits;
+    splits += tile.partial < 0 ? 1 : tile.num_splits;
     most_tokens = std::max(most_tokens, tile.num_tokens);
   }
-  constexpr int kTasksOfAThread = 4;
+  constexpr int kTasksOfAPart = 4;
   int heads = std::min(shape.num_kv_heads, Scratch::kMaxHeads);
-  while (heads > 1 && (parts * ((shape.num_kv_heads + heads - 1) / heads) < std::int64_t{kTasksOfAThread} * threads ||
+  while (heads > 1 && (splits * ((shape.num_kv_heads + heads - 1) / heads) < std::int64_t{kTasksOfAPart} * num_parts ||
                        heads * most_tokens * shape.group_size() > 2 * kQueryRows)) {
     heads = (heads + 1) / 2;
   }
   return heads;
 }
 
-// Positions and their elements; the largest query dtype that needs no fp32.
-void set_operands(AttentionCall& call) {
+// What a thread's calls need besides the workspace. It is kept from call to call, so that a call no larger than those
+// before it allocates nothing. The call that runs takes it: one made from inside that call finds none, and makes its
+// own.
+struct CallMemory {
+  struct Free {
+    void operator()(std::uint8_t* p) const { std::free(p); }
+  };
+  std::vector<std::int16_t> k_order, v_order;
+  std::vector<QueryTile> tiles;
+  std::vector<Task> tasks, folds;
+  std::vector<Scratch> scratch;  // of each part, laid out in scratch_memory
+  std::unique_ptr<std::uint8_t, Free> scratch_memory;
+  std::size_t scratch_bytes = 0;
+
+  // False where the system has none. Aligned to 64 bytes, of which `bytes` is a multiple.
+  bool reserve_scratch(std::size_t bytes) {
+    if (bytes <= scratch_bytes) return true;
+    scratch_memory.reset();
+    scratch_memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
+    scratch_bytes = scratch_memory == nullptr ? 0 : bytes;
+    return scratch_memory != nullptr;
+  }
+};
+thread_local CallMemory kept_memory;
+
+class TakenMemory {
+ public:
+  TakenMemory() : memory_(std::exchange(kept_memory, {})) {}
+  ~TakenMemory() { kept_memory = std::move(memory_); }
+  TakenMemory(const TakenMemory&) = delete;
+  TakenMemory& operator=(const TakenMemory&) = delete;
+  CallMemory& operator*() { return memory_; }
+
+ private:
+  CallMemory memory_;
+};
+
+// The order of the operands, and the parts that a query comes in.
+void set_operands(AttentionCall& call, CallMemory& memory) {
   call.k_positions = call.v_positions = 0;
   call.query_parts = 1;
   if (call.k_in_pairs()) {
     const OperandFormat& format = call.key.operands;
     call.k_positions = format.key_positions(call.key.shape);
-    call.k_order.resize(static_cast<std::size_t>(call.k_positions));
-    format.key_order(call.key.shape, call.k_order.data());
+    memory.k_order.resize(static_cast<std::size_t>(call.k_positions));
+    format.key_order(call.key.shape, memory.k_order.data());
+    call.k_order = memory.k_order.data();
     // bf16 holds a query of bf16 or fp8; the rest of fp16, and of what a rotation makes, is a second part.
     const bool one = call.args.query.dtype != DType::kFloat16 && call.key.rotation == format::Rotation::kNone;
     if (format.operand == Operand::kBFloat16 && !one) call.query_parts = 2;
@@ -181,8 +223,9 @@ void set_operands(AttentionCall& call) {
   if (call.v_in_pairs()) {
     const OperandFormat& format = call.value.operands;
     call.v_positions = format.value_positions(call.value.shape);
-    call.v_order.resize(static_cast<std::size_t>(call.v_positions));
-    format.value_order(call.value.shape, call.v_order.data());
+    memory.v_order.resize(static_cast<std::size_t>(call.v_positions));
+    format.value_order(call.value.shape, memory.v_order.data());
+    call.v_order = memory.v_order.data();
   }
   call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
 }
@@ -210,10 +253,8 @@ Status check_blocks(const AttentionCall& call, const std::vector<QueryTile>& til
 
 }  // namespace
 
-Result<AttentionPlan> plan(const AttentionProblem& problem) {
-  AttentionPlan plan;
-  plan.problem = problem;
-  plan.kernel = std::string("cpu_tiles/") + kernels().target;
+Status plan(PlanData& plan) {
+  const AttentionProblem& problem = plan.problem;
   plan.query_tile = std::max(1, kQueryRows / (problem.num_q_heads / problem.num_kv_heads));
   plan.split_size = kDefaultSplitSize;
   if (problem.num_splits > 0 && !problem.batch_invariant) {
@@ -233,40 +274,45 @@ Result<AttentionPlan> plan(const AttentionProblem& problem) {
     }
     plan.workspace_bytes = static_cast<std::size_t>(*bytes);
   }
-  return plan;
+  return {};
 }
 
-Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+std::string describe(const PlanData&) { return std::string("cpu_tiles/") + kernels().target; }
+
+Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace) {
   std::atomic<bool> decode_threw = false;
   const bool exact = args.query.dtype == DType::kFloat32;
+  const ConstKVCacheViews& cache = args.cache;
   AttentionCall call{
       .args = args,
       .shape = shape,
       .k = kernels(),
-      .key = make_reader(args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, shape.key_format,
-                         shape.head_size, backend, &decode_threw, false, exact),
-      .value = make_reader(args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+      .key = make_reader(cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
+                         shape.key_format, shape.head_size, backend, &decode_threw, false, exact),
+      .value = make_reader(cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                            shape.value_format, shape.head_size_v, backend, &decode_threw, true, exact),
-      .mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
-                                        args.mm_prefix_clamp_window),
-      .q_scale = make_scale_view(args.q_scale),
-      .k_scale = make_scale_view(args.k_scale),
-      .v_scale = make_scale_view(args.v_scale),
+      .mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,
+                                        args.mask.mm_prefix_clamp_window),
+      .q_scale = make_scale_view(args.q_descale),
+      .k_scale = make_scale_view(args.k_descale),
+      .v_scale = make_scale_view(args.v_descale),
       .split_size = plan.split_size,
       .k_stride = padded(shape.head_size),
       .v_stride = padded(shape.head_size_v),
       .k_positions = 0,
       .v_positions = 0,
-      .k_order = {},
-      .v_order = {},
+      .k_order = nullptr,
+      .v_order = nullptr,
       .query_parts = 1,
       .acc_stride = 0,
   };
-  set_operands(call);
-
+  TakenMemory taken;
+  CallMemory& memory = *taken;
+  set_operands(call, memory);
   std::int64_t partial_rows = 0;
-  const std::vector<QueryTile> tiles = cut_into_tiles(call, plan.query_tile, partial_rows);
+  cut_into_tiles(call, plan.query_tile, memory.tiles, partial_rows);
+  const std::vector<QueryTile>& tiles = memory.tiles;
   if (Status status = check_blocks(call, tiles); !status.ok()) return status;
   const auto partial_bytes = static_cast<std::size_t>(partial_rows * partial_floats(shape.head_size_v)) * sizeof(float);
   if (partial_bytes > plan.workspace_bytes) {
@@ -275,10 +321,12 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
                             "; take plans from plan_unified_attention");
   }
 
-  std::vector<Task> tasks;
-  std::vector<Task> folds;
-  const int threads = max_threads();
-  const int task_heads = heads_of_task(shape, tiles, threads);
+  std::vector<Task>& tasks = memory.tasks;
+  std::vector<Task>& folds = memory.folds;
+  tasks.clear();
+  folds.clear();
+  const int most_parts = num_parts();
+  const int task_heads = heads_of_task(shape, tiles, most_parts);
   for (std::size_t t = 0; t < tiles.size(); ++t) {
     for (int first = 0; first < shape.num_kv_heads; first += task_heads) {
       const HeadRange heads{first, std::min(task_heads, shape.num_kv_heads - first)};
@@ -294,33 +342,34 @@ Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const At
   int most_tokens = 0;
   for (const QueryTile& tile : tiles) most_tokens = std::max(most_tokens, tile.num_tokens);
   const int max_rows = most_tokens * shape.group_size();
-  // All threads have their memory before one of them writes to an output.
-  const auto num_threads = static_cast<int>(
-      std::min<std::size_t>(static_cast<std::size_t>(threads), std::max<std::size_t>(1, tasks.size())));
-  std::vector<Scratch> scratch(static_cast<std::size_t>(num_threads));
-  const std::size_t bytes = scratch[0].lay_out(call, task_heads, max_rows, nullptr);
-  std::uint8_t* memory = scratch_memory(bytes * scratch.size());
-  if (memory == nullptr) {
-    return internal_error("no memory for the scratch of " + std::to_string(num_threads) + " threads, " +
+  // All parts have their memory before one of them writes to an output.
+  const auto parts = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(most_parts), tasks.size()));
+  std::vector<Scratch>& scratch = memory.scratch;
+  scratch.resize(static_cast<std::size_t>(parts));
+  const std::size_t bytes = parts == 0 ? 0 : scratch[0].lay_out(call, task_heads, max_rows, nullptr);
+  if (!memory.reserve_scratch(bytes * scratch.size())) {
+    return internal_error("no memory for the scratch of " + std::to_string(parts) + " threads, " +
                           std::to_string(max_rows) + " rows of queries, logits and results each");
   }
-  for (std::size_t t = 0; t < scratch.size(); ++t) scratch[t].lay_out(call, task_heads, max_rows, memory + t * bytes);
-  run_tasks(static_cast<std::int64_t>(tasks.size()), num_threads, [&](std::int64_t index, int thread) {
+  for (std::size_t p = 0; p < scratch.size(); ++p) {
+    scratch[p].lay_out(call, task_heads, max_rows, memory.scratch_memory.get() + p * bytes);
+  }
+  run_tasks(std::ssize(tasks), parts, [&](std::int64_t index, int part) {
     const Task& task = tasks[static_cast<std::size_t>(index)];
-    Scratch& own = scratch[static_cast<std::size_t>(thread)];
+    Scratch& own = scratch[static_cast<std::size_t>(part)];
     if (task.split < 0) {
       attend_all_splits(call, tiles[task.tile], task.heads, own);
     } else {
       attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, own);
     }
   });
-  run_tasks(static_cast<std::int64_t>(folds.size()), num_threads, [&](std::int64_t index, int thread) {
+  run_tasks(std::ssize(folds), parts, [&](std::int64_t index, int part) {
     const Task& task = folds[static_cast<std::size_t>(index)];
-    fold_partials(call, tiles[task.tile], task.heads.first, partials, scratch[static_cast<std::size_t>(thread)]);
+    fold_partials(call, tiles[task.tile], task.heads.first, partials, scratch[static_cast<std::size_t>(part)]);
   });
   if (decode_threw) {
-    const Result<ModeInfo> mode = mode_info(args.mode);
-    return internal_error("decode_row of mode " + (mode ? mode->name : "?") +
+    const Result<const ModeInfo*> mode = mode_info(args.mode);
+    return internal_error("decode_row of mode " + (mode ? (*mode)->name : "?") +
                           " threw an exception; rows of out that see a cache row it threw on are NaN");
   }
   return {};

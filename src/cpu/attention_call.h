@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "attention/mask.h"
 #include "attention/problem.h"
@@ -26,24 +25,25 @@ struct AttentionCall {
   int k_stride, v_stride;  // padded head sizes
   // 16-bit operands, where the readers have them.
   int k_positions, v_positions;
-  std::vector<std::int16_t> k_order, v_order;  // elements at the positions
+  const std::int16_t *k_order, *v_order;  // elements at the positions
   int query_parts;
   int acc_stride;  // v_stride and v_positions fit
 
   bool k_in_pairs() const { return key.operands.operand != Operand::kFloat32; }
   bool v_in_pairs() const { return value.operands.operand != Operand::kFloat32; }
 
-  int int_at(const Tensor& t, std::int64_t i) const { return t.ptr<const std::int32_t>()[i * t.strides[0]]; }
+  int int_at(const ConstTensor& t, std::int64_t i) const { return t.ptr<const std::int32_t>()[i * t.strides[0]]; }
 
   attention::SequenceMask sequence(int b) const {
     attention::SequenceMask sequence;
     sequence.seq_len = int_at(args.seq_lens, b);
     sequence.context_len = sequence.seq_len - (int_at(args.cu_seqlens_q, b + 1) - int_at(args.cu_seqlens_q, b));
-    sequence.causal = args.causal_per_seq.defined()
-                          ? args.causal_per_seq.ptr<const std::uint8_t>()[b * args.causal_per_seq.strides[0]] != 0
-                          : args.causal;
-    if (args.rswa_prefix_lens.defined()) sequence.prefix_len = std::max(0, int_at(args.rswa_prefix_lens, b));
-    if (const Tensor& ranges = args.mm_prefix_range; ranges.defined()) {
+    sequence.causal =
+        args.mask.causal_per_seq.defined()
+            ? args.mask.causal_per_seq.ptr<const std::uint8_t>()[b * args.mask.causal_per_seq.strides[0]] != 0
+            : args.mask.causal;
+    if (args.mask.rswa_prefix_lens.defined()) sequence.prefix_len = std::max(0, int_at(args.mask.rswa_prefix_lens, b));
+    if (const ConstTensor& ranges = args.mask.mm_prefix_range; ranges.defined()) {
       sequence.ranges = ranges.ptr<const std::int32_t>() + b * ranges.strides[0];
       sequence.range_stride = ranges.strides[1];
       sequence.bound_stride = ranges.strides[2];
@@ -53,7 +53,7 @@ struct AttentionCall {
   }
 
   int block_of(int b, std::int64_t position) const {
-    const Tensor& table = args.block_table;
+    const ConstTensor& table = args.block_table;
     return table.ptr<const std::int32_t>()[b * table.strides[0] + position / shape.block_size * table.strides[1]];
   }
 };

@@ -64,7 +64,7 @@ float largest_query(const AttentionCall& call) {
 }  // namespace
 
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
-  const Tensor& query = call.args.query;
+  const ConstTensor& query = call.args.query;
   const std::int64_t first = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int h = 0; h < heads.count; ++h) {
     const RowOf rows{call.shape.group_size(), heads.first + h};
@@ -83,8 +83,8 @@ void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange he
     }
     if (!call.k_in_pairs()) continue;
     head.queries.num_sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
-    call.k.make_queries(call.key.operands.operand, head.q, num_rows, call.k_stride, call.k_order.data(),
-                        largest_query(call), head.queries);
+    call.k.make_queries(call.key.operands.operand, head.q, num_rows, call.k_stride, call.k_order, largest_query(call),
+                        head.queries);
   }
 }
 
@@ -185,8 +185,8 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
     const OperandFormat& format = call.key.operands;
     const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
     format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
-    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on their
-    // way to memory.
+    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
+    // their way to memory.
     const auto group_size = [&](int first) { return std::min(kKeyGroup, keys.count - first); };
     const auto operands = [&](int first) {
       return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
@@ -238,7 +238,7 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
     }
     if (!call.v_in_pairs()) continue;
     for (int i = 0; i < call.v_positions; ++i) {
-      const int element = call.v_order[static_cast<std::size_t>(i)];
+      const int element = call.v_order[i];
       if (element >= 0) acc[i] += sum[element];
     }
   }
@@ -283,7 +283,7 @@ void finish_rows(const AttentionCall& call, int num_rows, const Scratch::Head& h
       std::copy_n(acc, call.v_positions, scratch.row);
       std::fill_n(acc, call.v_stride, 0.0F);
       for (int i = 0; i < call.v_positions; ++i) {
-        const int element = call.v_order[static_cast<std::size_t>(i)];
+        const int element = call.v_order[i];
         if (element >= 0) acc[element] = scratch.row[i];
       }
     }

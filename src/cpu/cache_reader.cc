@@ -23,7 +23,7 @@ void CacheReader::load_tile(const TileRows& rows, int kv_head, LevelTile& tile) 
   for (int n = rows.num_rows; n < padded(rows.num_rows); ++n) tile.scale[n] = tile.offset[n] = 0.0F;
 }
 
-// An exception must not leave a parallel region.
+// An exception must not leave a part.
 bool CacheReader::decode(const CacheRow& cache_row, float* levels) const {
   try {
     return backend->decode_row(cache_row, levels);
@@ -33,8 +33,9 @@ bool CacheReader::decode(const CacheRow& cache_row, float* levels) const {
   }
 }
 
-CacheReader make_reader(const Tensor& cache, const attention::SideTensors& side, format::FormatId id, int head_size,
-                        const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value, bool exact) {
+CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id,
+                        int head_size, const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value,
+                        bool exact) {
   CacheReader reader;
   attention::set_paged_rows(reader, cache, side);
   reader.shape = format::row_shape(head_size);

@@ -47,7 +47,8 @@ struct CacheReader : attention::PagedRows {
 
 // `cache` [num_blocks, block_size, Hk, row]; `id` is kNone where `backend` decodes rows.
 // `exact`: levels are multiplied in fp32.
-CacheReader make_reader(const Tensor& cache, const attention::SideTensors& side, format::FormatId id, int head_size,
-                        const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value, bool exact);
+CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<const void>& side, format::FormatId id,
+                        int head_size, const QuantKVBackend* backend, std::atomic<bool>* decode_threw, bool is_value,
+                        bool exact);
 
 }  // namespace quire::cpu

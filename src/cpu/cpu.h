@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/problem.h"
+#include "call/plan_data.h"
 #include "quire/backend.h"
 #include "quire/ops.h"
 
@@ -13,17 +14,20 @@ namespace quire::cpu {
 // Threads share the work by slot, so two tokens of one call that name the same slot never interleave.
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem);
 
-Result<AttentionPlan> plan(const AttentionProblem& problem);
+Status plan(PlanData& plan);  // fills in all but the problem and the formats
+std::string describe(const PlanData& plan);
 
 // Reads rows through the formats of `shape`, or, where they are not known, through `backend`'s decode_row.
-Status run(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace);
 
 void merge_attn_states(const MergeAttnStatesArgs& args);
 
-// A forked child has one thread. The team of team.h knows; OpenMP, which callers of the library and its tools use, keeps
-// threads for the parent's next parallel region, and the child's would wait for them for ever. From this call on they end
-// before each fork, and parent and child make new ones.
+void hadamard(const HadamardArgs& args);
+
+// A forked child has one thread. The team of team.h knows; OpenMP, which callers of the library and its tools use,
+// keeps threads for the parent's next parallel region, and the child's would wait for them for ever. From this call on
+// they end before each fork, and parent and child make new ones.
 bool end_threads_before_fork();
 
 // SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SSE2"), best first, and a switch between them for tests

@@ -1,5 +1,5 @@
-// The kernels of every SIMD target of Highway (foreach_target.h includes this file again for each), and the choice among
-// them at run time.
+// The kernels of every SIMD target of Highway (foreach_target.h includes this file again for each), and the choice
+// among them at run time.
 #include "cpu/kernels.h"
 
 #define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)

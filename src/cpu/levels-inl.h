@@ -1,4 +1,5 @@
-// Rows as fp32 levels, and the products of fp32 levels. Decoding is the format's own code, inlined here and vectorized by the compiler under each target's flags; products are written with Highway.
+// Rows as fp32 levels, and the products of fp32 levels. Decoding is the format's own code, inlined here and vectorized
+// by the compiler under each target's flags; products are written with Highway.
 #if defined(QUIRE_CPU_LEVELS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_LEVELS_INL_H_
 #undef QUIRE_CPU_LEVELS_INL_H_

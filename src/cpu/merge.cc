@@ -1,12 +1,11 @@
 // merge_attn_states on the CPU.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "attention/softmax.h"
 #include "cpu/cpu.h"
 #include "cpu/load.h"
-#include "cpu/team.h"
+#include "cpu/threads.h"
 #include "format/rotation.h"
 
 namespace quire::cpu {
@@ -15,14 +14,12 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
   const std::int64_t tokens = args.prefix_out.shape[0];
   const std::int64_t heads = args.prefix_out.shape[1];
   const std::int64_t size = args.prefix_out.shape[2];
-  const auto lse_at = [](const Tensor& t, std::int64_t token, std::int64_t head) -> float& {
-    return t.ptr<float>()[token * t.strides[0] + head * t.strides[1]];
+  const auto lse_at = [](const ConstTensor& t, std::int64_t token, std::int64_t head) {
+    return t.ptr<const float>()[token * t.strides[0] + head * t.strides[1]];
   };
-  const auto row_at = [](const Tensor& t, std::int64_t token, std::int64_t head) {
-    return t.ptr<std::uint8_t>() +
-           (token * t.strides[0] + head * t.strides[1]) * static_cast<std::int64_t>(dtype_bytes(t.dtype));
+  const auto offset = [](const ConstTensor& t, std::int64_t token, std::int64_t head, std::int64_t i) {
+    return (token * t.strides[0] + head * t.strides[1] + i) * static_cast<std::int64_t>(dtype_bytes(t.dtype));
   };
-  constexpr std::int64_t kTokensOfATask = 16;
   const auto merge_token = [&](std::int64_t token) {
     for (std::int64_t head = 0; head < heads; ++head) {
       const float a = lse_at(args.prefix_lse, token, head);
@@ -36,8 +33,8 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
       constexpr int kChunk = format::kMaxHeadSize;
       for (std::int64_t first = 0; first < size; first += kChunk) {
         const int count = static_cast<int>(size - first < kChunk ? size - first : kChunk);
-        const auto at = [&](const Tensor& t) {
-          return row_at(t, token, head) + first * static_cast<std::int64_t>(dtype_bytes(t.dtype));
+        const auto at = [&](const ConstTensor& t) {
+          return t.ptr<const std::uint8_t>() + offset(t, token, head, first);
         };
         float x[kChunk];
         float y[kChunk];
@@ -47,16 +44,16 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
         for (int i = 0; i < count; ++i) {
           x[i] = ((weight_a == 0.0F ? 0.0F : x[i] * weight_a) + (weight_b == 0.0F ? 0.0F : y[i] * weight_b)) * factor;
         }
-        store_floats(x, count, args.out.dtype, at(args.out));
+        store_floats(x, count, args.out.dtype, args.out.ptr<std::uint8_t>() + offset(args.out, token, head, first));
       }
-      if (args.lse.defined()) lse_at(args.lse, token, head) = sum == 0.0F ? -INFINITY : max + std::log(sum);
+      if (args.lse.defined()) {
+        args.lse.ptr<float>()[token * args.lse.strides[0] + head * args.lse.strides[1]] =
+            sum == 0.0F ? -INFINITY : max + std::log(sum);
+      }
     }
   };
-  run_tasks((tokens + kTokensOfATask - 1) / kTokensOfATask, max_threads(), [&](std::int64_t task, int) {
-    for (std::int64_t token = task * kTokensOfATask; token < std::min(tokens, (task + 1) * kTokensOfATask); ++token) {
-      merge_token(token);
-    }
-  });
+  constexpr std::int64_t kTokensOfATask = 16;
+  run_items(tokens, kTokensOfATask, merge_token);
 }
 
 }  // namespace quire::cpu

@@ -1,9 +1,9 @@
 // A format's rows as 16-bit operands (kernels.h). Codes of 1, 2, 4 or 8 a word are taken out of the words of a row by
 // shifts and become operands by look-ups; which operand a code is, the format's own unpack() says. So a row's elements
-// come out of order: word w holds elements w * kPerWord .., and a vector the o-th element of each of its words. The query
-// and the output are put into that order once (key_order, value_order) instead.
+// come out of order: word w holds elements from w * kPerWord on, and a vector the o-th element of each of its words.
+// The query and the output are put into that order once (key_order, value_order) instead.
 //
-//     4 bits, d = 128:   32 words  ->  [0 4 8 .. 124] [1 5 9 .. 125] [2 6 ..] [3 7 ..]
+//     4 bits, d = 128:   32 words  ->  [0 4 8 ... 124] [1 5 9 ... 125] [2 6 ...] [3 7 ...]
 //
 // 3-bit codes, 8 in 3 bytes: bytes 0 and 1 make a word with codes 0 to 3 at bits 0, 3, 6 and 9, bytes 1 and 2 one with
 // codes 4 to 7 at bits 4, 7, 10 and 13; so 4 a word.

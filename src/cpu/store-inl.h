@@ -150,7 +150,7 @@ struct VectorStats<format::Range> {
 template <>
 struct VectorStats<format::SquareSum> {
   static constexpr bool kHas = true;
-  // The contract's tree: neighbours, pairs of neighbours, .., then whole vectors in the same way.
+  // The contract's tree: neighbours, pairs of neighbours and so on, then whole vectors in the same way.
   static format::SquareSum of(const float* y, int size) {
     hn::Vec<F32> sums[format::kMaxHeadSize / kFloats];
     const int count = size / kFloats;

@@ -4,7 +4,7 @@
 #include "attention/paged_rows.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
-#include "cpu/team.h"
+#include "cpu/threads.h"
 
 namespace quire::cpu {
 namespace {
@@ -14,7 +14,7 @@ using format::MetaPlace;
 
 // One of the two tensors of a call: its input rows, its cache, its format.
 struct Side {
-  const Tensor& input;
+  const ConstTensor& input;
   const Tensor& cache;
   attention::WritablePagedRows rows;
   ScaleView tensor_scale;
@@ -90,8 +90,8 @@ void store_head_major(const Side& side, const StoreProblem& problem, bool is_key
 
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem) {
   const Kernels& k = kernels();
-  const auto make_side = [&](const Tensor& input, const Tensor& cache, const attention::SideTensors& tensors,
-                             const Tensor& tensor_scale, format::FormatId id, int head_size) {
+  const auto make_side = [&](const ConstTensor& input, const Tensor& cache, const attention::SideTensors<void>& tensors,
+                             const ConstTensor& tensor_scale, format::FormatId id, int head_size) {
     Side side{input,
               cache,
               {},
@@ -103,16 +103,17 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& pr
     attention::set_paged_rows(side.rows, cache, tensors);
     return side;
   };
+  const KVCacheViews& cache = args.cache;
   const Side sides[2] = {
-      make_side(args.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, args.k_scale,
+      make_side(args.key, cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector}, args.k_scale,
                 problem.key_format, problem.head_size),
-      make_side(args.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector}, args.v_scale,
-                problem.value_format, problem.head_size_v)};
+      make_side(args.value, cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
+                args.v_scale, problem.value_format, problem.head_size_v)};
   constexpr std::int64_t kNeighbours = 16;
   const bool wide_slots = args.slot_mapping.dtype == DType::kInt64;
   const std::int64_t slot_stride = args.slot_mapping.strides[0];
-  const std::int64_t parts = problem.num_tokens > 1 ? max_threads() : 1;
-  run_tasks(parts, static_cast<int>(parts), [&](std::int64_t part, int) {
+  const int parts = problem.num_tokens > 1 ? num_parts() : 1;
+  run_parts(parts, [&](int part) {
     for (std::int64_t token = 0; token < problem.num_tokens; ++token) {
       const std::int64_t slot = wide_slots ? args.slot_mapping.ptr<const std::int64_t>()[token * slot_stride]
                                            : args.slot_mapping.ptr<const std::int32_t>()[token * slot_stride];

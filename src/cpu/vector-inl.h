@@ -1,5 +1,5 @@
-// What the kernels of src/cpu use besides Highway: products of pairs of 16-bit operands, look-ups in tables of 16 words,
-// and bytes at the end of a row. Where a target has an instruction that Highway 1.0.3 lacks, it is here.
+// What the kernels of src/cpu use besides Highway: products of pairs of 16-bit operands, look-ups in tables of 16
+// words, and bytes at the end of a row. Where a target has an instruction that Highway 1.0.3 lacks, it is here.
 //
 // Included once per target. QUIRE_CPU_ZEN4 is defined in zen4.cc: AVX3 with VNNI, BF16 and VBMI.
 #if defined(QUIRE_CPU_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -139,7 +139,7 @@ HWY_INLINE VU16 load_words(const std::uint8_t* p, int bytes) {
   return load_partial(p, bytes);
 }
 
-// a[0] b[0] a[1] b[1] ..: the first and the second half.
+// a[0] b[0] a[1] b[1] and so on: the first and the second half.
 HWY_INLINE void interleave(VU16 a, VU16 b, VU16& first, VU16& second) {
 #if QUIRE_CPU_WORDS_512
   alignas(64) static constexpr std::uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,

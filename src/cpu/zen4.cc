@@ -1,6 +1,7 @@
-// The kernels for AVX-512 with VNNI, BF16 and VBMI (Zen 4, Sapphire Rapids and newer), which Highway 1.0.3 has no target
-// for: its AVX3, compiled with these instructions too (src/CMakeLists.txt). Only what lies in this namespace, which is
-// nobody else's, may come out of this file as code: it includes no header with functions that others could be given.
+// The kernels for AVX-512 with VNNI, BF16 and VBMI (Zen 4, Sapphire Rapids and newer), which Highway 1.0.3 has no
+// target for: its AVX3, compiled with these instructions too (src/CMakeLists.txt). Only what lies in this namespace,
+// which is nobody else's, may come out of this file as code: it includes no header with functions that others could be
+// given.
 #include "cpu/kernels.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

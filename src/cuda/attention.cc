@@ -22,8 +22,8 @@ const KernelDesc* find_kernel(int id, const AttentionShape& shape, RowClass rows
   return kernel.takes(shape.key_format, shape.value_format) && kernel.serves(rows) ? &kernel : nullptr;
 }
 
-cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const AttentionPlan& plan, int min_rows,
-                   int max_rows, cudaStream_t stream) {
+cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const PlanData& plan, int min_rows, int max_rows,
+                   cudaStream_t stream) {
   params.min_rows = min_rows;
   params.max_rows = max_rows;
   params.sequence_tiles = kernel.shape.grid_by_sequence ? tiles_of_sequence(kernel, plan.problem) : 0;
@@ -32,7 +32,7 @@ cudaError_t launch(const KernelDesc& kernel, AttentionParams params, const Atten
   return kernel.launch(params, count_tiles(kernel, plan.problem, params.num_tokens, params.batch), stream);
 }
 
-Status run_in(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
+Status run_in(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape, void* workspace,
               cudaStream_t stream) {
   constexpr int kMostRows = std::numeric_limits<int>::max();
   if (shape.num_tokens == 0 || shape.batch == 0) return {};
@@ -74,12 +74,14 @@ Status run_in(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const
 
 }  // namespace
 
-Status attend(const AttentionPlan& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
+Status attend(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
               const QuantKVBackend* decoder, void* workspace, void* stream) {
   if (decoder != nullptr) {
     return unsupported(
         "decode_row runs on the CPU; on cuda a registered mode must name a read_format or override unified_attention");
   }
+  const DeviceGuard guard(args.query.device.index);
+  if (!guard.status()) return guard.status();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (plan.workspace_bytes == 0 || workspace != nullptr) return run_in(plan, args, shape, workspace, cuda_stream);
   void* own = nullptr;

@@ -9,8 +9,8 @@
 namespace quire::cuda {
 namespace {
 
-void set_cache_side(CacheSide& side, const Tensor& cache, const attention::SideTensors& tensors, format::FormatId id,
-                    int head_size) {
+void set_cache_side(CacheSide& side, const ConstTensor& cache, const attention::SideTensors<const void>& tensors,
+                    format::FormatId id, int head_size) {
   const format::FormatInfo& info = format::format_info(id);
   attention::set_paged_rows(side, cache, tensors);
   side.format = id;
@@ -19,15 +19,15 @@ void set_cache_side(CacheSide& side, const Tensor& cache, const attention::SideT
   side.row_access = access_bytes(cache.data, {side.block_stride, side.slot_stride, side.head_stride});
 }
 
-// Rows [.., .., head_size] of 16-bit elements that are whole 16-byte vectors.
-bool whole_vectors(const Tensor& rows) {
+// Rows [num_tokens, num_heads, head_size] of 16-bit elements that are whole 16-byte vectors.
+bool whole_vectors(const ConstTensor& rows) {
   return dtype_bytes(rows.dtype) == 2 &&
          access_bytes(rows.data, {rows.strides[0] * 2, rows.strides[1] * 2, rows.shape[2] * 2}) >= 16;
 }
 
 }  // namespace
 
-AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args,
+AttentionParams make_attention_params(const PlanData& plan, const UnifiedAttentionArgs& args,
                                       const AttentionShape& shape) {
   AttentionParams p;
   p.query = args.query.ptr<const std::uint8_t>();
@@ -36,9 +36,10 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.query_token_stride = args.query.strides[0] * p.query_element_bytes;
   p.query_head_stride = args.query.strides[1] * p.query_element_bytes;
   p.query_vectors = whole_vectors(args.query);
-  set_cache_side(p.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector}, shape.key_format,
-                 shape.head_size);
-  set_cache_side(p.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+  const ConstKVCacheViews& cache = args.cache;
+  set_cache_side(p.key, cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
+                 shape.key_format, shape.head_size);
+  set_cache_side(p.value, cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                  shape.value_format, shape.head_size_v);
 
   p.cu_seqlens_q = args.cu_seqlens_q.ptr<const std::int32_t>();
@@ -49,24 +50,25 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.table_batch_stride = args.block_table.strides[0];
   p.table_block_stride = args.block_table.strides[1];
 
-  p.mask = attention::make_mask_rule(args.sliding_window, args.chunk_lookback, args.rswa_window,
-                                     args.mm_prefix_clamp_window);
-  p.plain_mask = p.mask.window < 0 && p.mask.chunk == 0 && p.mask.rswa_window < 0 && !args.mm_prefix_range.defined();
-  p.causal = args.causal;
-  if (args.causal_per_seq.defined()) {
-    p.causal_per_seq = args.causal_per_seq.ptr<const std::uint8_t>();
-    p.causal_stride = args.causal_per_seq.strides[0];
+  p.mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,
+                                     args.mask.mm_prefix_clamp_window);
+  p.plain_mask =
+      p.mask.window < 0 && p.mask.chunk == 0 && p.mask.rswa_window < 0 && !args.mask.mm_prefix_range.defined();
+  p.causal = args.mask.causal;
+  if (args.mask.causal_per_seq.defined()) {
+    p.causal_per_seq = args.mask.causal_per_seq.ptr<const std::uint8_t>();
+    p.causal_stride = args.mask.causal_per_seq.strides[0];
   }
-  if (args.mm_prefix_range.defined()) {
-    p.ranges = args.mm_prefix_range.ptr<const std::int32_t>();
-    p.ranges_batch_stride = args.mm_prefix_range.strides[0];
-    p.range_stride = args.mm_prefix_range.strides[1];
-    p.bound_stride = args.mm_prefix_range.strides[2];
+  if (args.mask.mm_prefix_range.defined()) {
+    p.ranges = args.mask.mm_prefix_range.ptr<const std::int32_t>();
+    p.ranges_batch_stride = args.mask.mm_prefix_range.strides[0];
+    p.range_stride = args.mask.mm_prefix_range.strides[1];
+    p.bound_stride = args.mask.mm_prefix_range.strides[2];
     p.num_ranges = shape.num_mm_ranges;
   }
-  if (args.rswa_prefix_lens.defined()) {
-    p.prefix_lens = args.rswa_prefix_lens.ptr<const std::int32_t>();
-    p.prefix_stride = args.rswa_prefix_lens.strides[0];
+  if (args.mask.rswa_prefix_lens.defined()) {
+    p.prefix_lens = args.mask.rswa_prefix_lens.ptr<const std::int32_t>();
+    p.prefix_stride = args.mask.rswa_prefix_lens.strides[0];
   }
 
   p.softcap = args.softcap;
@@ -92,9 +94,9 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   };
   p.key_level_norm = divides_later(key, p.key);
   p.value_level_norm = divides_later(value, p.value);
-  p.q_scale = make_scale_view(args.q_scale);
-  p.k_scale = make_scale_view(args.k_scale);
-  p.v_scale = make_scale_view(args.v_scale);
+  p.q_scale = make_scale_view(args.q_descale);
+  p.k_scale = make_scale_view(args.k_descale);
+  p.v_scale = make_scale_view(args.v_descale);
 
   p.num_tokens = shape.num_tokens;
   p.batch = shape.batch;
@@ -130,6 +132,7 @@ AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAt
   p.output.shape = format::row_shape(shape.head_size_v);
   p.output.rotation = value.rotation;
   p.output.unrotate = value.unrotate(p.output.shape);
+  p.page_slice = shape.page_slice;
   p.error_counter = args.error_counter.ptr<unsigned long long>();
   return p;
 }

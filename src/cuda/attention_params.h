@@ -8,6 +8,7 @@
 #include "attention/mask.h"
 #include "attention/paged_rows.h"
 #include "attention/problem.h"
+#include "call/plan_data.h"
 #include "format/formats.h"
 #include "quire/ops.h"
 #include "quire/tensor.h"
@@ -25,7 +26,7 @@ struct CacheSide : attention::PagedRows {
   int row_access = 1;  // the power of two, at most 16, that divides every row's address
 };
 
-// How a finished row leaves: shared by the attention kernel and the merge.
+// The attention kernels and the merge share this rule: how a finished row leaves.
 struct OutputRule {
   std::uint8_t* out = nullptr;  // [num_tokens, num_q_heads, head_size_v], strides in bytes
   std::int64_t token_stride = 0, head_stride = 0;
@@ -104,14 +105,15 @@ struct AttentionParams {
   // Of kernels that cut the keys of all sequences among the multiprocessors themselves.
   int num_multiprocessors = 0;
   bool batch_invariant = false;
+  const attention::PageSlice* page_slice = nullptr;  // on the host, for launchers; null where the pages have none
 
   OutputRule output;
   Partials partials;                            // used with more than one split
   unsigned long long* error_counter = nullptr;  // [1], may be null
 };
 
-// What is the same for every launch of a call; kernels.cu fills in the rest.
-AttentionParams make_attention_params(const AttentionPlan& plan, const UnifiedAttentionArgs& args,
+// Fills in what is the same for every launch of a call; the launch itself fills in the rest.
+AttentionParams make_attention_params(const PlanData& plan, const UnifiedAttentionArgs& args,
                                       const AttentionShape& shape);
 
 }  // namespace quire::cuda

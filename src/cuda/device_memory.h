@@ -30,6 +30,7 @@ std::string device_description();
 // Waits for everything on the device and reports its first error.
 Status synchronize();
 
+// An allocation on the current device.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
@@ -54,12 +55,42 @@ class DeviceBuffer {
   std::size_t bytes_ = 0;
 };
 
+// One of the tensors of a call's arguments, to be looked at and pointed elsewhere, whether an op writes it or not.
+class TensorRef {
+ public:
+  TensorRef(Tensor* tensor) : written_(tensor) {}
+  TensorRef(ConstTensor* tensor) : read_(tensor) {}
+
+  Tensor writable() const {
+    Tensor tensor;
+    TensorRef(&tensor).set(get());
+    return tensor;
+  }
+  ConstTensor get() const { return written_ != nullptr ? ConstTensor(*written_) : *read_; }
+  void set(const ConstTensor& tensor) const;
+
+  // Where the argument is.
+  const void* address() const { return written_ != nullptr ? static_cast<const void*>(written_) : read_; }
+
+  // edit(Tensor&) changes the tensor, read or written.
+  template <class Edit>
+  void edit(const Edit& edit) const {
+    Tensor tensor = writable();
+    edit(tensor);
+    set(tensor);
+  }
+
+ private:
+  Tensor* written_ = nullptr;
+  ConstTensor* read_ = nullptr;
+};
+
 // Copies of the host memory that some tensors span. Tensors whose spans overlap (K and V of one buffer, inline scales)
 // share a copy, so every stride keeps its meaning; alignment up to 256 bytes is kept too.
 class DeviceMirror {
  public:
-  // Points every defined host tensor of the list at its copy on the device; those on the device stay where they are.
-  static Result<DeviceMirror> upload(const std::vector<Tensor*>& tensors);
+  // Points every defined host tensor of the list at its copy on cuda:0; those on the device stay where they are.
+  static Result<DeviceMirror> upload(const std::vector<TensorRef>& tensors);
 
   // Copies what `host`, one of the tensors as it was before upload, spans back to where it points.
   Status download(const Tensor& host) const;
@@ -70,21 +101,27 @@ class DeviceMirror {
     DeviceBuffer copy;
     std::size_t padding = 0;  // bytes before the copy of `begin`
   };
-  const Region* find(const Tensor& host) const;
+  const Region* find(const ConstTensor& host) const;
 
   std::vector<Region> regions_;
 };
 
 // The tensors of a call, for DeviceMirror::upload.
-std::vector<Tensor*> tensors_of(ReshapeAndCacheArgs& args);
-std::vector<Tensor*> tensors_of(UnifiedAttentionArgs& args);
-std::vector<Tensor*> tensors_of(MergeAttnStatesArgs& args);
+std::vector<TensorRef> tensors_of(ReshapeAndCacheArgs& args);
+std::vector<TensorRef> tensors_of(UnifiedAttentionArgs& args);
+std::vector<TensorRef> tensors_of(MergeAttnStatesArgs& args);
+std::vector<TensorRef> tensors_of(HadamardArgs& args);
+
+// Fills in the bounds on the lengths that CUDA needs, where they are 0 and the lengths are on the host. run_on_device
+// does.
+void fill_in_bounds(UnifiedAttentionArgs& args);
 
 // Calls `op` with copies of the host tensors among args' (those on the device stay where they are), waits, and copies
 // what an op of these arguments writes back to the host tensors among them.
 Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op);
 Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op);
 Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op);
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op);
 
 }  // namespace quire::cuda
 
@@ -99,7 +136,8 @@ std::string device_description(Device device);
 // Waits for the device's work; reports its first error.
 Status synchronize(Device device);
 
-// Memory on either device, aligned to 64 bytes at least; freed with its last copy.
+// Memory on either device, aligned to 64 bytes at least; freed with its last copy. On CUDA it is on the current device:
+// the tools and the runner use cuda:0 alone.
 class Memory {
  public:
   // Zeroed. Zero bytes give no pointer.

@@ -2,10 +2,11 @@
 // either device.
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 #include <new>
+#include <type_traits>
 #include <utility>
 
+#include "call/tensors.h"
 #include "cuda/device_memory.h"
 
 namespace quire {
@@ -13,7 +14,7 @@ namespace cuda {
 namespace {
 
 // Host addresses a tensor touches, [begin, end).
-std::pair<std::uintptr_t, std::uintptr_t> span_of(const Tensor& tensor) {
+std::pair<std::uintptr_t, std::uintptr_t> span_of(const ConstTensor& tensor) {
   std::int64_t first = 0;
   std::int64_t last = 0;
   for (int i = 0; i < tensor.ndim; ++i) {
@@ -25,31 +26,71 @@ std::pair<std::uintptr_t, std::uintptr_t> span_of(const Tensor& tensor) {
   return {static_cast<std::uintptr_t>(base + first * size), static_cast<std::uintptr_t>(base + (last + 1) * size)};
 }
 
-bool has_memory(const Tensor& tensor) { return tensor.defined() && tensor.data != nullptr && tensor.numel() > 0; }
+bool has_memory(const ConstTensor& tensor) { return tensor.defined() && tensor.data != nullptr && tensor.numel() > 0; }
 
-bool on_host(const Tensor& tensor) { return tensor.device == Device::kCpu; }
+bool on_host(const ConstTensor& tensor) { return tensor.device.is_cpu(); }
 
 template <class Args>
-Status run_mirrored(const Args& args, const std::function<Status(const Args&)>& op,
-                    std::initializer_list<Tensor Args::*> written) {
+std::vector<TensorRef> all_tensors(Args& args) {
+  std::vector<TensorRef> tensors;
+  call::for_each_tensor(args, [&](const char*, auto& tensor) { tensors.emplace_back(&tensor); });
+  return tensors;
+}
+
+template <class Args>
+Status run_mirrored(const Args& args, const std::function<Status(const Args&)>& op) {
   Args copies = args;
-  const Result<DeviceMirror> mirror = DeviceMirror::upload(tensors_of(copies));
+  const Result<DeviceMirror> mirror = DeviceMirror::upload(all_tensors(copies));
   if (!mirror.ok()) return mirror.status();
   if (Status status = op(copies); !status) return status;
   if (Status status = cuda::synchronize(); !status) return status;
-  for (Tensor Args::*tensor : written) {
-    if (!on_host(args.*tensor)) continue;
-    if (Status status = mirror->download(args.*tensor); !status) return status;
-  }
-  return {};
+  Status status;
+  call::for_each_tensor(args, [&](const char*, const auto& tensor) {
+    constexpr bool kWritten = std::is_same_v<decltype(tensor), const Tensor&>;
+    if constexpr (kWritten) {
+      if (status.ok() && on_host(tensor)) status = mirror->download(tensor);
+    }
+  });
+  return status;
 }
 
 }  // namespace
 
-Result<DeviceMirror> DeviceMirror::upload(const std::vector<Tensor*>& tensors) {
+void fill_in_bounds(UnifiedAttentionArgs& args) {
+  const auto readable = [](const ConstTensor& tensor, std::int64_t least) {
+    return tensor.ndim == 1 && tensor.dtype == DType::kInt32 && on_host(tensor) && has_memory(tensor) &&
+           tensor.shape[0] >= least;
+  };
+  if (!readable(args.cu_seqlens_q, 2) || !readable(args.seq_lens, args.cu_seqlens_q.shape[0] - 1)) return;
+  const auto at = [](const ConstTensor& tensor, std::int64_t i) {
+    return std::int64_t{tensor.ptr<const std::int32_t>()[i * tensor.strides[0]]};
+  };
+  std::int64_t query_len = 1, seq_len = 1;
+  for (std::int64_t b = 0; b + 1 < args.cu_seqlens_q.shape[0]; ++b) {
+    query_len = std::max(query_len, at(args.cu_seqlens_q, b + 1) - at(args.cu_seqlens_q, b));
+    seq_len = std::max(seq_len, at(args.seq_lens, b));
+  }
+  if (args.max_query_len == 0) args.max_query_len = query_len;
+  if (args.max_seq_len == 0) args.max_seq_len = seq_len;
+}
+
+void TensorRef::set(const ConstTensor& tensor) const {
+  if (read_ != nullptr) {
+    *read_ = tensor;
+    return;
+  }
+  written_->data = const_cast<void*>(tensor.data);
+  written_->dtype = tensor.dtype;
+  written_->device = tensor.device;
+  written_->ndim = tensor.ndim;
+  std::ranges::copy(tensor.shape, written_->shape);
+  std::ranges::copy(tensor.strides, written_->strides);
+}
+
+Result<DeviceMirror> DeviceMirror::upload(const std::vector<TensorRef>& tensors) {
   std::vector<std::pair<std::uintptr_t, std::uintptr_t>> spans;
-  for (const Tensor* tensor : tensors) {
-    if (on_host(*tensor) && has_memory(*tensor)) spans.push_back(span_of(*tensor));
+  for (const TensorRef& tensor : tensors) {
+    if (on_host(tensor.get()) && has_memory(tensor.get())) spans.push_back(span_of(tensor.get()));
   }
   std::ranges::sort(spans);
   DeviceMirror mirror;
@@ -71,18 +112,20 @@ Result<DeviceMirror> DeviceMirror::upload(const std::vector<Tensor*>& tensors) {
     Status status = region.copy.copy_in(reinterpret_cast<const void*>(region.begin), bytes, region.padding);
     if (!status) return status;
   }
-  for (Tensor* tensor : tensors) {
-    if (!tensor->defined() || !on_host(*tensor)) continue;
-    if (const Region* region = mirror.find(*tensor)) {
-      tensor->data = static_cast<std::uint8_t*>(region->copy.data()) + region->padding +
-                     (reinterpret_cast<std::uintptr_t>(tensor->data) - region->begin);
+  for (const TensorRef& ref : tensors) {
+    ConstTensor tensor = ref.get();
+    if (!tensor.defined() || !on_host(tensor)) continue;
+    if (const Region* region = mirror.find(tensor)) {
+      tensor.data = static_cast<std::uint8_t*>(region->copy.data()) + region->padding +
+                    (reinterpret_cast<std::uintptr_t>(tensor.data) - region->begin);
     }
-    tensor->device = Device::kCuda;
+    tensor.device = Device::cuda();
+    ref.set(tensor);
   }
   return mirror;
 }
 
-const DeviceMirror::Region* DeviceMirror::find(const Tensor& host) const {
+const DeviceMirror::Region* DeviceMirror::find(const ConstTensor& host) const {
   if (!has_memory(host)) return nullptr;
   const auto span = span_of(host);
   for (const Region& region : regions_) {
@@ -100,53 +143,41 @@ Status DeviceMirror::download(const Tensor& host) const {
                                region->padding + (span.first - region->begin));
 }
 
-std::vector<Tensor*> tensors_of(ReshapeAndCacheArgs& args) {
-  return {&args.key,           &args.value,         &args.key_cache,     &args.value_cache,  &args.slot_mapping,
-          &args.k_scale_cache, &args.v_scale_cache, &args.k_scale,       &args.v_scale,      &args.error_counter,
-          &args.k_page_meta,   &args.v_page_meta,   &args.k_head_vector, &args.v_head_vector};
-}
-
-std::vector<Tensor*> tensors_of(UnifiedAttentionArgs& args) {
-  return {&args.query,           &args.out,          &args.key_cache,     &args.value_cache,   &args.k_scale_cache,
-          &args.v_scale_cache,   &args.cu_seqlens_q, &args.seq_lens,      &args.block_table,   &args.causal_per_seq,
-          &args.mm_prefix_range, &args.sinks,        &args.alibi_slopes,  &args.qq_bias,       &args.q_scale,
-          &args.k_scale,         &args.v_scale,      &args.output_scale,  &args.lse,           &args.error_counter,
-          &args.k_page_meta,     &args.v_page_meta,  &args.k_head_vector, &args.v_head_vector, &args.rswa_prefix_lens};
-}
-
-std::vector<Tensor*> tensors_of(MergeAttnStatesArgs& args) {
-  return {&args.out, &args.lse, &args.prefix_out, &args.prefix_lse, &args.suffix_out, &args.suffix_lse};
-}
+std::vector<TensorRef> tensors_of(ReshapeAndCacheArgs& args) { return all_tensors(args); }
+std::vector<TensorRef> tensors_of(UnifiedAttentionArgs& args) { return all_tensors(args); }
+std::vector<TensorRef> tensors_of(MergeAttnStatesArgs& args) { return all_tensors(args); }
+std::vector<TensorRef> tensors_of(HadamardArgs& args) { return all_tensors(args); }
 
 Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op) {
-  using Args = ReshapeAndCacheArgs;
-  return run_mirrored<Args>(
-      args, op,
-      {&Args::key_cache, &Args::value_cache, &Args::k_scale_cache, &Args::v_scale_cache, &Args::error_counter});
+  return run_mirrored(args, op);
 }
 
 Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op) {
-  using Args = UnifiedAttentionArgs;
-  return run_mirrored<Args>(args, op, {&Args::out, &Args::lse, &Args::error_counter});
+  UnifiedAttentionArgs bounded = args;
+  fill_in_bounds(bounded);
+  return run_mirrored(bounded, op);
 }
 
 Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op) {
-  using Args = MergeAttnStatesArgs;
-  return run_mirrored<Args>(args, op, {&Args::out, &Args::lse});
+  return run_mirrored(args, op);
+}
+
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op) {
+  return run_mirrored(args, op);
 }
 
 }  // namespace cuda
 
-Status device_available(Device device) { return device == Device::kCpu ? Status() : cuda::device_available(); }
+Status device_available(Device device) { return device.is_cpu() ? Status() : cuda::device_available(); }
 
 std::string device_description(Device device) {
-  return device == Device::kCpu ? std::string(device_name(device)) : cuda::device_description();
+  return device.is_cpu() ? std::string(device_type_name(device.type)) : cuda::device_description();
 }
 
-Status synchronize(Device device) { return device == Device::kCpu ? Status() : cuda::synchronize(); }
+Status synchronize(Device device) { return device.is_cpu() ? Status() : cuda::synchronize(); }
 
 Result<Memory> Memory::allocate(Device device, std::size_t bytes) {
-  if (device == Device::kCuda) {
+  if (device.is_cuda()) {
     Result<cuda::DeviceBuffer> buffer = cuda::DeviceBuffer::allocate(bytes);
     if (!buffer) return buffer.status();
     if (Status status = buffer->poison(0); !status) return status;
@@ -164,7 +195,7 @@ Result<Memory> Memory::allocate(Device device, std::size_t bytes) {
 }
 
 Result<Memory> Memory::copy_of(Device device, const void* host, std::size_t bytes) {
-  if (device == Device::kCuda) {
+  if (device.is_cuda()) {
     Result<cuda::DeviceBuffer> buffer = cuda::DeviceBuffer::copy_of(host, bytes);
     if (!buffer) return buffer.status();
     return own(std::move(buffer).value());

@@ -1,4 +1,5 @@
-// What the host sides of the kernels share: driver errors as Status, access widths, and the launch itself.
+// The host sides of the kernels share these: driver errors as Status, the current device, access widths, and the
+// launch itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,16 +26,33 @@ inline int access_bytes(const void* address, std::initializer_list<std::int64_t>
   return static_cast<int>(bits & -bits);
 }
 
+// Makes a device the thread's current one, and at its end the one that was before. Every op holds one while it talks to
+// the driver, and refuses where the status is not ok: there is no such device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  const Status& status() const { return status_; }
+
+ private:
+  Status status_;
+  int before_ = -1;  // -1: nothing to put back
+};
+
+// More than 48 KiB of shared memory have to be asked for. The driver is asked at a kernel's first launch on the current
+// device, and again only for more bytes.
+cudaError_t allow_shared_bytes(const void* kernel, std::size_t shared_bytes);
+
 #ifdef __CUDACC__
-// Launches a kernel of one parameter struct. More than 48 KiB of shared memory have to be asked for.
+// Launches a kernel of one parameter struct.
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), dim3 grid, int threads, std::size_t shared_bytes,
                           const Params& params, cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }

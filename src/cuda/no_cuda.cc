@@ -11,22 +11,31 @@ Status no_cuda() {
 
 }  // namespace
 
-Result<Arch> arch() { return no_cuda(); }
+Result<int> device_count() { return no_cuda(); }
 
-Result<AttentionPlan> plan(const AttentionProblem&, format::FormatId, format::FormatId) { return no_cuda(); }
+Result<Arch> arch(int) { return no_cuda(); }
+
+Status plan(PlanData&) { return no_cuda(); }
+
+std::string describe(const PlanData&) { return "none"; }
 
 Status reshape_and_cache(const ReshapeAndCacheArgs&, const StoreProblem&, void*) { return no_cuda(); }
 
-Status attend(const AttentionPlan&, const UnifiedAttentionArgs&, const AttentionShape&, const QuantKVBackend*, void*,
+Status attend(const PlanData&, const UnifiedAttentionArgs&, const AttentionShape&, const QuantKVBackend*, void*,
               void*) {
   return no_cuda();
 }
 
 Status merge_attn_states(const MergeAttnStatesArgs&, void*) { return no_cuda(); }
 
-Status with_one_token_each(std::int64_t, const std::function<Status(const Tensor&)>&, void*) { return no_cuda(); }
+Status hadamard(const HadamardArgs&, void*) { return no_cuda(); }
 
-Status check_table_once(std::string_view, const Tensor&, int, const std::function<Status(const Tensor&)>&, void*) {
+Status with_one_token_each(Device, std::int64_t, const std::function<Status(const ConstTensor&)>&, void*) {
+  return no_cuda();
+}
+
+Status check_table_once(std::string_view, const ConstTensor&, int, const std::function<Status(const ConstTensor&)>&,
+                        void*) {
   return no_cuda();
 }
 

@@ -35,7 +35,7 @@ int choose(const AttentionProblem& problem, format::FormatId key, format::Format
   return best;
 }
 
-std::string describe(const KernelDesc& kernel) {
+std::string in_words(const KernelDesc& kernel) {
   return "cuda/" + std::string(kernel.name) +
          (kernel.tensor_cores ? "<" + std::to_string(kernel.max_head_size) + ">" : "") + " (" +
          std::to_string(kernel.shape.tile_rows) + " rows, " + (kernel.tensor_cores ? "tensor cores" : "fp32") + ")";
@@ -47,11 +47,12 @@ Status too_many(const std::string& what, std::int64_t most) {
 
 }  // namespace
 
-Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key, format::FormatId value) {
+Status plan(PlanData& plan) {
   constexpr std::int64_t kInvariantSplit = 2048;  // depends on nothing but itself
   constexpr std::int64_t kMaxSplits = 1024;
   constexpr std::int64_t kSplitMultiple = 128;  // of every kernel's key tile
 
+  const AttentionProblem& problem = plan.problem;
   if (Status status = check_arch(problem.arch); !status) return status;
   // What one grid cannot hold is refused, the rows before anything is computed from them: the rest then fits 63 bits.
   constexpr std::int64_t kMaxGridX = std::numeric_limits<std::int32_t>::max();
@@ -66,12 +67,10 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
     return too_many("num_kv_heads is " + std::to_string(problem.num_kv_heads), kMaxGridYZ);
   }
 
-  AttentionPlan plan;
-  plan.problem = problem;
   const std::int64_t group_size = problem.num_q_heads / problem.num_kv_heads;
   const bool has_many = problem.max_query_len * group_size > kFewRows;
-  plan.kernel_ids[0] = choose(problem, key, value, RowClass::kFew);
-  plan.kernel_ids[1] = has_many ? choose(problem, key, value, RowClass::kMany) : kNoKernel;
+  plan.kernel_ids[0] = choose(problem, plan.key_format, plan.value_format, RowClass::kFew);
+  plan.kernel_ids[1] = has_many ? choose(problem, plan.key_format, plan.value_format, RowClass::kMany) : kNoKernel;
   const KernelDesc& few = kernel_table()[static_cast<std::size_t>(plan.kernel_ids[0])];
   const KernelDesc& main = has_many ? kernel_table()[static_cast<std::size_t>(plan.kernel_ids[1])] : few;
   for (const KernelDesc* kernel : {&few, &main}) {
@@ -82,9 +81,7 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
           kMaxGridX);
     }
   }
-  plan.kernel = describe(main);
   plan.tensor_cores = main.tensor_cores;
-  if (&few != &main) plan.kernel += " and " + std::string(few.name) + " for sequences of few rows";
   plan.query_tile = static_cast<int>(std::max<std::int64_t>(1, main.shape.tile_rows / group_size));
 
   const std::int64_t max_keys = std::max<std::int64_t>(problem.max_seq_len, 1);
@@ -110,7 +107,14 @@ Result<AttentionPlan> plan(const AttentionProblem& problem, format::FormatId key
   if (few.shape.persistent) {
     plan.workspace_bytes = (plan.workspace_bytes + 15) / 16 * 16 + few.workspace(problem);
   }
-  return plan;
+  return {};
+}
+
+std::string describe(const PlanData& plan) {
+  const KernelDesc& few = kernel_table()[static_cast<std::size_t>(plan.kernel_ids[0])];
+  if (plan.kernel_ids[1] == kNoKernel || plan.kernel_ids[1] == plan.kernel_ids[0]) return in_words(few);
+  return in_words(kernel_table()[static_cast<std::size_t>(plan.kernel_ids[1])]) + " and " + std::string(few.name) +
+         " for sequences of few rows";
 }
 
 }  // namespace quire::cuda

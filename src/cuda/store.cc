@@ -40,6 +40,8 @@ cudaError_t launch(const StoreParams& params, bool by_element, cudaStream_t stre
 }  // namespace
 
 Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& problem, void* stream) {
+  const DeviceGuard guard(args.key.device.index);
+  if (!guard.status()) return guard.status();
   if (problem.num_tokens == 0 || problem.num_kv_heads == 0) return {};
   // Rows, and blocks of one thread per element, are counted in 31 bits.
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();

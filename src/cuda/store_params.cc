@@ -9,8 +9,9 @@ namespace {
 
 bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
 
-void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const attention::SideTensors& tensors,
-              const Tensor& scale, format::FormatId id, int head_size) {
+void set_side(StoreSide& side, const ConstTensor& input, const Tensor& cache,
+              const attention::SideTensors<void>& tensors, const ConstTensor& scale, format::FormatId id,
+              int head_size) {
   const auto input_bytes = static_cast<std::int64_t>(dtype_bytes(input.dtype));
   const auto cache_bytes = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
   side.format = id;
@@ -42,23 +43,24 @@ void set_side(StoreSide& side, const Tensor& input, const Tensor& cache, const a
 StoreParams make_store_params(const ReshapeAndCacheArgs& args, const StoreProblem& problem) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   StoreParams params;
-  set_side(params.key, args.key, args.key_cache, {args.k_scale_cache, args.k_page_meta, args.k_head_vector},
+  const KVCacheViews& cache = args.cache;
+  set_side(params.key, args.key, cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
            args.k_scale, problem.key_format, problem.head_size);
-  set_side(params.value, args.value, args.value_cache, {args.v_scale_cache, args.v_page_meta, args.v_head_vector},
+  set_side(params.value, args.value, cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
            args.v_scale, problem.value_format, problem.head_size_v);
   if (problem.head_major_x > 0) {
-    const auto bytes = static_cast<std::int64_t>(dtype_bytes(args.key_cache.dtype));
-    const auto bytes_v = static_cast<std::int64_t>(dtype_bytes(args.value_cache.dtype));
+    const auto bytes = static_cast<std::int64_t>(dtype_bytes(cache.key_cache.dtype));
+    const auto bytes_v = static_cast<std::int64_t>(dtype_bytes(cache.value_cache.dtype));
     // K [num_blocks, Hk, d/x, block_size, x]
-    params.key.head_stride = args.key_cache.strides[1] * bytes;
+    params.key.head_stride = cache.key_cache.strides[1] * bytes;
     params.key.group = problem.head_major_x;
-    params.key.group_stride = args.key_cache.strides[2] * bytes;
-    params.key.slot_stride = args.key_cache.strides[3] * bytes;
-    params.key.element_stride = args.key_cache.strides[4] * bytes;
+    params.key.group_stride = cache.key_cache.strides[2] * bytes;
+    params.key.slot_stride = cache.key_cache.strides[3] * bytes;
+    params.key.element_stride = cache.key_cache.strides[4] * bytes;
     // V [num_blocks, Hk, dv, block_size]
-    params.value.head_stride = args.value_cache.strides[1] * bytes_v;
-    params.value.group_stride = args.value_cache.strides[2] * bytes_v;
-    params.value.slot_stride = args.value_cache.strides[3] * bytes_v;
+    params.value.head_stride = cache.value_cache.strides[1] * bytes_v;
+    params.value.group_stride = cache.value_cache.strides[2] * bytes_v;
+    params.value.slot_stride = cache.value_cache.strides[3] * bytes_v;
   } else {
     params.key.group = problem.head_size;
     params.value.group = problem.head_size_v;

@@ -53,8 +53,10 @@ CheckedTables checked_tables;
 
 }  // namespace
 
-Status with_one_token_each(std::int64_t batch, const std::function<Status(const Tensor& cu_seqlens_q)>& op,
-                           void* stream) {
+Status with_one_token_each(Device device, std::int64_t batch,
+                           const std::function<Status(const ConstTensor& cu_seqlens_q)>& op, void* stream) {
+  const DeviceGuard guard(device.index);
+  if (!guard.status()) return guard.status();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const std::int64_t count = batch + 1;
   void* starts = nullptr;
@@ -65,13 +67,15 @@ Status with_one_token_each(std::int64_t batch, const std::function<Status(const 
   count_up<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, cuda_stream>>>(
       static_cast<std::int32_t*>(starts), count);
   const Status filled = cuda_status(cudaGetLastError(), "cu_seqlens_q");
-  const Status ran = filled ? op(Tensor::contiguous(starts, DType::kInt32, {count}, Device::kCuda)) : filled;
+  const Status ran = filled ? op(ConstTensor::contiguous(starts, DType::kInt32, {count}, device)) : filled;
   const Status freed = cuda_status(cudaFreeAsync(starts, cuda_stream), "cu_seqlens_q");
   return ran ? freed : ran;
 }
 
-Status check_table_once(std::string_view name, const Tensor& table, int head_size,
-                        const std::function<Status(const Tensor& on_host)>& check, void* stream) {
+Status check_table_once(std::string_view name, const ConstTensor& table, int head_size,
+                        const std::function<Status(const ConstTensor& on_host)>& check, void* stream) {
+  const DeviceGuard guard(table.device.index);
+  if (!guard.status()) return guard.status();
   const CheckedTable entry{name, table.data, head_size, table.numel()};
   if (checked_tables.contains(entry)) return {};
 
@@ -92,9 +96,9 @@ Status check_table_once(std::string_view name, const Tensor& table, int head_siz
   if (!copied) return copied;
   const Status waited = cuda_status(cudaStreamSynchronize(cuda_stream), what.c_str());
   if (!waited) return waited;
-  Tensor on_host = table;
+  ConstTensor on_host = table;
   on_host.data = copy.data();
-  on_host.device = Device::kCpu;
+  on_host.device = Device::cpu();
   const Status checked = check(on_host);
   if (checked) checked_tables.add(entry);
   return checked;

@@ -38,13 +38,13 @@ QUIRE_HD constexpr float centroid(int code) {
   return code >= Book::kHalf ? Book::positive(code - Book::kHalf) : -Book::positive(Book::kHalf - 1 - code);
 }
 
-// Between the centroids of `code` - 1 and `code`.
+// Gives the point halfway between the centroids of `code` - 1 and of `code`.
 template <int kBits>
 QUIRE_HD constexpr float lower_midpoint(int code) {
   return 0.5F * (centroid<kBits>(code - 1) + centroid<kBits>(code));
 }
 
-// How many midpoints of neighbouring centroids are <= y. NaN gives 0.
+// Finds the code of the nearest centroid by counting the midpoints of neighbours that are <= y. A NaN gives 0.
 template <int kBits>
 QUIRE_HD std::uint32_t nearest_centroid(float y) {
   std::uint32_t code = 0;

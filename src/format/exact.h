@@ -74,7 +74,7 @@ QUIRE_HD float max_or_nan(float a, float b) {
 #endif
 }
 
-// x limited to [lo, hi], hi > 0; NaN becomes lo.
+// Limits x to [lo, hi], where hi > 0. A NaN becomes lo.
 QUIRE_HD float clamp(float x, float lo, float hi) {
 #ifdef __CUDA_ARCH__
   return fminf(fmaxf(x, lo), hi);  // of a NaN and a number the number; fmaxf(-0, 0) is 0

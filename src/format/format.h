@@ -1,4 +1,5 @@
-// The contract of a format: what the bytes of one row mean. A row is one token of one KV head, x[0 .. head_size).
+// The contract of a format: what the bytes of one row mean. A row is one token of one KV head, x[0] to x[head_size -
+// 1].
 //
 //     value[i] = affine.scale * level(code[i]) + affine.offset        (in the rotated domain, where there is one)
 //
@@ -8,7 +9,7 @@
 // WRITING a row, by a loop, by SIMD lanes or by the lanes of a warp (format/row.h and cuda/format/encode.cuh are the
 // two drivers):
 //
-//     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 ..: a fixed tree;
+//     stats   = merge(stat(x0), stat(x1), ...)     pairwise, element i with i + h, h = 1, 2, 4 on: a fixed tree;
 //                                                  merge(a, b) = merge(b, a), up to the sign of a zero.
 //                                                  Stats::kAnyOrder: any other tree gives the same, up to that sign
 //     encoder = finish(stats, shape, side)         side: what else the caller gives (SideInputs)

@@ -2,7 +2,8 @@
 //
 //     scale = max(absmax * r(448), 1e-6)      code = e4m3(clamp(x * (1 / scale), -448, 448))      value = code * scale
 //
-// r(448) is the fp32 nearest to 1/448. Byte-equal to vLLM but for ties: its reciprocal is approximate.
+// r(448) is the fp32 number that is nearest to 1/448. The bytes are those of vLLM but for ties, because its reciprocal
+// is approximate.
 #pragma once
 
 #include "format/float_types.h"

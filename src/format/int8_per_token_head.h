@@ -2,8 +2,8 @@
 //
 //     scale = max(absmax * r(127), 1e-6)      code = round(clamp(x * (1 / scale), -128, 127))      value = code * scale
 //
-// r(127) is the fp32 nearest to 1/127; ties round to even. (vLLM 0.33.0 rounds them away from zero; pull request 39074
-// truncated: the same scales, codes within one.)
+// r(127) is the fp32 number that is nearest to 1/127. Ties round to even. (vLLM 0.33.0 rounds them away from zero; pull
+// request 39074 truncated: the same scales, codes within one.)
 #pragma once
 
 #include "format/format.h"

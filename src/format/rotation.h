@@ -4,7 +4,7 @@
 //        of two H is block-diagonal with blocks of b, the largest power of two that divides it.
 //   RHT: H * (s .* x), s the sign vector below: its first b signs, again in every block.
 //
-// The stages run h = 1, 2, 4 .. b/2, pair (j, j + h) -> (a + b, a - b): a fixed tree, so a loop, SIMD lanes and the
+// The stages run h = 1, 2, 4 up to b/2, pair (j, j + h) -> (a + b, a - b): a fixed tree, so a loop, SIMD lanes and the
 // lanes of a warp give the same bits.
 #pragma once
 
@@ -20,7 +20,7 @@ inline constexpr int kMinHeadSize = 32;
 // The largest power of two that divides head_size.
 QUIRE_HD constexpr int rotation_block(int head_size) { return head_size & -head_size; }
 
-// The signs of elements 32 * word .. 32 * word + 31 of a row rotated in blocks of `block`: element i is negated where
+// The signs of elements 32 * word to 32 * word + 31 of a row rotated in blocks of `block`: element i is negated where
 // bit i % 32 is set. They are the first `block` outputs of MT19937 seeded with 0x9E3779B9, +1 where the low 24 bits are
 // below 2^23, repeated. tests/format/rotation_test.cc derives the table again with std::mt19937.
 QUIRE_HD constexpr std::uint32_t rht_sign_word(int word, int block) {

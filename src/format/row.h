@@ -49,7 +49,7 @@ QUIRE_HD void rotate_back(Rotation rotation, float* y, RowShape shape) {
   if (rotation == Rotation::kSignedHadamard) flip_signs(y, shape);
 }
 
-// stat() of every element, merged by the contract's tree.
+// Merges stat() of every element by the tree that the contract prescribes.
 template <Format F>
 QUIRE_HD typename F::Stats row_stats(const float* y, int head_size) {
   typename F::Stats stats[kMaxHeadSize];
@@ -61,7 +61,7 @@ QUIRE_HD typename F::Stats row_stats(const float* y, int head_size) {
   return stats[0];
 }
 
-// y less the row's centre.
+// Subtracts the row's centre from y.
 template <Format F>
 QUIRE_HD void subtract_centre(const SideInputs& side, float* y, RowShape shape) {
   if constexpr (F::kCentre != Centre::kNone) {
@@ -70,7 +70,7 @@ QUIRE_HD void subtract_centre(const SideInputs& side, float* y, RowShape shape) 
   }
 }
 
-// Encodes y[0 .. head_size), which is overwritten. `data` receives code_bytes, `meta` kMetaBytes.
+// Encodes y[head_size], which is overwritten. `data` receives code_bytes, `meta` kMetaBytes.
 template <Format F>
 QUIRE_HD void encode_row(float* y, RowShape shape, const SideInputs& side, std::uint8_t* data, std::uint8_t* meta) {
   typename F::Stats stats{};

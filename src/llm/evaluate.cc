@@ -152,7 +152,7 @@ class Evaluation {
       lane->score.skip_layers = options_.skip_layers;
       lane->score.bytes_per_token = lane->cache.bytes_per_token();
       if (options_.against_cpu) {
-        Result<Lane> on_cpu = make_lane(config_, mode.id, options_.skip_layers, window_tokens_, Device::kCpu);
+        Result<Lane> on_cpu = make_lane(config_, mode.id, options_.skip_layers, window_tokens_, Device::cpu());
         if (!on_cpu.ok()) return on_cpu.status();
         on_cpu->score.mode = mode.name + " on the CPU";
         lane->on_cpu = std::make_unique<Lane>(std::move(*on_cpu));
@@ -395,7 +395,7 @@ std::string to_json(const std::vector<EvalScore>& scores, const std::string& mod
                          {"tokens_per_second", score.tokens_per_second}};
     if (!score.skip_layers.empty()) modes[score.mode]["skip_layers"] = score.skip_layers;
   }
-  return ordered_json{{"model", model_name}, {"device", device_name(device)}, {"modes", modes}}.dump(2);
+  return ordered_json{{"model", model_name}, {"device", device_type_name(device.type)}, {"modes", modes}}.dump(2);
 }
 
 }  // namespace quire::llm

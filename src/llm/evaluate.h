@@ -55,7 +55,7 @@ Result<EvalSets> load_eval_sets(const EvalPaths& paths, const ModelConfig& confi
 
 struct EvalOptions {
   std::vector<ModeInfo> modes;
-  Device device = Device::kCpu;         // where the caches live and the ops run, those of the reference too
+  Device device = Device::cpu();        // where the caches live and the ops run, those of the reference too
   bool against_cpu = false;             // also measures cpu_perplexity; windows only
   std::vector<int> skip_layers = {};    // kept in the model's own dtype, whatever the mode
   std::int64_t max_windows = -1;        // -1: all
@@ -78,7 +78,7 @@ struct EvalScore {
 
 Result<std::vector<EvalScore>> evaluate(Model& model, const EvalSets& sets, const EvalOptions& options);
 
-// {"model", "device", "modes": {name: {..}}}; what was not measured is null.
+// {"model", "device", "modes": {name: scores}}; what was not measured is null.
 std::string to_json(const std::vector<EvalScore>& scores, const std::string& model_name, Device device);
 
 }  // namespace quire::llm

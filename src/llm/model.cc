@@ -327,8 +327,7 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
                            {row_stride, c.head_size, 1});
   };
   const auto vector_of = [](const auto& values, DType dtype) {
-    return Tensor::contiguous(const_cast<void*>(static_cast<const void*>(values.data())), dtype,
-                              {static_cast<std::int64_t>(values.size())});
+    return ConstTensor::contiguous(values.data(), dtype, {static_cast<std::int64_t>(values.size())});
   };
   ReshapeAndCacheArgs store;
   store.key = heads_of(k, c.num_kv_heads);
@@ -343,7 +342,7 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
   attend.seq_lens = vector_of(batch.seq_lens, DType::kInt32);
   attend.block_table = block_table;
   attend.softmax_scale = 1.0F / std::sqrt(static_cast<float>(c.head_size));
-  attend.sliding_window = c.sliding_window;
+  attend.mask.sliding_window = c.sliding_window;
   if (Status status = cache.unified_attention(layer_index, attend); !status) return status;
   layer.output.run(attention_.data(), n, projected_.data());
   return {};

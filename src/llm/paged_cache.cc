@@ -83,29 +83,19 @@ Result<KVCache> KVCache::create(const ModelConfig& config, const KVCacheOptions&
 template <class Args>
 void KVCache::fill_in(const Layer& layer, Args& args) {
   args.mode = layer.layout.spec.mode;
-  args.key_cache = layer.views.key_cache;
-  args.value_cache = layer.views.value_cache;
-  args.k_scale_cache = layer.views.k_scale_cache;
-  args.v_scale_cache = layer.views.v_scale_cache;
+  args.cache = layer.views;
 }
 
 Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
-  const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a); };
-  return device_ == Device::kCpu ? store(args) : cuda::run_on_device(args, store);
+  const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a, nullptr); };
+  return device_.is_cpu() ? store(args) : cuda::run_on_device(args, store);
 }
 
 Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
 
-  if (device_ == Device::kCpu) return attend(args);
-  // Lengths that a plan cannot look up once they are on the device.
-  const auto* starts = args.cu_seqlens_q.ptr<const std::int32_t>();
-  const auto* lengths = args.seq_lens.ptr<const std::int32_t>();
-  for (std::int64_t b = 0; b < args.seq_lens.shape[0]; ++b) {
-    args.max_query_len = std::max<std::int64_t>(args.max_query_len, starts[b + 1] - starts[b]);
-    args.max_seq_len = std::max<std::int64_t>(args.max_seq_len, lengths[b]);
-  }
+  if (device_.is_cpu()) return attend(args);
   return cuda::run_on_device(args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); });
 }
 
@@ -116,12 +106,12 @@ Status KVCache::attend(const UnifiedAttentionArgs& args) {
   problem->batch_invariant = true;  // a sequence's output does not depend on its neighbours in the step
   Result<AttentionPlan> plan = plan_unified_attention(*problem);
   if (!plan.ok()) return plan.status();
-  if (workspace_.bytes() < plan->workspace_bytes) {
-    Result<Memory> larger = Memory::allocate(device_, plan->workspace_bytes);
+  if (workspace_.bytes() < plan->workspace_bytes()) {
+    Result<Memory> larger = Memory::allocate(device_, plan->workspace_bytes());
     if (!larger.ok()) return larger.status();
     workspace_ = std::move(*larger);
   }
-  return run_unified_attention(*plan, args, workspace_.data(), workspace_.bytes());
+  return run_unified_attention(*plan, args, workspace_.data(), workspace_.bytes(), nullptr);
 }
 
 std::int64_t KVCache::bytes_per_token() const {

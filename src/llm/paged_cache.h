@@ -29,7 +29,7 @@ struct KVCacheOptions {
   std::vector<int> skip_layers = {};  // these stay in the model's own dtype whatever layer_modes says
   int block_size = 16;
   std::int64_t num_blocks = 0;
-  Device device = Device::kCpu;  // where the pages live and both ops run
+  Device device = Device::cpu();  // where the pages live and both ops run
 };
 
 // The layers that a list such as "0,1,last" names, ascending; "last" is layer num_layers - 1.
@@ -64,7 +64,7 @@ class KVCache {
   std::vector<Layer> layers_;
   int block_size_ = 0;
   std::int64_t num_blocks_ = 0;
-  Device device_ = Device::kCpu;
+  Device device_ = Device::cpu();
   Memory workspace_;  // of the attention plan that needed the most so far
 };
 

@@ -1,8 +1,8 @@
 // Reads .safetensors files, plain (memory-mapped) or gzip-compressed (*.gz, unpacked into memory).
 //
 //   8 bytes   n, the header's length, little-endian
-//   n bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..,
-//                    "__metadata__": {"key": "value", ..}}
+//   n bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]},
+//                    "__metadata__": {"key": "value"}}, and more tensors
 //   the rest  the tensors' bytes, row-major; offsets count from here
 //
 // A file is never trusted: open() checks the whole header against the file's size before it hands anything out. A .gz

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "format/row.h"
@@ -22,11 +23,14 @@ void with_format(format::FormatId id, Visit&& visit) {
   });
 }
 
-std::uint8_t* address(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0,
-                      std::int64_t l = 0) {
+// To be written where the tensor may be.
+template <class Data>
+auto address(const BasicTensor<Data>& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0,
+             std::int64_t l = 0) {
+  using Byte = std::conditional_t<std::is_const_v<Data>, const std::uint8_t, std::uint8_t>;
   const std::int64_t offset =
       i * tensor.strides[0] + j * tensor.strides[1] + k * tensor.strides[2] + l * tensor.strides[3];
-  return tensor.ptr<std::uint8_t>() + offset * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+  return static_cast<Byte*>(tensor.data) + offset * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
 }
 
 double load(DType dtype, const std::uint8_t* bytes) {
@@ -66,7 +70,7 @@ void store(DType dtype, std::uint8_t* bytes, double value) {
   }
 }
 
-std::int64_t integer(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0) {
+std::int64_t integer(const ConstTensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0) {
   const std::uint8_t* bytes = address(tensor, i, j, k);
   if (tensor.dtype == DType::kInt64) return format::load_as<std::int64_t>(bytes);
   if (tensor.dtype == DType::kInt32) return format::load_as<std::int32_t>(bytes);
@@ -74,7 +78,7 @@ std::int64_t integer(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, s
 }
 
 // A scale of one element, [Hk] or [B, Hk]; 1 where not given.
-double scale_of(const Tensor& scale, std::int64_t sequence, std::int64_t kv_head) {
+double scale_of(const ConstTensor& scale, std::int64_t sequence, std::int64_t kv_head) {
   if (!scale.defined()) return 1.0;
   if (scale.numel() == 1) return element(scale, 0);
   return scale.ndim == 1 ? element(scale, kv_head) : element(scale, sequence, kv_head);
@@ -96,26 +100,26 @@ struct Sequence {
 bool visible(const UnifiedAttentionArgs& args, const Sequence& sequence, std::int64_t p, std::int64_t j) {
   if (p < 0 || j < 0 || j >= sequence.seq_len) return false;
 
-  const std::int64_t window = args.sliding_window;
+  const std::int64_t window = args.mask.sliding_window;
   const bool in_window = window < 1 || (p - j < window && j - p < window);
 
   bool seen = sequence.causal ? j <= p : true;
-  if (args.chunk_lookback >= 0) {
-    const std::int64_t chunk = window / (args.chunk_lookback + 1);
-    seen = seen && p / chunk - j / chunk <= args.chunk_lookback;
-  } else if (args.rswa_prefix_lens.defined()) {
-    const bool in_prefix = j < integer(args.rswa_prefix_lens, sequence.index);
-    seen = seen && (in_prefix || p - j < args.rswa_window);
+  if (args.mask.chunk_lookback >= 0) {
+    const std::int64_t chunk = window / (args.mask.chunk_lookback + 1);
+    seen = seen && p / chunk - j / chunk <= args.mask.chunk_lookback;
+  } else if (args.mask.rswa_prefix_lens.defined()) {
+    const bool in_prefix = j < integer(args.mask.rswa_prefix_lens, sequence.index);
+    seen = seen && (in_prefix || p - j < args.mask.rswa_window);
   } else {
     seen = seen && in_window;
   }
 
-  if (args.mm_prefix_range.defined()) {
-    for (std::int64_t r = 0; r < args.mm_prefix_range.shape[1]; ++r) {
-      const std::int64_t start = integer(args.mm_prefix_range, sequence.index, r, 0);
-      const std::int64_t end = integer(args.mm_prefix_range, sequence.index, r, 1);
+  if (args.mask.mm_prefix_range.defined()) {
+    for (std::int64_t r = 0; r < args.mask.mm_prefix_range.shape[1]; ++r) {
+      const std::int64_t start = integer(args.mask.mm_prefix_range, sequence.index, r, 0);
+      const std::int64_t end = integer(args.mask.mm_prefix_range, sequence.index, r, 1);
       const bool both_inside = start < end && start <= p && p <= end && start <= j && j <= end;
-      if (both_inside && (!args.mm_prefix_clamp_window || in_window)) seen = true;
+      if (both_inside && (!args.mask.mm_prefix_clamp_window || in_window)) seen = true;
     }
   }
   return seen;
@@ -142,7 +146,7 @@ double adjust_logit(const UnifiedAttentionArgs& args, const Sequence& sequence, 
 }
 
 // What a format is given of a page and KV head besides the row.
-format::SideInputs side_inputs(const Tensor& page_meta, const Tensor& head_vector, std::int64_t block,
+format::SideInputs side_inputs(const ConstTensor& page_meta, const ConstTensor& head_vector, std::int64_t block,
                                std::int64_t head) {
   format::SideInputs side;
   if (page_meta.defined()) side.page = address(page_meta, block, head);
@@ -153,7 +157,7 @@ format::SideInputs side_inputs(const Tensor& page_meta, const Tensor& head_vecto
 // The rows of one (sequence, KV head), decoded on first use.
 class DecodedRows {
  public:
-  DecodedRows(format::FormatId format, const StoredRows& rows, const Tensor& block_table, std::int64_t sequence,
+  DecodedRows(format::FormatId format, const StoredRows& rows, const ConstTensor& block_table, std::int64_t sequence,
               std::int64_t kv_head, int head_size, std::int64_t seq_len)
       : format_(format),
         rows_(rows),
@@ -164,7 +168,7 @@ class DecodedRows {
         present_(static_cast<std::size_t>(seq_len), false),
         values_(static_cast<std::size_t>(seq_len * head_size)) {}
 
-  // x[0 .. head_size) of key j, or null where the block table points outside the cache.
+  // x [head_size] of key j, or null where the block table points outside the cache.
   const double* row(std::int64_t j) {
     double* x = values_.data() + j * head_size_;
     if (!present_[static_cast<std::size_t>(j)]) {
@@ -180,7 +184,7 @@ class DecodedRows {
  private:
   format::FormatId format_;
   const StoredRows rows_;
-  const Tensor& block_table_;
+  const ConstTensor& block_table_;
   std::int64_t sequence_, kv_head_;
   int head_size_;
   std::vector<bool> present_;
@@ -189,7 +193,7 @@ class DecodedRows {
 
 }  // namespace
 
-double element(const Tensor& tensor, std::int64_t i, std::int64_t j, std::int64_t k) {
+double element(const ConstTensor& tensor, std::int64_t i, std::int64_t j, std::int64_t k) {
   return load(tensor.dtype, address(tensor, i, j, k));
 }
 
@@ -257,18 +261,18 @@ Status decode_cache_row(format::FormatId format, const StoredRows& rows, std::in
 }
 
 Status unified_attention(const UnifiedAttentionArgs& args) {
-  const Result<ModeInfo> mode = mode_info(args.mode);
-  if (!mode.ok()) return mode.status();
-  const format::FormatId key_format = resolve_format(mode->key_format, args.key_cache.dtype);
-  const format::FormatId value_format = resolve_format(mode->value_format, args.value_cache.dtype);
-  if (key_format == format::FormatId::kNone || value_format == format::FormatId::kNone ||
-      args.query.device != Device::kCpu) {
-    return unsupported("reference: mode \"" + mode->name + "\" on " + std::string(device_name(args.query.device)) +
+  const Result<const ModeInfo*> known = mode_info(args.mode);
+  if (!known.ok()) return known.status();
+  const ModeInfo* mode = *known;
+  const format::FormatId key_format = resolve_format(mode->key_format, args.cache.key_cache.dtype);
+  const format::FormatId value_format = resolve_format(mode->value_format, args.cache.value_cache.dtype);
+  if (key_format == format::FormatId::kNone || value_format == format::FormatId::kNone || !args.query.device.is_cpu()) {
+    return unsupported("reference: mode \"" + mode->name + "\" on " + to_string(args.query.device) +
                        " cannot be read here; the oracle reads the table's formats on cpu");
   }
 
   const std::int64_t num_q_heads = args.query.shape[1];
-  const std::int64_t num_kv_heads = args.key_cache.shape[2];
+  const std::int64_t num_kv_heads = args.cache.key_cache.shape[2];
   const int head_size = static_cast<int>(args.query.shape[2]);
   const int head_size_v = static_cast<int>(args.out.shape[2]);
 
@@ -278,17 +282,21 @@ Status unified_attention(const UnifiedAttentionArgs& args) {
     sequence.first_token = integer(args.cu_seqlens_q, b);
     sequence.query_len = integer(args.cu_seqlens_q, b + 1) - sequence.first_token;
     sequence.seq_len = integer(args.seq_lens, b);
-    sequence.causal = args.causal_per_seq.defined() ? integer(args.causal_per_seq, b) != 0 : args.causal;
+    sequence.causal = args.mask.causal_per_seq.defined() ? integer(args.mask.causal_per_seq, b) != 0 : args.mask.causal;
 
     for (std::int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
-      DecodedRows keys(key_format, {args.key_cache, args.k_scale_cache, args.k_page_meta, args.k_head_vector},
-                       args.block_table, b, kv_head, head_size, sequence.seq_len);
-      DecodedRows values(value_format, {args.value_cache, args.v_scale_cache, args.v_page_meta, args.v_head_vector},
-                         args.block_table, b, kv_head, head_size_v, sequence.seq_len);
+      DecodedRows keys(
+          key_format,
+          {args.cache.key_cache, args.cache.k_scale_cache, args.cache.k_page_meta, args.cache.k_head_vector},
+          args.block_table, b, kv_head, head_size, sequence.seq_len);
+      DecodedRows values(
+          value_format,
+          {args.cache.value_cache, args.cache.v_scale_cache, args.cache.v_page_meta, args.cache.v_head_vector},
+          args.block_table, b, kv_head, head_size_v, sequence.seq_len);
       const bool fp8_query = dtype_bytes(args.query.dtype) == 1;
-      const double q_scale = fp8_query ? scale_of(args.q_scale, b, kv_head) : 1.0;
-      const double k_scale = scale_of(args.k_scale, b, kv_head);
-      const double v_scale = scale_of(args.v_scale, b, kv_head);
+      const double q_scale = fp8_query ? scale_of(args.q_descale, b, kv_head) : 1.0;
+      const double k_scale = scale_of(args.k_descale, b, kv_head);
+      const double v_scale = scale_of(args.v_descale, b, kv_head);
       const std::int64_t group = num_q_heads / num_kv_heads;
 
       for (std::int64_t row = 0; row < sequence.query_len; ++row) {
@@ -354,10 +362,9 @@ namespace {
 
 // Writes the rows of one input into one cache. Head-major caches are [num_blocks, Hk, d/x, block_size, x] for keys and
 // [num_blocks, Hk, d, block_size] for values.
-void store_rows(format::FormatId format, const Tensor& input, const Tensor& slots, const StoredRows& rows,
-                const Tensor& tensor_scale, bool head_major) {
-  const Tensor& cache = rows.cache;
-  const Tensor& scale_cache = rows.scale_cache;
+void store_rows(format::FormatId format, const ConstTensor& input, const ConstTensor& slots, const Tensor& cache,
+                const Tensor& scale_cache, const ConstTensor& page_meta, const ConstTensor& head_vector,
+                const ConstTensor& tensor_scale, bool head_major) {
   const int head_size = static_cast<int>(input.shape[2]);
   const std::int64_t block_size = head_major ? cache.shape[3] : cache.shape[1];
   const std::size_t element_bytes = dtype_bytes(cache.dtype);
@@ -376,7 +383,7 @@ void store_rows(format::FormatId format, const Tensor& input, const Tensor& slot
       std::vector<std::uint8_t> row(static_cast<std::size_t>(format::format_info(format).row_bytes(head_size)));
       std::uint8_t unused_meta[16];
       std::uint8_t* meta = scale_cache.defined() ? address(scale_cache, block, offset, head) : unused_meta;
-      format::SideInputs side = side_inputs(rows.page_meta, rows.head_vector, block, head);
+      format::SideInputs side = side_inputs(page_meta, head_vector, block, head);
       side.tensor_scale = static_cast<float>(scale_of(tensor_scale, 0, head));
       with_format(format, [&]<class F>() {
         if (F::kMetaPlace == format::MetaPlace::kInRow) meta = row.data() + format::code_bytes<F>(head_size);
@@ -406,18 +413,20 @@ void store_rows(format::FormatId format, const Tensor& input, const Tensor& slot
 }  // namespace
 
 Status reshape_and_cache(const ReshapeAndCacheArgs& args) {
-  const Result<ModeInfo> mode = mode_info(args.mode);
-  if (!mode.ok()) return mode.status();
-  const format::FormatId key_format = resolve_format(mode->key_format, args.key_cache.dtype);
-  const format::FormatId value_format = resolve_format(mode->value_format, args.value_cache.dtype);
+  const Result<const ModeInfo*> known = mode_info(args.mode);
+  if (!known.ok()) return known.status();
+  const ModeInfo* mode = *known;
+  const format::FormatId key_format = resolve_format(mode->key_format, args.cache.key_cache.dtype);
+  const format::FormatId value_format = resolve_format(mode->value_format, args.cache.value_cache.dtype);
   if (key_format == format::FormatId::kNone || value_format == format::FormatId::kNone) {
     return unsupported("reference: mode \"" + mode->name + "\" has no format of the table");
   }
-  const bool head_major = args.key_cache.ndim == 5;
-  store_rows(key_format, args.key, args.slot_mapping,
-             {args.key_cache, args.k_scale_cache, args.k_page_meta, args.k_head_vector}, args.k_scale, head_major);
-  store_rows(value_format, args.value, args.slot_mapping,
-             {args.value_cache, args.v_scale_cache, args.v_page_meta, args.v_head_vector}, args.v_scale, head_major);
+  const bool head_major = args.cache.key_cache.ndim == 5;
+  const KVCacheViews& cache = args.cache;
+  store_rows(key_format, args.key, args.slot_mapping, cache.key_cache, cache.k_scale_cache, cache.k_page_meta,
+             cache.k_head_vector, args.k_scale, head_major);
+  store_rows(value_format, args.value, args.slot_mapping, cache.value_cache, cache.v_scale_cache, cache.v_page_meta,
+             cache.v_head_vector, args.v_scale, head_major);
   return {};
 }
 

@@ -25,16 +25,16 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args);
 // The format called `name` in the mode table; "auto" is the cache's own float type. kNone where there is none.
 format::FormatId resolve_format(std::string_view name, DType cache_dtype);
 
-// The values of one stored row, rotated back: x[0 .. head_size). `meta` is null for formats without a scale cache.
+// The values of one stored row, rotated back: x [head_size]. `meta` is null for formats without a scale cache.
 void decode_row(format::FormatId format, const std::uint8_t* data, const std::uint8_t* meta,
                 const format::SideInputs& side, int head_size, double* x);
 
 // The tensors of K or of V; all but the first may be undefined.
 struct StoredRows {
-  const Tensor& cache;        // [num_blocks, block_size, Hk, row]
-  const Tensor& scale_cache;  // [num_blocks, block_size, Hk]
-  const Tensor& page_meta;    // [num_blocks, Hk, page bytes]
-  const Tensor& head_vector;  // [Hk, head_size]
+  const ConstTensor& cache;        // [num_blocks, block_size, Hk, row]
+  const ConstTensor& scale_cache;  // [num_blocks, block_size, Hk]
+  const ConstTensor& page_meta;    // [num_blocks, Hk, page bytes]
+  const ConstTensor& head_vector;  // [Hk, head_size]
 };
 
 // The same, found in a cache: row (block, slot, head). k_scale and v_scale are not applied.
@@ -42,6 +42,6 @@ Status decode_cache_row(format::FormatId format, const StoredRows& rows, std::in
                         std::int64_t head, int head_size, double* x);
 
 // Element [i], [i, j] or [i, j, k] of a float tensor of any dtype and strides.
-double element(const Tensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0);
+double element(const ConstTensor& tensor, std::int64_t i, std::int64_t j = 0, std::int64_t k = 0);
 
 }  // namespace quire::reference

@@ -13,11 +13,13 @@ namespace {
 
 using nlohmann::json;
 
-const std::set<std::string> kColumns = {
-    "op",           "device",        "mode",        "layout",       "batch",
-    "context",      "q_len",         "num_q_heads", "num_kv_heads", "head_size",
-    "head_size_v",  "block_size",    "ms",          "cache_gbps",   "bandwidth_share",
-    "layout_share", "product_share", "tflops",      "kernel"};
+const std::set<std::string> kColumns = {"op",           "device",        "mode",
+                                        "layout",       "batch",         "context",
+                                        "q_len",        "num_q_heads",   "num_kv_heads",
+                                        "head_size",    "head_size_v",   "block_size",
+                                        "ms",           "cache_gbps",    "bandwidth_share",
+                                        "layout_share", "product_share", "tflops",
+                                        "kernel",       "host_us",       "host_us_with_plan"};
 
 TEST(Bench, RowsOfAGrid) {
   const CliResult result = run_cli({"bench",          "decode", "--mode",        "bfloat16,float32",
@@ -43,6 +45,7 @@ TEST(Bench, RowsOfAGrid) {
     EXPECT_EQ(row["block_size"], 16);
     EXPECT_TRUE(row["layout_share"].is_null());
     EXPECT_GT(row["product_share"], 0.0);
+    EXPECT_GT(row["host_us"].get<double>(), 0.0);
     EXPECT_GT(row["ms"], 0.0);
     // A key and value of 64 + 32 elements, 2 heads.
     const double element = row["mode"] == "float32" ? 4.0 : 2.0;
@@ -55,8 +58,8 @@ TEST(Bench, RowsOfAGrid) {
   EXPECT_EQ(problems.size(), 16U);
 }
 
-// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and in
-// TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
+// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and
+// in TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
 TEST(Bench, EveryLayoutCountsTheSameBytes) {
   const std::map<std::string, double> bytes_per_token_head = {{"bfloat16", 2.0 * 64 * 2},
                                                               {"fp8", 2.0 * 64},

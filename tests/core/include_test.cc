@@ -1,7 +1,7 @@
 // Which room may include which. A room is a folder; what it may use lies below it:
 //
-//   include/quire/{export,status,tensor,mode}.h   <-   format   <-   attention   <-   reference, cpu, cuda   <-   core
-//   <-   llm, tools, python, tests
+//   include/quire/{export,status,tensor,mode}.h   <-   format   <-   attention   <-   call   <-   reference, cpu, cuda
+//   <-   core   <-   llm, tools, python, tests
 //
 // The other public headers are the shapes of the ops and of backends: everything above attention may include them.
 // format/modes.def is a list, not code, and may be included anywhere; format/build_config.h is generated.
@@ -32,10 +32,12 @@ struct Rule {
 const std::map<std::string, Rule> kRules = {
     {"format", {{}, false}},
     {"attention", {{"format"}, false}},
+    {"call", {{"format", "attention"}, true}},
+    {"capi", {{}, true}},
     {"reference", {{"format", "attention"}, true}},
-    {"cpu", {{"format", "attention"}, true}},
-    {"cuda", {{"format", "attention"}, true}},
-    {"core", {{"format", "attention", "cpu", "cuda"}, true}},
+    {"cpu", {{"format", "attention", "call"}, true}},
+    {"cuda", {{"format", "attention", "call"}, true}},
+    {"core", {{"format", "attention", "call", "cpu", "cuda"}, true}},
     // The runner is a user of the library: it goes through the public headers, and may use the conversions and the
     // memory of a device.
     {"llm", {{"format", "cuda"}, true}},

@@ -102,9 +102,9 @@ TEST(Layout, KnownPages) {
 
 // Pull request 39074 to vLLM: effective_head_size is d, d, d / 2, d / 4, and its page formula adds the scales,
 // 2 * block_size * num_kv_heads * 4 bytes, to block_size * num_kv_heads * (K + V) * element size.
-// As vLLM 0.33.0's engine allocates them, int8, 2 heads of 128, blocks of 128 tokens: a tensor [blocks, 2, 128, 264] with
-// strides (67584, 264, 528, 1) token-major, dense head-major; its Triton backend looks for the scale of K at byte 128 and
-// for that of V at 132 + 128.
+// As vLLM 0.33.0's engine allocates them, int8, 2 heads of 128, blocks of 128 tokens: a tensor [blocks, 2, 128, 264]
+// with strides (67584, 264, 528, 1) token-major, dense head-major; its Triton backend looks for the scale of K at byte
+// 128 and for that of V at 132 + 128.
 TEST(Layout, VllmsPages) {
   KVCacheSpec spec;
   spec.mode = mode_of("int8_per_token_head");
@@ -278,9 +278,9 @@ TEST(Layout, OrderSaysWhatIsNextToWhat) {
 // Both ops through the views, padding and neighbours untouched.
 TEST(Layout, OpsWorkThroughTheViews) {
   for_each_spec([](const KVCacheSpec& spec) {
-    if (!mode_info(spec.mode)->compiled) return;
+    if (!(*mode_info(spec.mode))->compiled) return;
     AttentionCase::Options options;
-    options.mode = mode_info(spec.mode)->name;
+    options.mode = (*mode_info(spec.mode))->name;
     options.head_size = spec.head_size;
     options.head_size_v = spec.head_size_v;
     options.num_kv_heads = spec.num_kv_heads;
@@ -290,7 +290,7 @@ TEST(Layout, OpsWorkThroughTheViews) {
     ASSERT_TRUE(problem.run().ok());
     const std::vector<std::uint8_t> expected = problem.out.bytes;
 
-    const std::int64_t num_blocks = problem.args.key_cache.shape[0];
+    const std::int64_t num_blocks = problem.args.cache.key_cache.shape[0];
     const KVCacheLayout layout = layout_of(spec);
     OwnedBytes memory(layout, num_blocks);
     ReshapeAndCacheArgs store;
@@ -298,11 +298,9 @@ TEST(Layout, OpsWorkThroughTheViews) {
     store.key = problem.key.view;
     store.value = problem.value.view;
     store.slot_mapping = problem.slot_mapping.view;
-    store.key_cache = problem.args.key_cache = memory.views.key_cache;
-    store.value_cache = problem.args.value_cache = memory.views.value_cache;
-    store.k_scale_cache = problem.args.k_scale_cache = memory.views.k_scale_cache;
-    store.v_scale_cache = problem.args.v_scale_cache = memory.views.v_scale_cache;
-    const Status status = reshape_and_cache(store);
+    store.cache = memory.views;
+    problem.args.cache = memory.views;
+    const Status status = reshape_and_cache(store, nullptr);
     ASSERT_TRUE(status.ok()) << status.message();
     ASSERT_TRUE(problem.run().ok());
     ASSERT_EQ(problem.out.bytes, expected);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "call/plan_data.h"
 #include "format/build_config.h"
 #include "format/formats.h"
 #include "quire/ops.h"
@@ -15,7 +16,7 @@ namespace {
 // Decode on an H200, or on the first GPU that this build has code for.
 AttentionProblem decode_problem(const char* mode) {
   AttentionProblem problem;
-  problem.device = Device::kCuda;
+  problem.device = Device::cuda();
   problem.mode = mode_of(mode);
   problem.num_q_heads = 32;
   problem.num_kv_heads = 8;
@@ -40,7 +41,7 @@ AttentionProblem prefill_problem(const char* mode) {
 
 std::string kernel_of(const AttentionProblem& problem) {
   const Result<AttentionPlan> plan = plan_unified_attention(problem);
-  return plan.ok() ? plan->kernel : plan.status().message();
+  return plan.ok() ? plan->describe() : plan.status().message();
 }
 
 class CudaPlan : public ::testing::Test {
@@ -63,14 +64,14 @@ TEST_F(CudaPlan, NamesItsKernels) {
   EXPECT_NE(kernel_of(decode).find("decode_split<128>"), std::string::npos) << kernel_of(decode);
   const Result<AttentionPlan> prefill = plan_unified_attention(prefill_problem("int4_per_token_head"));
   ASSERT_TRUE(prefill.ok()) << prefill.status().message();
-  EXPECT_NE(prefill->kernel.find("prefill"), std::string::npos) << prefill->kernel;
-  EXPECT_NE(prefill->kernel.find("decode_pages"), std::string::npos) << prefill->kernel;
-  EXPECT_TRUE(prefill->tensor_cores);
+  EXPECT_NE(prefill->describe().find("prefill"), std::string::npos) << prefill->describe();
+  EXPECT_NE(prefill->describe().find("decode_pages"), std::string::npos) << prefill->describe();
+  EXPECT_TRUE(prefill->tensor_cores());
 
   AttentionProblem problem = prefill_problem("int4_per_token_head");
   problem.query_dtype = DType::kFloat32;
   EXPECT_NE(kernel_of(problem).find("attend_any"), std::string::npos);
-  EXPECT_FALSE(plan_unified_attention(problem)->tensor_cores);
+  EXPECT_FALSE(plan_unified_attention(problem)->tensor_cores());
   problem = prefill_problem("bfloat16");
   problem.row_alignment = 2;
   EXPECT_NE(kernel_of(problem).find("attend_any"), std::string::npos);
@@ -84,8 +85,8 @@ TEST_F(CudaPlan, NamesItsKernels) {
 
 TEST_F(CudaPlan, CoversTheKeysWithItsSplits) {
   const AttentionPlan plan = *plan_unified_attention(decode_problem("int4_per_token_head"));
-  EXPECT_GE(plan.split_size * plan.max_splits, 8192);
-  EXPECT_LT(plan.split_size * (plan.max_splits - 1), 8192);
+  EXPECT_GE(plan.data()->split_size * plan.data()->max_splits, 8192);
+  EXPECT_LT(plan.data()->split_size * (plan.data()->max_splits - 1), 8192);
 }
 
 // The splits are for the GPU of the problem, not for the one they were tuned on.
@@ -99,12 +100,12 @@ TEST_F(CudaPlan, FitsItsSplitsToTheMultiprocessors) {
     problem.arch.num_multiprocessors = multiprocessors;
     const Result<AttentionPlan> plan = plan_unified_attention(problem);
     ASSERT_TRUE(plan.ok());
-    EXPECT_GT(plan->max_splits, before) << multiprocessors;
+    EXPECT_GT(plan->data()->max_splits, before) << multiprocessors;
     // The splits of 8 KV heads, three blocks a multiprocessor, fill whole waves.
     const std::int64_t wave = 3 * multiprocessors;
-    const std::int64_t blocks = plan->max_splits * 8;
+    const std::int64_t blocks = plan->data()->max_splits * 8;
     EXPECT_GE(static_cast<double>(blocks) / static_cast<double>((blocks + wave - 1) / wave * wave), 0.9) << blocks;
-    before = plan->max_splits;
+    before = plan->data()->max_splits;
   }
 }
 
@@ -112,11 +113,11 @@ TEST_F(CudaPlan, IsAFunctionOfTheProblem) {
   for (const AttentionProblem& problem : {decode_problem("int4_per_token_head"), prefill_problem("bfloat16")}) {
     const AttentionPlan a = *plan_unified_attention(problem);
     const AttentionPlan b = *plan_unified_attention(problem);
-    EXPECT_EQ(a.kernel, b.kernel);
-    EXPECT_EQ(a.kernel_ids[0], b.kernel_ids[0]);
-    EXPECT_EQ(a.kernel_ids[1], b.kernel_ids[1]);
-    EXPECT_EQ(a.split_size, b.split_size);
-    EXPECT_EQ(a.workspace_bytes, b.workspace_bytes);
+    EXPECT_EQ(a.describe(), b.describe());
+    EXPECT_EQ(a.data()->kernel_ids[0], b.data()->kernel_ids[0]);
+    EXPECT_EQ(a.data()->kernel_ids[1], b.data()->kernel_ids[1]);
+    EXPECT_EQ(a.data()->split_size, b.data()->split_size);
+    EXPECT_EQ(a.workspace_bytes(), b.workspace_bytes());
   }
 }
 
@@ -138,7 +139,7 @@ TEST_F(CudaPlan, EveryPairOfFormatsHasAKernel) {
     for (const format::FormatInfo& value : format::kFormatTable) {
       const std::string mode = "k=" + std::string(key.name) + ",v=" + std::string(value.name);
       const Result<ModeId> id = parse_kv_cache_dtype(mode);
-      if (!id.ok() || !mode_info(*id)->compiled) continue;
+      if (!id.ok() || !(*mode_info(*id))->compiled) continue;
       for (const DType query : {DType::kFloat32, DType::kBFloat16}) {
         AttentionProblem problem = decode_problem("int4_per_token_head");
         problem.mode = *id;
@@ -151,12 +152,13 @@ TEST_F(CudaPlan, EveryPairOfFormatsHasAKernel) {
 }
 
 TEST(DeviceArch, OfDevices) {
-  const Result<Arch> cpu = device_arch(Device::kCpu);
+  const Result<Arch> cpu = device_arch(Device::cpu());
   ASSERT_TRUE(cpu.ok());
   EXPECT_EQ(cpu->num_multiprocessors, 0);
-  EXPECT_EQ(device_arch(static_cast<Device>(7)).status().message(), "device is unknown; supported: cpu and cuda");
+  EXPECT_EQ(device_arch({static_cast<DeviceType>(7), 0}).status().message(),
+            "device is an unknown device; supported: cpu and cuda");
   if (!quire_with_cuda) {
-    EXPECT_EQ(device_arch(Device::kCuda).status().code(), StatusCode::kUnsupported);
+    EXPECT_EQ(device_arch(Device::cuda()).status().code(), StatusCode::kUnsupported);
   }
 }
 

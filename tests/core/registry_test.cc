@@ -118,7 +118,7 @@ TEST(Backend, PackedHeadSizeIsTheExtentOfTheKeyCache) {
                                    {"k=fp8_e5m2,v=turboquant_v3", 128, 1}}) {
     SCOPED_TRACE(expected.mode);
     const ModeId mode = mode_of(expected.mode);
-    if (!mode_info(mode)->compiled) continue;
+    if (!(*mode_info(mode))->compiled) continue;
     const QuantKVBackend* backend = *get_backend(mode);
     const Result<int> packed = backend->packed_head_size(128);
     ASSERT_TRUE(packed.ok()) << packed.status().message();
@@ -399,7 +399,8 @@ TEST(Registry, ABackendCompiledWithoutRtti) {
   EXPECT_EQ(*(*backend)->packed_head_size(64), 64);
   ReshapeAndCacheArgs store;
   store.mode = mode;
-  EXPECT_TRUE(refuses(reshape_and_cache(store), StatusCode::kUnsupported, {"registry_no_rtti", "reshape_and_cache"}));
+  EXPECT_TRUE(
+      refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"registry_no_rtti", "reshape_and_cache"}));
 }
 
 TEST(Registry, IsThreadSafe) {
@@ -444,13 +445,13 @@ class CoarseInt8 : public QuantKVBackend {
   bool needs_scale_caches() const override { return true; }
   std::string_view read_format() const override { return "int8_per_token_head"; }
   Status reshape_and_cache(const ReshapeAndCacheArgs& args, void*) const override {
-    store(args.key, args.key_cache, args.k_scale_cache, args.slot_mapping);
-    store(args.value, args.value_cache, args.v_scale_cache, args.slot_mapping);
+    store(args.key, args.cache.key_cache, args.cache.k_scale_cache, args.slot_mapping);
+    store(args.value, args.cache.value_cache, args.cache.v_scale_cache, args.slot_mapping);
     return {};
   }
 
  private:
-  static void store(const Tensor& input, const Tensor& cache, const Tensor& scales, const Tensor& slots) {
+  static void store(const ConstTensor& input, const Tensor& cache, const Tensor& scales, const ConstTensor& slots) {
     for (std::int64_t t = 0; t < slots.shape[0]; ++t) {
       const std::int64_t slot = slots.ptr<const std::int64_t>()[t];
       for (std::int64_t h = 0; h < input.shape[1]; ++h) {
@@ -487,7 +488,7 @@ TEST(ExternalMode, WritesDifferentlyReadsAnExistingFormat) {
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
   const std::vector<std::vector<std::uint8_t>> before = problem.cache->bytes();
-  ASSERT_TRUE(reshape_and_cache(store).ok());
+  ASSERT_TRUE(reshape_and_cache(store, nullptr).ok());
   ASSERT_NE(problem.cache->bytes(), before);
 
   // The oracle reads the new bytes as int8.
@@ -555,7 +556,7 @@ TEST(ExternalMode, BringsItsOwnBytes) {
   store.key = problem.key.view;
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
-  ASSERT_TRUE(reshape_and_cache(store).ok());
+  ASSERT_TRUE(reshape_and_cache(store, nullptr).ok());
   ASSERT_TRUE(problem.check());
 
   // Its own cache; never-written rows stay poison.
@@ -573,10 +574,10 @@ TEST(ExternalMode, BringsItsOwnBytes) {
     }
   }
   problem.args.mode = mode;
-  problem.args.key_cache = k.view;
-  problem.args.value_cache = v.view;
-  problem.args.k_scale_cache = ks.view;
-  problem.args.v_scale_cache = vs.view;
+  problem.args.cache.key_cache = k.view;
+  problem.args.cache.value_cache = v.view;
+  problem.args.cache.k_scale_cache = ks.view;
+  problem.args.cache.v_scale_cache = vs.view;
   const Status status = problem.run();
   ASSERT_TRUE(status.ok()) << status.message();
   EXPECT_TRUE(problem.matches());
@@ -585,8 +586,8 @@ TEST(ExternalMode, BringsItsOwnBytes) {
 
   // It does not write, and says so.
   store.mode = mode;
-  EXPECT_TRUE(
-      refuses(reshape_and_cache(store), StatusCode::kUnsupported, {"external_sixteenths", "reshape_and_cache"}));
+  EXPECT_TRUE(refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported,
+                      {"external_sixteenths", "reshape_and_cache"}));
 }
 
 // One byte an element, no scale; throws on a row that starts with 0xEE and cannot decode one that starts with 0xDD.
@@ -606,10 +607,11 @@ class Picky : public Plain {
 struct OwnRows {
   explicit OwnRows(ModeId mode) {
     args.mode = mode;
+    args.softmax_scale = 0.1F;
     args.query = query.view;
     args.out = out.view;
-    args.key_cache = k.view;
-    args.value_cache = v.view;
+    args.cache.key_cache = k.view;
+    args.cache.value_cache = v.view;
     args.cu_seqlens_q = Tensor::contiguous(cu_seqlens_q, DType::kInt32, {3});
     args.seq_lens = Tensor::contiguous(seq_lens, DType::kInt32, {2});
     args.block_table = Tensor::contiguous(block_table, DType::kInt32, {2, 1});
@@ -640,46 +642,47 @@ TEST(ExternalMode, RowsAndScaleCachesAreWhatTheBackendSays) {
     const char* words;
     void (*spoil)(OwnRows& problem);
   } cases[] = {
-      {"k_scale_cache is not given", [](OwnRows& p) { p.args.k_scale_cache = {}; }},
-      {"v_scale_cache is not given", [](OwnRows& p) { p.args.v_scale_cache = {}; }},
-      {"k_scale_cache is [1, 16, 1] float32", [](OwnRows& p) { p.args.k_scale_cache.shape[0] = 1; }},
-      {"v_scale_cache is [2, 16] float32", [](OwnRows& p) { p.args.v_scale_cache.ndim = 2; }},
-      {"k_scale_cache is int8", [](OwnRows& p) { p.args.k_scale_cache.dtype = DType::kInt8; }},
-      {"v_scale_cache is on cuda", [](OwnRows& p) { p.args.v_scale_cache.device = Device::kCuda; }},
-      {"k_scale_cache is a null pointer", [](OwnRows& p) { p.args.k_scale_cache.data = nullptr; }},
+      {"k_scale_cache is not given", [](OwnRows& p) { p.args.cache.k_scale_cache = {}; }},
+      {"v_scale_cache is not given", [](OwnRows& p) { p.args.cache.v_scale_cache = {}; }},
+      {"k_scale_cache is [1, 16, 1] float32", [](OwnRows& p) { p.args.cache.k_scale_cache.shape[0] = 1; }},
+      {"v_scale_cache is [2, 16] float32", [](OwnRows& p) { p.args.cache.v_scale_cache.ndim = 2; }},
+      {"k_scale_cache is int8", [](OwnRows& p) { p.args.cache.k_scale_cache.dtype = DType::kInt8; }},
+      {"v_scale_cache is on cuda:0", [](OwnRows& p) { p.args.cache.v_scale_cache.device = Device::cuda(); }},
+      {"k_scale_cache is a null pointer", [](OwnRows& p) { p.args.cache.k_scale_cache.data = nullptr; }},
       {"k_scale_cache is not aligned",
-       [](OwnRows& p) { p.args.k_scale_cache.data = p.args.k_scale_cache.ptr<std::uint8_t>() + 1; }},
-      {"a row of mode external_scaled has 32 bytes at head_size 32", [](OwnRows& p) { p.args.key_cache.shape[3] = 8; }},
-      {"a row of mode external_scaled has 32 bytes at head_size_v 32",
-       [](OwnRows& p) { p.args.value_cache = p.args.value_cache.slice_last(0, 31); }},
+       [](OwnRows& p) { p.args.cache.k_scale_cache.data = p.args.cache.k_scale_cache.ptr<const std::uint8_t>() + 1; }},
       {"a row of mode external_scaled has 32 bytes at head_size 32",
-       [](OwnRows& p) { p.args.key_cache.dtype = DType::kFloat16; }},
+       [](OwnRows& p) { p.args.cache.key_cache.shape[3] = 8; }},
+      {"a row of mode external_scaled has 32 bytes at head_size_v 32",
+       [](OwnRows& p) { p.args.cache.value_cache = p.args.cache.value_cache.slice_last(0, 31); }},
+      {"a row of mode external_scaled has 32 bytes at head_size 32",
+       [](OwnRows& p) { p.args.cache.key_cache.dtype = DType::kFloat16; }},
       {"k_scale_cache is given, but mode external_unscaled has no scale caches",
        [](OwnRows& p) {
          p.args.mode = mode_of("external_unscaled");
-         p.args.v_scale_cache = {};
+         p.args.cache.v_scale_cache = {};
        }},
       {"v_scale_cache is given, but mode external_unscaled has no scale caches",
        [](OwnRows& p) {
          p.args.mode = mode_of("external_unscaled");
-         p.args.k_scale_cache = {};
+         p.args.cache.k_scale_cache = {};
        }},
   };
   for (const auto& entry : cases) {
     OwnRows problem(scaled);
     problem.scales.fill(std::vector<float>(2 * 16, 1.0F));
-    problem.args.k_scale_cache = problem.args.v_scale_cache = problem.scales.view;
+    problem.args.cache.k_scale_cache = problem.args.cache.v_scale_cache = problem.scales.view;
     entry.spoil(problem);
-    EXPECT_TRUE(refuses(unified_attention(problem.args), StatusCode::kInvalidArgument, {entry.words}));
+    EXPECT_TRUE(refuses(unified_attention(problem.args, nullptr), StatusCode::kInvalidArgument, {entry.words}));
     EXPECT_TRUE(problem.untouched()) << entry.words;
     EXPECT_TRUE(refuses(problem_of(problem.args).status(), StatusCode::kInvalidArgument, {entry.words}));
   }
   OwnRows good(scaled);
   good.scales.fill(std::vector<float>(2 * 16, 1.0F));
-  good.args.k_scale_cache = good.args.v_scale_cache = good.scales.view;
-  EXPECT_TRUE(unified_attention(good.args).ok());
+  good.args.cache.k_scale_cache = good.args.cache.v_scale_cache = good.scales.view;
+  EXPECT_TRUE(unified_attention(good.args, nullptr).ok());
   OwnRows without(unscaled);
-  EXPECT_TRUE(unified_attention(without.args).ok());
+  EXPECT_TRUE(unified_attention(without.args, nullptr).ok());
   EXPECT_EQ(without.out.get(0, 0, 0), 3.0F);
 }
 
@@ -691,7 +694,7 @@ TEST(ExternalMode, ARowThatCannotBeDecodedIsNaNWhereItIsSeen) {
       OwnRows problem(mode);
       OwnedTensor& cache = is_value ? problem.v : problem.k;
       cache.view.ptr<std::uint8_t>()[5 * 32] = mark;  // key 5 of the first sequence
-      const Status status = unified_attention(problem.args);
+      const Status status = unified_attention(problem.args, nullptr);
       if (mark == 0xEE) {
         EXPECT_TRUE(refuses(status, StatusCode::kInternal, {"decode_row", "external_picky", "threw an exception"}));
       } else {
@@ -730,9 +733,14 @@ TEST(ExternalMode, ExceptionsBecomeStatuses) {
   OwnRows problem(mode);
   ReshapeAndCacheArgs store;
   store.mode = mode;
-  EXPECT_TRUE(threw(reshape_and_cache(store), "write"));
-  EXPECT_TRUE(threw(unified_attention(problem.args), "row_bytes"));
-  EXPECT_TRUE(threw(run_unified_attention({}, problem.args, nullptr, 0), "row_bytes"));
+  EXPECT_TRUE(threw(reshape_and_cache(store, nullptr), "write"));
+  EXPECT_TRUE(threw(unified_attention(problem.args, nullptr), "row_bytes"));
+  AttentionProblem planned;
+  planned.mode = mode;
+  planned.num_q_heads = planned.num_kv_heads = planned.block_size = 1;
+  planned.head_size = planned.head_size_v = 32;
+  const AttentionPlan plan = *plan_unified_attention(planned);
+  EXPECT_TRUE(threw(run_unified_attention(plan, problem.args, nullptr, 0, nullptr), "row_bytes"));
   EXPECT_TRUE(threw(problem_of(problem.args).status(), "row_bytes"));
   EXPECT_TRUE(problem.untouched());
   KVCacheSpec spec;
@@ -744,7 +752,7 @@ TEST(ExternalMode, ExceptionsBecomeStatuses) {
                 return std::make_unique<ThrowingReader>(reader);
               }).ok());
   problem.args.mode = reader;
-  EXPECT_TRUE(refuses(unified_attention(problem.args), StatusCode::kInternal,
+  EXPECT_TRUE(refuses(unified_attention(problem.args, nullptr), StatusCode::kInternal,
                       {"unified_attention", "external_throwing_reader", "threw an exception"}));
 }
 
@@ -795,7 +803,8 @@ TEST(ExternalMode, TheBaseRefusesWithTheMode) {
   store.key = problem.key.view;
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
-  EXPECT_TRUE(refuses(reshape_and_cache(store), StatusCode::kUnsupported, {"external_mute", "reshape_and_cache"}));
+  EXPECT_TRUE(
+      refuses(reshape_and_cache(store, nullptr), StatusCode::kUnsupported, {"external_mute", "reshape_and_cache"}));
 
   const ModeId forgetful = new_mode("external_forgetful");
   ASSERT_TRUE(register_backend(forgetful, backend_class<Forgetful>(), [forgetful] {

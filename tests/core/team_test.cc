@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/team.h"
+#include "cpu/threads.h"
 
 namespace quire::testing {
 namespace {

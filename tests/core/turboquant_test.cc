@@ -75,7 +75,8 @@ struct SlotCalls {
     store.config = decode.config = config;
     store.key = key.view;
     store.value = value.view;
-    store.kv_cache = decode.kv_cache = kv_cache;
+    store.kv_cache = kv_cache;
+    decode.kv_cache = kv_cache;
     store.slot_mapping = slot_mapping.view;
     store.rotation = decode.rotation = rotation.view;
     store.midpoints = midpoints.view;
@@ -128,7 +129,7 @@ TEST(TurboQuant, ConfigurationsNameModes) {
   for (const auto& [config, name] : modes) {
     const Result<ModeId> mode = turboquant_mode(config);
     ASSERT_TRUE(mode.ok()) << mode.status().message();
-    const ModeInfo info = *mode_info(*mode);
+    const ModeInfo info = **mode_info(*mode);
     EXPECT_EQ(info.name, name);
     EXPECT_TRUE(info.shared_slot);
   }
@@ -148,8 +149,9 @@ TEST(TurboQuant, RefusesOtherConfigurations) {
     SlotCalls calls({}, 64);
     calls.store.config = calls.decode.config = config;
     const auto before = calls.cache;
-    std::vector<Status> refusals = {turboquant_mode(config).status(), turboquant_decode_attention(calls.decode)};
-    if (config.norm_correction) refusals.push_back(turboquant_store(calls.store));
+    std::vector<Status> refusals = {turboquant_mode(config).status(),
+                                    turboquant_decode_attention(calls.decode, nullptr)};
+    if (config.norm_correction) refusals.push_back(turboquant_store(calls.store, nullptr));
     for (const Status& status : refusals) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
       EXPECT_NE(status.message().find(words), std::string::npos) << status.message();
@@ -217,26 +219,26 @@ TEST(BoundarySkipLayers, AbsurdCountsAreHarmless) {
 
 TEST(TurboQuant, EntryPointsAreTheOps) {
   for (const TurboQuantConfig& config : kConfigs) {
-    if (!mode_info(*turboquant_mode(config))->compiled) continue;
+    if (!(*mode_info(*turboquant_mode(config)))->compiled) continue;
     for (int head_size : kHeadSizes) {
       SCOPED_TRACE(name_of(config) + " d" + std::to_string(head_size));
       SlotCalls calls(config, head_size);
       std::vector<std::uint8_t> cache = calls.cache;
       const KVCacheViews views = make_views(calls.layout, 4, cache.data());
-      Status status = turboquant_store(calls.store);
+      Status status = turboquant_store(calls.store, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       ReshapeAndCacheArgs store;
       store.mode = *turboquant_mode(config);
       store.key = calls.store.key;
       store.value = calls.store.value;
-      store.key_cache = views.key_cache;
-      store.value_cache = views.value_cache;
+      store.cache.key_cache = views.key_cache;
+      store.cache.value_cache = views.value_cache;
       store.slot_mapping = calls.store.slot_mapping;
-      status = reshape_and_cache(store);
+      status = reshape_and_cache(store, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       EXPECT_EQ(calls.cache, cache);
 
-      status = turboquant_decode_attention(calls.decode);
+      status = turboquant_decode_attention(calls.decode, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       OwnedTensor out(DType::kFloat32, {1, kQueryHeads, head_size});
       OwnedTensor lse(DType::kFloat32, {1, kQueryHeads});
@@ -247,13 +249,13 @@ TEST(TurboQuant, EntryPointsAreTheOps) {
       read.query = calls.decode.query;
       read.out = out.view;
       read.lse = lse.view;
-      read.key_cache = views.key_cache;
-      read.value_cache = views.value_cache;
+      read.cache.key_cache = views.key_cache;
+      read.cache.value_cache = views.value_cache;
       read.cu_seqlens_q = cu_seqlens.view;
       read.seq_lens = calls.decode.seq_lens;
       read.block_table = calls.decode.block_table;
       read.softmax_scale = calls.decode.softmax_scale;
-      status = unified_attention(read);
+      status = unified_attention(read, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       EXPECT_EQ(calls.out.bytes, out.bytes);
       EXPECT_EQ(calls.lse.bytes, lse.bytes);
@@ -271,7 +273,7 @@ TEST(TurboQuant, EntryPointsAreTheOps) {
 TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
   bool any_padding = false;
   for (const TurboQuantConfig& config : kConfigs) {
-    if (!mode_info(*turboquant_mode(config))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
+    if (!(*mode_info(*turboquant_mode(config)))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
     for (int head_size : kHeadSizes) {
       SCOPED_TRACE(name_of(config) + " d" + std::to_string(head_size));
       SlotCalls calls(config, head_size);
@@ -282,8 +284,8 @@ TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
       // The same store over another poison tells written bytes from kept ones.
       SlotCalls other(config, head_size);
       std::fill(other.cache.begin(), other.cache.end(), static_cast<std::uint8_t>(~kPoison));
-      ASSERT_TRUE(turboquant_store(calls.store).ok());
-      ASSERT_TRUE(turboquant_store(other.store).ok());
+      ASSERT_TRUE(turboquant_store(calls.store, nullptr).ok());
+      ASSERT_TRUE(turboquant_store(other.store, nullptr).ok());
       for (std::int64_t n = 0; n < static_cast<std::int64_t>(calls.cache.size()); ++n) {
         const std::int64_t slot = n / (slot_bytes * kKvHeads);
         const bool stored = slot / kBlockSize == 3 || (slot / kBlockSize == 1 && slot % kBlockSize < 4);
@@ -302,18 +304,18 @@ TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
 // is not touched, and attention reads the same bits.
 TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
   for (const TurboQuantConfig& config : kConfigs) {
-    if (!mode_info(*turboquant_mode(config))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
+    if (!(*mode_info(*turboquant_mode(config)))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
     for (int head_size : kHeadSizes) {
       SlotCalls exact(config, head_size);
-      ASSERT_TRUE(turboquant_store(exact.store).ok());
-      ASSERT_TRUE(turboquant_decode_attention(exact.decode).ok());
+      ASSERT_TRUE(turboquant_store(exact.store, nullptr).ok());
+      ASSERT_TRUE(turboquant_decode_attention(exact.decode, nullptr).ok());
       const std::int64_t exact_bytes = exact.layout.bytes_per_token_head;
       const std::int64_t used = exact.layout.k_data_bytes + exact.layout.v_data_bytes;
       const auto power_of_two = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(exact_bytes) + 1));
       for (std::int64_t slot_bytes : {exact_bytes + 2, power_of_two}) {
         SCOPED_TRACE(name_of(config) + " d" + std::to_string(head_size) + " slot " + std::to_string(slot_bytes));
         SlotCalls wide(config, head_size, slot_bytes);
-        const Status stored = turboquant_store(wide.store);
+        const Status stored = turboquant_store(wide.store, nullptr);
         ASSERT_TRUE(stored.ok()) << stored.message();
         for (std::size_t slot = 0; slot < wide.cache.size() / static_cast<std::size_t>(slot_bytes); ++slot) {
           for (std::int64_t n = 0; n < slot_bytes; ++n) {
@@ -324,7 +326,7 @@ TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
             ASSERT_EQ(got, expected) << "byte " << n << " of slot " << slot;
           }
         }
-        const Status read = turboquant_decode_attention(wide.decode);
+        const Status read = turboquant_decode_attention(wide.decode, nullptr);
         ASSERT_TRUE(read.ok()) << read.message();
         EXPECT_EQ(wide.out.bytes, exact.out.bytes);
         EXPECT_EQ(wide.lse.bytes, exact.lse.bytes);
@@ -337,54 +339,54 @@ TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
 TEST(TurboQuant, StoresTheSameBytesWithoutNormCorrection) {
   for (TurboQuantConfig config : kConfigs) {
     config.norm_correction = true;
-    if (!mode_info(*turboquant_mode(config))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
+    if (!(*mode_info(*turboquant_mode(config)))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
     SCOPED_TRACE(name_of(config));
     SlotCalls with(config, 64);
     config.norm_correction = false;
     SlotCalls without(config, 64);
-    ASSERT_TRUE(turboquant_store(with.store).ok());
-    const Status stored = turboquant_store(without.store);
+    ASSERT_TRUE(turboquant_store(with.store, nullptr).ok());
+    const Status stored = turboquant_store(without.store, nullptr);
     ASSERT_TRUE(stored.ok()) << stored.message();
     EXPECT_EQ(without.cache, with.cache);
     EXPECT_TRUE(turboquant_views(config, without.store.kv_cache, 64).ok());
-    EXPECT_EQ(turboquant_decode_attention(without.decode).ok(), config.key_bits == 8);
+    EXPECT_EQ(turboquant_decode_attention(without.decode, nullptr).ok(), config.key_bits == 8);
   }
 }
 
 // No tokens, and a cache without blocks, whose pointer may be null.
 TEST(TurboQuant, EmptyCallsAreCalls) {
-  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  QUIRE_NEEDS_MODES((*mode_info(*turboquant_mode({})))->name);
   SlotCalls calls({}, 64);
-  for (Tensor* tensor : {&calls.store.key, &calls.store.value, &calls.store.slot_mapping, &calls.decode.query,
-                         &calls.decode.out, &calls.decode.lse, &calls.decode.seq_lens, &calls.decode.block_table}) {
-    tensor->shape[0] = 0;
-  }
-  for (Tensor* kv_cache : {&calls.store.kv_cache, &calls.decode.kv_cache}) {
-    kv_cache->shape[0] = 0;
-    kv_cache->data = nullptr;
-  }
-  for (const Status& status : {turboquant_store(calls.store), turboquant_decode_attention(calls.decode)}) {
+  edit_all({&calls.store.key, &calls.store.value, &calls.store.slot_mapping, &calls.decode.query, &calls.decode.out,
+            &calls.decode.lse, &calls.decode.seq_lens, &calls.decode.block_table},
+           [](Tensor& tensor) { tensor.shape[0] = 0; });
+  edit_all({&calls.store.kv_cache, &calls.decode.kv_cache}, [](Tensor& kv_cache) {
+    kv_cache.shape[0] = 0;
+    kv_cache.data = nullptr;
+  });
+  for (const Status& status :
+       {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
     EXPECT_TRUE(status.ok()) << status.message();
   }
 }
 
 TEST(TurboQuant, TablesOfTheCallerAreOptional) {
-  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  QUIRE_NEEDS_MODES((*mode_info(*turboquant_mode({})))->name);
   SlotCalls with({}, 64);
   SlotCalls without({}, 64);
   without.store.rotation = without.store.midpoints = without.decode.rotation = without.decode.centroids = Tensor();
   for (SlotCalls* calls : {&with, &without}) {
-    ASSERT_TRUE(turboquant_store(calls->store).ok());
-    ASSERT_TRUE(turboquant_decode_attention(calls->decode).ok());
+    ASSERT_TRUE(turboquant_store(calls->store, nullptr).ok());
+    ASSERT_TRUE(turboquant_decode_attention(calls->decode, nullptr).ok());
   }
   EXPECT_EQ(with.cache, without.cache);
   EXPECT_EQ(with.out.bytes, without.out.bytes);
   // The matrix is symmetric: its transposed view is the same one.
-  for (Tensor* rotation : {&with.store.rotation, &with.decode.rotation}) {
+  for (ConstTensor* rotation : {&with.store.rotation, &with.decode.rotation}) {
     std::swap(rotation->strides[0], rotation->strides[1]);
   }
-  EXPECT_TRUE(turboquant_store(with.store).ok());
-  EXPECT_TRUE(turboquant_decode_attention(with.decode).ok());
+  EXPECT_TRUE(turboquant_store(with.store, nullptr).ok());
+  EXPECT_TRUE(turboquant_decode_attention(with.decode, nullptr).ok());
 }
 
 struct Bad {
@@ -427,8 +429,8 @@ const Bad kBad[] = {
     {"query is", [](SlotCalls& c) { c.decode.query.ndim = 2; }, false, true},
     {"rotation is a null pointer", [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = nullptr; }, true,
      true},
-    {"rotation is on cuda, but the call's other tensors are on cpu",
-     [](SlotCalls& c) { c.store.rotation.device = c.decode.rotation.device = Device::kCuda; }, true, true},
+    {"rotation is on cuda:0, but the call's other tensors are on cpu",
+     [](SlotCalls& c) { c.store.rotation.device = c.decode.rotation.device = Device::cuda(); }, true, true},
     {"rotation is not aligned to its element size of 4 bytes",
      [](SlotCalls& c) { c.store.rotation.data = c.decode.rotation.data = c.rotation.bytes.data() + 2; }, true, true},
     {"rotation has stride 1 in its last dimension and 128 in its first",
@@ -459,16 +461,16 @@ const Bad kBad[] = {
      false, true},
     {"centroids is not aligned", [](SlotCalls& c) { c.decode.centroids.data = c.centroids.bytes.data() + 3; }, false,
      true},
-    {"centroids is on cuda, but the call's other tensors are on cpu",
-     [](SlotCalls& c) { c.decode.centroids.device = Device::kCuda; }, false, true},
+    {"centroids is on cuda:0, but the call's other tensors are on cpu",
+     [](SlotCalls& c) { c.decode.centroids.device = Device::cuda(); }, false, true},
     {"kv_cache has 1000 dimensions", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = 1000; }, true,
      true},
     {"kv_cache has -1 dimensions", [](SlotCalls& c) { c.store.kv_cache.ndim = c.decode.kv_cache.ndim = -1; }, true,
      true},
     {"stride 9223372036854775807",
      [](SlotCalls& c) { c.store.kv_cache.strides[3] = c.decode.kv_cache.strides[3] = INT64_MAX; }, true, true},
-    {"kv_cache is a null pointer", [](SlotCalls& c) { c.store.kv_cache.data = c.decode.kv_cache.data = nullptr; }, true,
-     true},
+    {"kv_cache is a null pointer",
+     [](SlotCalls& c) { c.store.kv_cache.data = nullptr, c.decode.kv_cache.data = nullptr; }, true, true},
     {"kv_cache is [4611686018427387904, 16, 2, 70]",
      [](SlotCalls& c) { c.store.kv_cache.shape[0] = c.decode.kv_cache.shape[0] = std::int64_t{1} << 62; }, true, true},
     {"key has 7 dimensions", [](SlotCalls& c) { c.store.key.ndim = 7; }, true, false},
@@ -486,7 +488,7 @@ const Bad kBad[] = {
 };
 
 TEST(TurboQuant, BadCallsAreRefusedAndWriteNothing) {
-  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  QUIRE_NEEDS_MODES((*mode_info(*turboquant_mode({})))->name);
   for (const Bad& bad : kBad) {
     SCOPED_TRACE(bad.words);
     SlotCalls calls({}, 64);
@@ -494,8 +496,8 @@ TEST(TurboQuant, BadCallsAreRefusedAndWriteNothing) {
     const auto cache = calls.cache;
     const auto out = calls.out.bytes;
     std::vector<Status> refusals;
-    if (bad.of_store) refusals.push_back(turboquant_store(calls.store));
-    if (bad.of_decode) refusals.push_back(turboquant_decode_attention(calls.decode));
+    if (bad.of_store) refusals.push_back(turboquant_store(calls.store, nullptr));
+    if (bad.of_decode) refusals.push_back(turboquant_decode_attention(calls.decode, nullptr));
     for (const Status& status : refusals) {
       EXPECT_FALSE(status.ok());
       EXPECT_NE(status.message().find(bad.words), std::string::npos) << status.message();
@@ -510,7 +512,7 @@ TEST(TurboQuant, BadCallsAreRefusedAndWriteNothing) {
 // cu_seqlens_q has an entry a sequence: a query that lies about their number is refused before it is allocated. (2^40
 // entries are 4 TiB, and filling 2^32 takes a minute.)
 TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
-  QUIRE_NEEDS_MODES(mode_info(*turboquant_mode({}))->name);
+  QUIRE_NEEDS_MODES((*mode_info(*turboquant_mode({})))->name);
   for (const bool seq_lens_too : {false, true}) {
     for (const std::int64_t batch :
          {std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 40, std::int64_t{1} << 50}) {
@@ -519,7 +521,7 @@ TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
       const auto out = calls.out.bytes;
       calls.decode.query.shape[0] = calls.decode.out.shape[0] = calls.decode.lse.shape[0] = batch;
       if (seq_lens_too) calls.decode.seq_lens.shape[0] = calls.decode.block_table.shape[0] = batch;
-      const Status status = turboquant_decode_attention(calls.decode);
+      const Status status = turboquant_decode_attention(calls.decode, nullptr);
       EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
       EXPECT_NE(status.message().find("query is [" + std::to_string(batch) + ", 6, 64]"), std::string::npos)
           << status.message();
@@ -534,16 +536,16 @@ TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
   if (quire_with_cuda) GTEST_SKIP() << "this build has CUDA; tests/cuda runs the entry points there";
   for (const bool with_tables : {false, true}) {
     SlotCalls calls({}, 64);
-    for (Tensor* tensor : {&calls.store.key, &calls.store.value, &calls.store.kv_cache, &calls.store.slot_mapping,
-                           &calls.store.rotation, &calls.store.midpoints, &calls.decode.query, &calls.decode.out,
-                           &calls.decode.kv_cache, &calls.decode.block_table, &calls.decode.seq_lens,
-                           &calls.decode.rotation, &calls.decode.centroids, &calls.decode.lse}) {
-      tensor->device = Device::kCuda;
-    }
+    edit_all({&calls.store.key, &calls.store.value, &calls.store.kv_cache, &calls.store.slot_mapping,
+              &calls.store.rotation, &calls.store.midpoints, &calls.decode.query, &calls.decode.out,
+              &calls.decode.kv_cache, &calls.decode.block_table, &calls.decode.seq_lens, &calls.decode.rotation,
+              &calls.decode.centroids, &calls.decode.lse},
+             [](Tensor& tensor) { tensor.device = Device::cuda(); });
     if (!with_tables) {
       calls.store.rotation = calls.store.midpoints = calls.decode.rotation = calls.decode.centroids = Tensor();
     }
-    for (const Status& status : {turboquant_store(calls.store), turboquant_decode_attention(calls.decode)}) {
+    for (const Status& status :
+         {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr)}) {
       EXPECT_EQ(status.code(), StatusCode::kUnsupported);
       EXPECT_NE(status.message().find("device is cuda, but this build has no CUDA"), std::string::npos)
           << status.message();
@@ -568,8 +570,9 @@ TEST(TurboQuant, RefusesHeadSizesThatItsPackingDoesNotDivide) {
     SlotCalls calls(config, 64);
     calls.store.key.shape[2] = calls.store.value.shape[2] = calls.decode.query.shape[2] = head_size;
     const auto cache = calls.cache;
-    for (const Status& status : {turboquant_store(calls.store), turboquant_decode_attention(calls.decode),
-                                 turboquant_views(config, calls.store.kv_cache, head_size).status()}) {
+    for (const Status& status :
+         {turboquant_store(calls.store, nullptr), turboquant_decode_attention(calls.decode, nullptr),
+          turboquant_views(config, calls.store.kv_cache, head_size).status()}) {
       EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
       EXPECT_NE(status.message().find(words), std::string::npos) << status.message();
     }
@@ -594,7 +597,7 @@ TEST(MixedModes, AnyOtherPairIsComposedOnceAndNotListed) {
   const Result<ModeId> first = parse_kv_cache_dtype(name);
   ASSERT_TRUE(first.ok()) << first.status().message();
   EXPECT_EQ(*parse_kv_cache_dtype(name), *first);
-  const ModeInfo info = *mode_info(*first);
+  const ModeInfo info = **mode_info(*first);
   EXPECT_EQ(info.name, name);
   EXPECT_EQ(info.key_format, "int2_per_token_head");
   EXPECT_EQ(info.value_format, "float16");
@@ -613,7 +616,7 @@ TEST(MixedModes, WhoSharesASlot) {
                                      {"k=int8_per_token_head,v=turboquant_v3", false},
                                      {"k=turboquant_k4,v=int4_per_token_head", false},
                                      {"k=turboquant_k4,v=bfloat16", false}}) {
-    EXPECT_EQ(mode_info(mode_of(name))->shared_slot, shared) << name;
+    EXPECT_EQ((*mode_info(mode_of(name)))->shared_slot, shared) << name;
   }
 }
 

@@ -46,23 +46,24 @@ TEST(CudaAttention, PagesPastFourGiB) {
     // The same pages, 1.25 GiB apart: five of them, the last past 5 GiB.
     UnifiedAttentionArgs args = problem.args;
     constexpr std::int64_t kPageDistance = (std::int64_t{5} << 28) + 4096;
-    const std::int64_t pages = args.key_cache.shape[0];
+    const std::int64_t pages = args.cache.key_cache.shape[0];
     ASSERT_EQ(pages, 5);
     Result<cuda::DeviceBuffer> pool =
         cuda::DeviceBuffer::allocate(static_cast<std::size_t>((pages - 1) * kPageDistance + (1 << 20)));
     ASSERT_TRUE(pool.ok()) << pool.status().message();
     std::int64_t offset = 0;
-    for (Tensor* cache : {&args.key_cache, &args.value_cache, &args.k_scale_cache, &args.v_scale_cache}) {
+    for (ConstTensor* cache :
+         {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache, &args.cache.v_scale_cache}) {
       if (!cache->defined()) continue;
       const auto size = static_cast<std::int64_t>(dtype_bytes(cache->dtype));
       const std::int64_t page_bytes = cache->strides[0] * size;
       for (std::int64_t page = 0; page < pages; ++page) {
-        QUIRE_ASSERT_OK(pool->copy_in(cache->ptr<std::uint8_t>() + page * page_bytes,
+        QUIRE_ASSERT_OK(pool->copy_in(cache->ptr<const std::uint8_t>() + page * page_bytes,
                                       static_cast<std::size_t>(page_bytes),
                                       static_cast<std::size_t>(offset + page * kPageDistance)));
       }
       cache->data = static_cast<std::uint8_t*>(pool->data()) + offset;
-      cache->device = Device::kCuda;
+      cache->device = Device::cuda();
       cache->strides[0] = kPageDistance / size;
       offset += page_bytes;
     }

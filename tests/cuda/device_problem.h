@@ -23,6 +23,8 @@ Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool b
 
 Status merge_on_device(const MergeAttnStatesArgs& args);
 
+Status hadamard_on_device(const HadamardArgs& args);
+
 // Sets a case's tolerances by the kernel that the device plans for it.
 void prepare_for_device(AttentionCase& problem);
 

@@ -43,7 +43,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   fill.key = all_k.view;
   fill.value = all_v.view;
   fill.slot_mapping = all_slots.view;
-  QUIRE_ASSERT_OK(reshape_and_cache(fill));
+  QUIRE_ASSERT_OK(reshape_and_cache(fill, nullptr));
 
   // The step's inputs, rewritten between replays.
   OwnedTensor key(DType::kBFloat16, {kTokens, kHeads, kHeadSize}),
@@ -72,13 +72,13 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   attend.max_query_len = kMaxQueryLen;
   attend.max_seq_len = kColumns * kBlockSize;
 
-  std::vector<Tensor*> tensors = cuda::tensors_of(store);
-  for (Tensor* tensor : cuda::tensors_of(attend)) tensors.push_back(tensor);
+  std::vector<cuda::TensorRef> tensors = cuda::tensors_of(store);
+  for (const cuda::TensorRef& tensor : cuda::tensors_of(attend)) tensors.push_back(tensor);
   // Two copies of everything: one for the graph, one for eager calls.
   ReshapeAndCacheArgs store_eager = store;
   UnifiedAttentionArgs attend_eager = attend;
-  std::vector<Tensor*> eager_tensors = cuda::tensors_of(store_eager);
-  for (Tensor* tensor : cuda::tensors_of(attend_eager)) eager_tensors.push_back(tensor);
+  std::vector<cuda::TensorRef> eager_tensors = cuda::tensors_of(store_eager);
+  for (const cuda::TensorRef& tensor : cuda::tensors_of(attend_eager)) eager_tensors.push_back(tensor);
   const Result<cuda::DeviceMirror> graph_copy = cuda::DeviceMirror::upload(tensors);
   ASSERT_TRUE(graph_copy.ok()) << graph_copy.status().message();
   const Result<cuda::DeviceMirror> eager_copy = cuda::DeviceMirror::upload(eager_tensors);
@@ -89,7 +89,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   problem->num_splits = 3;
   const Result<AttentionPlan> plan = plan_unified_attention(*problem);
   ASSERT_TRUE(plan.ok()) << plan.status().message();
-  Result<cuda::DeviceBuffer> workspace = cuda::DeviceBuffer::allocate(plan.value().workspace_bytes);
+  Result<cuda::DeviceBuffer> workspace = cuda::DeviceBuffer::allocate(plan->workspace_bytes());
   ASSERT_TRUE(workspace.ok()) << workspace.status().message();
 
   cudaStream_t stream = nullptr;
@@ -102,8 +102,8 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   cudaGraphExec_t replay = nullptr;
   QUIRE_ASSERT_CUDA(cudaGraphInstantiate(&replay, graph, 0));
 
-  const auto to_device = [](const OwnedTensor& host, const Tensor& device) {
-    return cudaMemcpy(device.data, host.bytes.data(), host.bytes.size(), cudaMemcpyHostToDevice);
+  const auto to_device = [](const OwnedTensor& host, const ConstTensor& device) {
+    return cudaMemcpy(const_cast<void*>(device.data), host.bytes.data(), host.bytes.size(), cudaMemcpyHostToDevice);
   };
   for (int query_len = 1; query_len <= kMaxQueryLen; ++query_len) {
     SCOPED_TRACE(query_len);
@@ -149,8 +149,8 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
     const auto graph_out = out.bytes;
     const auto graph_lse = lse.bytes;
 
-    QUIRE_ASSERT_OK(reshape_and_cache(store_eager));
-    QUIRE_ASSERT_OK(run_unified_attention(plan.value(), attend_eager, workspace->data(), workspace->bytes()));
+    QUIRE_ASSERT_OK(reshape_and_cache(store_eager, nullptr));
+    QUIRE_ASSERT_OK(run_unified_attention(plan.value(), attend_eager, workspace->data(), workspace->bytes(), nullptr));
     QUIRE_ASSERT_OK(cuda::synchronize());
     QUIRE_ASSERT_OK(eager_copy.value().download(out.view));
     QUIRE_ASSERT_OK(eager_copy.value().download(lse.view));

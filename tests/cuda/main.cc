@@ -17,9 +17,10 @@ class GPU : public ::testing::Environment {
 int main(int argc, char** argv) {
   namespace testing = quire::testing;
   // Before the parameters of the suites are made. A 16-bit query is what tensor cores serve.
-  testing::ops = {quire::Device::kCuda,     {quire::DType::kFloat32, quire::DType::kBFloat16},
-                  testing::store_on_device, testing::attend_on_device,
-                  testing::merge_on_device, testing::prepare_for_device};
+  testing::ops = {quire::Device::cuda(),      {quire::DType::kFloat32, quire::DType::kBFloat16},
+                  testing::store_on_device,   testing::attend_on_device,
+                  testing::merge_on_device,   testing::hadamard_on_device,
+                  testing::prepare_for_device};
   ::testing::InitGoogleTest(&argc, argv);
   ::testing::AddGlobalTestEnvironment(new GPU);
   const std::string device = quire::cuda::device_description();

@@ -16,7 +16,7 @@ std::vector<std::string> every_pair() {
     for (const format::FormatInfo& value : format::kFormatTable) {
       const std::string mode = "k=" + std::string(key.name) + ",v=" + std::string(value.name);
       const Result<ModeId> id = parse_kv_cache_dtype(mode);
-      if (id.ok() && mode_info(*id)->compiled) modes.push_back(mode);
+      if (id.ok() && (*mode_info(*id))->compiled) modes.push_back(mode);
     }
   }
   return modes;
@@ -65,7 +65,7 @@ TEST(CudaPairs, EveryPairIsStoredAsOnTheCpu) {
       args.slot_mapping = slot_mapping.view;
       const PagedCache on_cpu(options), on_gpu(options);
       on_cpu.apply(args);
-      QUIRE_ASSERT_OK(reshape_and_cache(args));
+      QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
       on_gpu.apply(args);
       QUIRE_ASSERT_OK(store_on_device(args));
       ASSERT_TRUE(on_gpu.bytes() == on_cpu.bytes());

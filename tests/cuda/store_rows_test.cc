@@ -54,7 +54,7 @@ TEST(CudaStore, BytesOfManyRowsEqualTheCpus) {
         args.slot_mapping = slot_mapping.view;
         const PagedCache on_cpu(options), on_gpu(options);
         on_cpu.apply(args);
-        QUIRE_ASSERT_OK(reshape_and_cache(args));
+        QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
         on_gpu.apply(args);
         QUIRE_ASSERT_OK(store_on_device(args));
         ASSERT_TRUE(on_gpu.bytes() == on_cpu.bytes());

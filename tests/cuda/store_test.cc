@@ -101,7 +101,7 @@ std::vector<float> hostile_rows(Random& random, std::int64_t tokens, std::int64_
 void expect_same_bytes(const PagedCache::Options& options, ReshapeAndCacheArgs args) {
   const PagedCache on_cpu(options), on_gpu(options);
   on_cpu.apply(args);
-  QUIRE_ASSERT_OK(reshape_and_cache(args));
+  QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
   on_gpu.apply(args);
   QUIRE_ASSERT_OK(store_on_device(args));
   for (std::size_t b = 0; b < on_cpu.bytes().size(); ++b) {
@@ -269,7 +269,7 @@ TEST(CudaStore, DuplicateSlotsHoldBytesOfTheirTokens) {
       inputs.slot_mapping.fill_integers(only);
       const PagedCache alone(options);
       alone.apply(args);
-      QUIRE_ASSERT_OK(reshape_and_cache(args));
+      QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
       for (std::size_t b = 0; b < candidates.size(); ++b) {
         for (std::size_t i = 0; i < candidates[b].size(); ++i) candidates[b][i].insert(alone.bytes()[b][i]);
       }
@@ -316,11 +316,11 @@ TEST(CudaStore, HeadMajorLayout) {
     OwnedTensor k_gpu(dtype, {2, 3, 64 / x, 16, x}), v_gpu(dtype, {2, 3, 80, 16});
     ReshapeAndCacheArgs args = inputs.args;
     args.mode = mode_of(mode);
-    args.key_cache = k_cpu.view;
-    args.value_cache = v_cpu.view;
-    QUIRE_ASSERT_OK(reshape_and_cache(args));
-    args.key_cache = k_gpu.view;
-    args.value_cache = v_gpu.view;
+    args.cache.key_cache = k_cpu.view;
+    args.cache.value_cache = v_cpu.view;
+    QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
+    args.cache.key_cache = k_gpu.view;
+    args.cache.value_cache = v_gpu.view;
     QUIRE_ASSERT_OK(store_on_device(args));
     EXPECT_EQ(k_gpu.bytes, k_cpu.bytes);
     EXPECT_EQ(v_gpu.bytes, v_cpu.bytes);
@@ -359,7 +359,7 @@ TEST(CudaStore, SlotsOutsideTheCacheAreSkippedAndCounted) {
     std::int64_t counter = 100;
     ReshapeAndCacheArgs args = good.args;
     on_cpu.apply(args);
-    QUIRE_ASSERT_OK(reshape_and_cache(args));
+    QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
     args.slot_mapping = bad.view;
     args.error_counter = Tensor::contiguous(&counter, DType::kInt64, {1});
     on_gpu.apply(args);
@@ -387,10 +387,11 @@ TEST(CudaStore, OffsetsPastFourGiB) {
     const Inputs inputs(options, {.slots = slots});
     ReshapeAndCacheArgs args = inputs.args;
     small.apply(args);
-    QUIRE_ASSERT_OK(reshape_and_cache(args));
+    QUIRE_ASSERT_OK(reshape_and_cache(args, nullptr));
 
     constexpr std::int64_t kPageDistance = (std::int64_t{9} << 28) + 4096;  // 2.25 GiB: page 2 starts past 4.5 GiB
-    Tensor* const caches[] = {&args.key_cache, &args.value_cache, &args.k_scale_cache, &args.v_scale_cache};
+    Tensor* const caches[] = {&args.cache.key_cache, &args.cache.value_cache, &args.cache.k_scale_cache,
+                              &args.cache.v_scale_cache};
     const Tensor* const expected[] = {&small.key_cache, &small.value_cache, &small.k_scale_cache, &small.v_scale_cache};
     Result<cuda::DeviceBuffer> pool =
         cuda::DeviceBuffer::allocate(static_cast<std::size_t>(2 * kPageDistance + (1 << 20)));
@@ -399,7 +400,7 @@ TEST(CudaStore, OffsetsPastFourGiB) {
     for (Tensor* cache : caches) {
       if (!cache->defined()) continue;
       cache->data = static_cast<std::uint8_t*>(pool->data()) + offset;
-      cache->device = Device::kCuda;
+      cache->device = Device::cuda();
       offset += cache->strides[0] * static_cast<std::int64_t>(dtype_bytes(cache->dtype));
       cache->strides[0] = kPageDistance / static_cast<std::int64_t>(dtype_bytes(cache->dtype));
     }

@@ -33,7 +33,7 @@ constexpr TurboQuantConfig kConfigs[] = {
     {.key_bits = 3, .value_bits = 3},
 };
 
-std::string mode_name(const TurboQuantConfig& config) { return mode_info(*turboquant_mode(config))->name; }
+std::string mode_name(const TurboQuantConfig& config) { return (*mode_info(*turboquant_mode(config)))->name; }
 
 // A table in a tensor of its own.
 OwnedTensor table_tensor(const std::vector<float>& values, std::vector<std::int64_t> shape) {
@@ -74,11 +74,12 @@ struct StoreCase {
   // The same call on the GPU; the tables too where `device_tables` asks for it.
   Status run_on_gpu(bool device_tables) {
     TurboQuantStoreArgs on_gpu = args;
-    std::vector<Tensor*> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
-    if (device_tables) tensors.insert(tensors.end(), {&on_gpu.rotation, &on_gpu.midpoints});
+    std::vector<cuda::TensorRef> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
+    if (device_tables)
+      tensors.insert(tensors.end(), {cuda::TensorRef(&on_gpu.rotation), cuda::TensorRef(&on_gpu.midpoints)});
     const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(tensors);
     if (!mirror.ok()) return mirror.status();
-    if (Status status = turboquant_store(on_gpu); !status) return status;
+    if (Status status = turboquant_store(on_gpu, nullptr); !status) return status;
     if (Status status = cuda::synchronize(); !status) return status;
     return mirror->download(args.kv_cache);
   }
@@ -110,7 +111,7 @@ TEST(CudaTurboQuant, StoresTheCpusBytesInSlotsOfAnyWidth) {
                          " from " + std::string(dtype_name(dtype)) + (device_tables ? ", tables on cuda" : ""));
             StoreCase on_cpu(config, head_size, dtype, slot_bytes);
             StoreCase on_gpu(config, head_size, dtype, slot_bytes);
-            QUIRE_ASSERT_OK(turboquant_store(on_cpu.args));
+            QUIRE_ASSERT_OK(turboquant_store(on_cpu.args, nullptr));
             QUIRE_ASSERT_OK(on_gpu.run_on_gpu(device_tables));
             ASSERT_EQ(on_gpu.cache, on_cpu.cache);
           }
@@ -141,8 +142,8 @@ struct DecodeCase {
     args.out = op.out;
     args.lse = op.lse;
     // The case's tensors have rows after the last token; here each row is a sequence.
-    for (Tensor* tensor : {&args.query, &args.out, &args.lse}) tensor->shape[0] = problem.num_tokens;
-    args.kv_cache = op.key_cache;
+    edit_all({&args.query, &args.out, &args.lse}, [&](Tensor& tensor) { tensor.shape[0] = problem.num_tokens; });
+    args.kv_cache = op.cache.key_cache;
     args.kv_cache.dtype = DType::kUInt8;
     args.kv_cache.shape[3] = args.kv_cache.strides[2];  // key row and value row
     args.block_table = op.block_table;
@@ -154,7 +155,7 @@ struct DecodeCase {
     args.centroids = centroids.view;
   }
 
-  std::vector<Tensor*> tensors_of(TurboQuantDecodeArgs& of) const {
+  std::vector<cuda::TensorRef> tensors_of(TurboQuantDecodeArgs& of) const {
     return {&of.query, &of.out, &of.lse, &of.kv_cache, &of.block_table, &of.seq_lens, &of.rotation, &of.centroids};
   }
 
@@ -187,7 +188,7 @@ TEST(CudaTurboQuant, DecodesWithinTheTolerance) {
         TurboQuantDecodeArgs on_gpu = decode.args;
         const Result<cuda::DeviceMirror> mirror = cuda::DeviceMirror::upload(decode.tensors_of(on_gpu));
         ASSERT_TRUE(mirror.ok()) << mirror.status().message();
-        QUIRE_ASSERT_OK(turboquant_decode_attention(on_gpu));
+        QUIRE_ASSERT_OK(turboquant_decode_attention(on_gpu, nullptr));
         QUIRE_ASSERT_OK(cuda::synchronize());
         QUIRE_ASSERT_OK(mirror->download(decode.args.out));
         QUIRE_ASSERT_OK(mirror->download(decode.args.lse));
@@ -214,7 +215,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   ASSERT_TRUE(rotation.ok()) << rotation.status().message();
   for (StoreCase* of : {&store, &smaller}) {
     of->args.rotation.data = rotation->data();
-    of->args.rotation.device = Device::kCuda;
+    of->args.rotation.device = Device::cuda();
   }
   // Wrong: refused every time, and nothing is stored.
   for (int round = 0; round < 2; ++round) {
@@ -238,7 +239,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   Result<cuda::DeviceBuffer> midpoints = cuda::DeviceBuffer::copy_of(zeros.data(), bytes_of(zeros));
   ASSERT_TRUE(midpoints.ok()) << midpoints.status().message();
   store.args.midpoints.data = midpoints->data();
-  store.args.midpoints.device = Device::kCuda;
+  store.args.midpoints.device = Device::cuda();
   const Status wrong = store.run_on_gpu(false);
   EXPECT_EQ(wrong.code(), StatusCode::kUnsupported);
   EXPECT_NE(wrong.message().find("midpoints[0] is 0.000000; only the Lloyd-Max codebook"), std::string::npos)
@@ -254,14 +255,14 @@ TEST(CudaTurboQuant, ATableWithoutElementsOrOnAnotherDeviceIsRefused) {
   StoreCase store(config, 64, DType::kFloat32, 70);
   const auto poisoned = store.cache;
   store.args.rotation.data = nullptr;
-  store.args.rotation.device = Device::kCuda;
+  store.args.rotation.device = Device::cuda();
   const Status null = store.run_on_gpu(false);
   EXPECT_NE(null.message().find("rotation is a null pointer"), std::string::npos) << null.message();
   // A call on the cpu takes tables of the cpu.
   store.args.rotation = store.rotation.view;
-  store.args.rotation.device = Device::kCuda;
-  const Status on_cpu = turboquant_store(store.args);
-  EXPECT_NE(on_cpu.message().find("rotation is on cuda, but the call's other tensors are on cpu"), std::string::npos)
+  store.args.rotation.device = Device::cuda();
+  const Status on_cpu = turboquant_store(store.args, nullptr);
+  EXPECT_NE(on_cpu.message().find("rotation is on cuda:0, but the call's other tensors are on cpu"), std::string::npos)
       << on_cpu.message();
   EXPECT_EQ(store.cache, poisoned);
 }
@@ -299,8 +300,8 @@ TEST(CudaTurboQuant, ADecodeIsCapturedAfterItsTablesWereCompared) {
   for (const std::vector<std::int64_t>& lengths :
        {std::vector<std::int64_t>{53, 1, 700, 16, 17}, {12, 0, 90, 3, 1}, {1, 1, 256, 15, 9}}) {
     problem.seq_lens.fill_integers(lengths);
-    QUIRE_ASSERT_CUDA(cudaMemcpy(on_gpu.seq_lens.data, problem.seq_lens.bytes.data(), problem.seq_lens.bytes.size(),
-                                 cudaMemcpyHostToDevice));
+    QUIRE_ASSERT_CUDA(cudaMemcpy(const_cast<void*>(on_gpu.seq_lens.data), problem.seq_lens.bytes.data(),
+                                 problem.seq_lens.bytes.size(), cudaMemcpyHostToDevice));
     std::vector<std::vector<std::uint8_t>> outputs, log_sums;
     for (const bool replayed : {true, false}) {
       if (replayed) {

@@ -106,30 +106,31 @@ Call call_of(const std::shared_ptr<AttentionCase>& problem) {
   const auto scale = [](ScaleShape shape) {
     return shape == ScaleShape::kPerSequence ? "batch num_kv_heads" : "=elements";
   };
-  call.tensors = {{"query", &args.query, "num_tokens num_q_heads =head_size"},
-                  {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
-                  {"key_cache", &args.key_cache, "num_blocks block_size num_kv_heads =row", Role::kInput, wider},
-                  {"value_cache", &args.value_cache, "num_blocks block_size num_kv_heads =row", Role::kInput, wider},
-                  {"k_scale_cache", &args.k_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"v_scale_cache", &args.v_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"k_page_meta", &args.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
-                  {"v_page_meta", &args.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
-                  {"k_head_vector", &args.k_head_vector, "num_kv_heads =head_size"},
-                  {"v_head_vector", &args.v_head_vector, "num_kv_heads =head_size_v"},
-                  {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
-                  {"seq_lens", &args.seq_lens, "batch"},
-                  {"block_table", &args.block_table, "batch ~max_blocks"},
-                  {"causal_per_seq", &args.causal_per_seq, "batch"},
-                  {"mm_prefix_range", &args.mm_prefix_range, "batch !num_ranges =2"},
-                  {"rswa_prefix_lens", &args.rswa_prefix_lens, "batch"},
-                  {"sinks", &args.sinks, "num_q_heads"},
-                  {"alibi_slopes", &args.alibi_slopes, "num_q_heads"},
-                  {"qq_bias", &args.qq_bias, "=max_query_len =max_query_len"},
-                  {"q_scale", &args.q_scale, scale(c.options.q_scale), Role::kInput, {}, true},
-                  {"k_scale", &args.k_scale, scale(c.options.k_scale), Role::kInput, {}, true},
-                  {"v_scale", &args.v_scale, scale(c.options.v_scale), Role::kInput, {}, true},
-                  {"output_scale", &args.output_scale, "=1", Role::kInput, {}, true},
-                  {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
+  call.tensors = {
+      {"query", &args.query, "num_tokens num_q_heads =head_size"},
+      {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
+      {"key_cache", &args.cache.key_cache, "num_blocks block_size num_kv_heads =row", Role::kInput, wider},
+      {"value_cache", &args.cache.value_cache, "num_blocks block_size num_kv_heads =row", Role::kInput, wider},
+      {"k_scale_cache", &args.cache.k_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"v_scale_cache", &args.cache.v_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"k_page_meta", &args.cache.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
+      {"v_page_meta", &args.cache.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
+      {"k_head_vector", &args.cache.k_head_vector, "num_kv_heads =head_size"},
+      {"v_head_vector", &args.cache.v_head_vector, "num_kv_heads =head_size_v"},
+      {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
+      {"seq_lens", &args.seq_lens, "batch"},
+      {"block_table", &args.block_table, "batch ~max_blocks"},
+      {"causal_per_seq", &args.mask.causal_per_seq, "batch"},
+      {"mm_prefix_range", &args.mask.mm_prefix_range, "batch !num_ranges =2"},
+      {"rswa_prefix_lens", &args.mask.rswa_prefix_lens, "batch"},
+      {"sinks", &args.sinks, "num_q_heads"},
+      {"alibi_slopes", &args.alibi_slopes, "num_q_heads"},
+      {"qq_bias", &args.qq_bias, "=max_query_len =max_query_len"},
+      {"q_descale", &args.q_descale, scale(c.options.q_scale), Role::kInput, {}, true},
+      {"k_descale", &args.k_descale, scale(c.options.k_scale), Role::kInput, {}, true},
+      {"v_descale", &args.v_descale, scale(c.options.v_scale), Role::kInput, {}, true},
+      {"output_scale", &args.output_scale, "=1", Role::kInput, {}, true},
+      {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
   call.words = {"mode", "head_size", "block_size", "error_counter"};
   call.oracle = [&args] { return reference::unified_attention(args); };
   return call;
@@ -144,13 +145,13 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   const auto problem = std::make_shared<AttentionCase>(options);
   Call call = call_of(problem);
   UnifiedAttentionArgs& args = problem->args;
-  call.run = [&args] { return unified_attention(args); };
+  call.run = [&args] { return unified_attention(args, nullptr); };
   plain_probes(call);
 
   all_tensor_probes(call, wanted.tensors);
   if (wanted.swaps) swap_probes(call);
   call.probes.push_back({"error_counter given", Expect::kRefused, [&args] {
-                           args.error_counter = args.seq_lens;
+                           cuda::TensorRef(&args.error_counter).set(args.seq_lens);
                            args.error_counter.dtype = DType::kInt64;
                            args.error_counter.shape[0] = 1;
                          }});
@@ -161,14 +162,14 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   const bool prefixes = options.rswa_window != -1;
   if (prefixes) index_probes(call, "rswa_prefix_lens", Expect::kAccepted);
   // NaN and infinity show in the output, or make no difference, or are refused; what is certain is where they go.
-  for (const char* name : {"alibi_slopes", "qq_bias", "k_scale", "v_scale"}) {
+  for (const char* name : {"alibi_slopes", "qq_bias", "k_descale", "v_descale"}) {
     float_probes(call, name, Expect::kConfined, Expect::kConfined, Expect::kConfined);
   }
   float_probes(call, "sinks", Expect::kRefused, Expect::kRefused, Expect::kConfined);
   if (options.dtype == DType::kFloat32) {
     float_probes(call, "query", Expect::kConfined, Expect::kConfined, Expect::kConfined);
   } else {
-    float_probes(call, "q_scale", Expect::kConfined, Expect::kConfined, Expect::kConfined);
+    float_probes(call, "q_descale", Expect::kConfined, Expect::kConfined, Expect::kConfined);
     float_probes(call, "output_scale", Expect::kConfined, Expect::kConfined, Expect::kConfined);
   }
 
@@ -189,19 +190,19 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
                         .confined = {kTiny, kHuge}});
   const bool chunks = options.chunk_lookback >= 0;
   scalar_probes<int>(
-      call, "sliding_window", &args.sliding_window,
+      call, "sliding_window", &args.mask.sliding_window,
       prefixes
           ? Values<int>{.refused = {0, -2, kInt32Min, 1, 5, kInt32Max}, .accepted = {-1}}
           : Values<int>{.refused = {0, -2, kInt32Min}, .right = {-1, 1}, .accepted = {2, 5, kInt32Max - 1, kInt32Max}});
   scalar_probes<int>(
-      call, "rswa_window", &args.rswa_window,
+      call, "rswa_window", &args.mask.rswa_window,
       prefixes ? Values<int>{.refused = {0, -2, kInt32Min, -1}, .accepted = {1, 2, 5, 1000, kInt32Max - 1, kInt32Max}}
                : Values<int>{.refused = {0, -2, kInt32Min, 1, 5, kInt32Max}, .accepted = {-1}});
   scalar_probes<int>(
-      call, "chunk_lookback", &args.chunk_lookback,
+      call, "chunk_lookback", &args.mask.chunk_lookback,
       {.refused = {-2, kInt32Min, kInt32Max, kInt32Max - 1}, .right = {0, 1, 2, 5, 1000}, .accepted = {-1}});
-  scalar_probes<bool>(call, "causal", &args.causal, {.accepted = {false, true}});
-  scalar_probes<bool>(call, "mm_prefix_clamp_window", &args.mm_prefix_clamp_window, {.right = {true}});
+  scalar_probes<bool>(call, "causal", &args.mask.causal, {.accepted = {false, true}});
+  scalar_probes<bool>(call, "mm_prefix_clamp_window", &args.mask.mm_prefix_clamp_window, {.right = {true}});
   scalar_probes<bool>(call, "use_alibi_sqrt", &args.use_alibi_sqrt, {.right = {true}});
   // The CPU reads the lengths; bounds are the device's.
   scalar_probes<std::int64_t>(call, "max_query_len", &args.max_query_len,
@@ -210,10 +211,10 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
                               {.refused = {-1, kInt64Min}, .right = {1, kInt32Max, kInt64Max, std::int64_t{1} << 32}});
   if (chunks) {
     call.probes.push_back({"window and lookback INT32_MAX", Expect::kRight,
-                           [&args] { args.sliding_window = args.chunk_lookback = kInt32Max; }});
+                           [&args] { args.mask.sliding_window = args.mask.chunk_lookback = kInt32Max; }});
     call.probes.push_back({"window INT32_MAX, lookback one less", Expect::kRight, [&args] {
-                             args.sliding_window = kInt32Max;
-                             args.chunk_lookback = kInt32Max - 1;
+                             args.mask.sliding_window = kInt32Max;
+                             args.mask.chunk_lookback = kInt32Max - 1;
                            }});
   }
   return call;
@@ -240,12 +241,12 @@ Status plan_and_run(const Planned& planned) {
   planned.change_plan(*plan);
   // A plan for absurd bounds may ask for more than there is: then there is no workspace to give.
   constexpr std::size_t kMostBytes = std::size_t{64} << 20;
-  const std::size_t bytes = plan->workspace_bytes - static_cast<std::size_t>(planned.workspace_missing);
+  const std::size_t bytes = plan->workspace_bytes() - static_cast<std::size_t>(planned.workspace_missing);
   const bool given = bytes <= kMostBytes && !planned.workspace_null;
   void* const workspace = given && bytes > 0 ? std::malloc(bytes) : nullptr;
   Status status = run_unified_attention(*plan, planned.problem_case.args,
                                         static_cast<std::uint8_t*>(workspace) + planned.workspace_offset,
-                                        workspace == nullptr ? 0 : bytes);
+                                        workspace == nullptr ? 0 : bytes, nullptr);
   std::free(workspace);
   return status;
 }
@@ -308,30 +309,15 @@ Call make_plan(const AttentionCase::Options& options) {
   scalar_probes<bool>(call, "has_centre", &problem.has_centre, {.refused = {true}});
   scalar_probes<int>(call, "arch.major", &problem.arch.major, {.refused = {kInt32Min, -1, 9, kInt32Max}});
   scalar_probes<ModeId, std::int64_t>(call, "mode", &problem.mode, {.refused = {-1, kInt32Min, kInt32Max, 1000, 2}});
-  scalar_probes<Device, std::int64_t>(call, "device", &problem.device, {.refused = {1, 2, 99, 255}});
+  scalar_probes<DeviceType, std::int64_t>(call, "device", &problem.device.type, {.refused = {1, 2, 99, 255}});
+  scalar_probes<int>(call, "device.index", &problem.device.index, {.refused = {kInt32Min, -1, 1, kInt32Max}});
   scalar_probes<DType, std::int64_t>(call, "query_dtype", &problem.query_dtype,
                                      {.refused = {1, 2, 3, 4, 5, 6, 7, 8, 9, 77, 255}});
 
-  // A plan is the library's own; a caller who keeps one may still hand over another call's, or spoil it.
+  // A plan cannot be changed, but it may be empty.
   const auto spoil = [&](const std::string& name, Expect expect, const std::function<void(AttentionPlan&)>& change) {
     call.probes.push_back({"plan." + name, expect, [&p, change] { p.change_plan = change; }});
   };
-  for (std::int64_t value :
-       {kInt64Min, std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, std::int64_t{3}, kInt64Max}) {
-    spoil("split_size=" + to_text(value), Expect::kRight, [value](AttentionPlan& plan) { plan.split_size = value; });
-    spoil("max_splits=" + to_text(value), Expect::kRight, [value](AttentionPlan& plan) { plan.max_splits = value; });
-    spoil("query_tile=" + to_text(value), Expect::kRight, [value](AttentionPlan& plan) {
-      plan.query_tile = static_cast<int>(std::clamp<std::int64_t>(value, kInt32Min, kInt32Max));
-    });
-  }
-  for (std::size_t value : {std::size_t{0}, std::size_t{16}}) {
-    spoil("workspace_bytes=" + std::to_string(value), Expect::kRight,
-          [value](AttentionPlan& plan) { plan.workspace_bytes = value; });
-  }
-  for (int value : {kInt32Min, -1, 0, 1000, kInt32Max}) {
-    spoil("kernel_ids=" + std::to_string(value), Expect::kRight,
-          [value](AttentionPlan& plan) { plan.kernel_ids[0] = plan.kernel_ids[1] = value; });
-  }
   spoil("default", Expect::kRefused, [](AttentionPlan& plan) { plan = AttentionPlan(); });
 
   call.probes.push_back({"workspace null", Expect::kRefused, [&p] { p.workspace_null = true; }});

@@ -103,19 +103,20 @@ Call call_of(const std::shared_ptr<Rows>& rows) {
   }
   // The dtype of the rows is the backend's business: only the caller knows that they are bytes.
   const std::vector<DType> wider = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64};
-  call.tensors = {{"query", &args.query, "num_tokens num_q_heads =head_size"},
-                  {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
-                  {"key_cache", &args.key_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
-                  {"value_cache", &args.value_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
-                  {"k_scale_cache", &args.k_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"v_scale_cache", &args.v_scale_cache, "num_blocks block_size num_kv_heads"},
-                  {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
-                  {"seq_lens", &args.seq_lens, "batch"},
-                  {"block_table", &args.block_table, "batch ~max_blocks"},
-                  {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
+  call.tensors = {
+      {"query", &args.query, "num_tokens num_q_heads =head_size"},
+      {"out", &args.out, "num_tokens num_q_heads =head_size_v", Role::kClose},
+      {"key_cache", &args.cache.key_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
+      {"value_cache", &args.cache.value_cache, "num_blocks block_size num_kv_heads ~row", Role::kInput, wider},
+      {"k_scale_cache", &args.cache.k_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"v_scale_cache", &args.cache.v_scale_cache, "num_blocks block_size num_kv_heads"},
+      {"cu_seqlens_q", &args.cu_seqlens_q, "=batch+1"},
+      {"seq_lens", &args.seq_lens, "batch"},
+      {"block_table", &args.block_table, "batch ~max_blocks"},
+      {"lse", &args.lse, "num_tokens num_q_heads", Role::kClose}};
   call.words = {"mode",      "head_size",      "block_size",  "backend",   "factory",
                 "row_bytes", "packing_factor", "read_format", "decode_row"};
-  call.run = [&args] { return unified_attention(args); };
+  call.run = [&args] { return unified_attention(args, nullptr); };
   call.oracle = [&args] {
     UnifiedAttentionArgs oracle = args;
     oracle.mode = mode_of("int8_per_token_head");
@@ -132,15 +133,15 @@ Call make_arguments() {
   UnifiedAttentionArgs& args = rows->attention.args;
   plain_probes(call);
   // The backend needs them: as for a mode of the table, a call without them is refused.
-  call.probes.push_back({"no k_scale_cache", Expect::kRefused, [&args] { args.k_scale_cache = Tensor(); }});
-  call.probes.push_back({"no v_scale_cache", Expect::kRefused, [&args] { args.v_scale_cache = Tensor(); }});
+  call.probes.push_back({"no k_scale_cache", Expect::kRefused, [&args] { args.cache.k_scale_cache = Tensor(); }});
+  call.probes.push_back({"no v_scale_cache", Expect::kRefused, [&args] { args.cache.v_scale_cache = Tensor(); }});
   call.probes.push_back({"scale caches of [1, 1, 1]", Expect::kRefused, [&args] {
-                           for (Tensor* tensor : {&args.k_scale_cache, &args.v_scale_cache}) {
+                           for (ConstTensor* tensor : {&args.cache.k_scale_cache, &args.cache.v_scale_cache}) {
                              for (int dim = 0; dim < 3; ++dim) tensor->shape[dim] = 1;
                            }
                          }});
-  call.probes.push_back(
-      {"rows of 1 byte", Expect::kRefused, [&args] { args.key_cache.shape[3] = args.value_cache.shape[3] = 1; }});
+  call.probes.push_back({"rows of 1 byte", Expect::kRefused,
+                         [&args] { args.cache.key_cache.shape[3] = args.cache.value_cache.shape[3] = 1; }});
   all_tensor_probes(call);
   for (const char* name : {"cu_seqlens_q", "seq_lens", "block_table"}) index_probes(call, name);
   return call;
@@ -195,7 +196,7 @@ Call make_faults() {
       {"read_format unknown", Expect::kRefused, kEither, faults([](Faults& f) { f.read_format = "no such mode"; })},
       {"read_format with newline", Expect::kRefused, kEither, faults([](Faults& f) { f.read_format = "fp8\n"; })},
       {"read_format its own mode", Expect::kRefused, kEither,
-       [](Rows& x) { x.faults.read_format = mode_info(x.mode)->name; }},
+       [](Rows& x) { x.faults.read_format = (*mode_info(x.mode))->name; }},
       {"read_format of another size", Expect::kRefused, kEither, faults([](Faults& f) { f.read_format = "float32"; })},
       {"read_format of the same bytes", Expect::kAccepted, kEither,
        faults([](Faults& f) { f.read_format = "int8_per_token_head"; })},
@@ -238,14 +239,14 @@ Call make_faults() {
   };
   UnifiedAttentionArgs& args = r.attention.args;
   for (const Fault& fault : all) {
-    way(fault, "unified_attention", fault.attention, [&args] { return unified_attention(args); });
+    way(fault, "unified_attention", fault.attention, [&args] { return unified_attention(args, nullptr); });
     way(fault, "plan and run", fault.attention == Expect::kPartial ? Expect::kPartial : kEither, [&args]() -> Status {
       const Result<AttentionProblem> problem = problem_of(args);
       if (!problem.ok()) return problem.status();
       const Result<AttentionPlan> plan = plan_unified_attention(*problem);
       if (!plan.ok()) return plan.status();
-      std::vector<std::uint8_t> workspace(plan->workspace_bytes + 16);
-      return run_unified_attention(*plan, args, workspace.data(), workspace.size());
+      std::vector<std::uint8_t> workspace(plan->workspace_bytes() + 16);
+      return run_unified_attention(*plan, args, workspace.data(), workspace.size(), nullptr);
     });
     way(fault, "reshape_and_cache", kEither, [&r]() -> Status {
       ReshapeAndCacheArgs store;
@@ -254,7 +255,7 @@ Call make_faults() {
       store.key = r.attention.key.view;
       store.value = r.attention.value.view;
       store.slot_mapping = r.attention.slot_mapping.view;
-      return reshape_and_cache(store);
+      return reshape_and_cache(store, nullptr);
     });
     way(fault, "make_layout", kEither, [&r]() -> Status {
       const Result<KVCacheLayout> layout = make_layout({.mode = r.mode, .head_size = 64, .num_kv_heads = 3});

@@ -75,12 +75,14 @@ Call make_merge(DType dtype, bool ones) {
                   {"prefix_lse", &m.args.prefix_lse, "num_tokens num_q_heads"},
                   {"suffix_out", &m.args.suffix_out, "num_tokens num_q_heads head_size_v", Role::kInput, wider},
                   {"suffix_lse", &m.args.suffix_lse, "num_tokens num_q_heads"}};
-  call.run = [&m] { return merge_attn_states(m.args); };
+  call.run = [&m] { return merge_attn_states(m.args, nullptr); };
   call.oracle = [&m] { return merge_in_double(m.args); };
   plain_probes(call);
   // out may alias a part, element for element.
-  call.probes.push_back({"out is prefix_out", Expect::kAccepted, [&m] { m.args.out = m.args.prefix_out; }});
-  call.probes.push_back({"out is suffix_out", Expect::kAccepted, [&m] { m.args.out = m.args.suffix_out; }});
+  call.probes.push_back(
+      {"out is prefix_out", Expect::kAccepted, [&m] { cuda::TensorRef(&m.args.out).set(m.args.prefix_out); }});
+  call.probes.push_back(
+      {"out is suffix_out", Expect::kAccepted, [&m] { cuda::TensorRef(&m.args.out).set(m.args.suffix_out); }});
   all_tensor_probes(call, dtype == DType::kFloat32 ? "" : "out");
   if (!ones) swap_probes(call);
   // Of two parts, one with LSE +inf or NaN makes NaN; where both are infinite the order of operations decides.

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -63,16 +64,16 @@ std::optional<Place> place_of(const Call& call, const void* data, __int128 first
   return std::nullopt;
 }
 
-bool sane_dims(const Tensor& t) { return t.ndim >= 0 && t.ndim <= Tensor::kMaxDims; }
+bool sane_dims(const ConstTensor& t) { return t.ndim >= 0 && t.ndim <= Tensor::kMaxDims; }
 
-bool has_elements(const Tensor& t) {
+bool has_elements(const ConstTensor& t) {
   if (!t.defined() || !sane_dims(t)) return false;
   return std::all_of(t.shape, t.shape + t.ndim, [](std::int64_t extent) { return extent > 0; });
 }
 
 // The first and the last byte of a view that has elements, relative to its data; nothing where that takes more than 63
 // bits.
-std::optional<std::pair<__int128, __int128>> reach(const Tensor& t) {
+std::optional<std::pair<__int128, __int128>> reach(const ConstTensor& t) {
   const auto size = static_cast<__int128>(dtype_bytes(t.dtype));
   __int128 first = 0;
   __int128 last = size - 1;
@@ -86,14 +87,14 @@ std::optional<std::pair<__int128, __int128>> reach(const Tensor& t) {
 }
 
 // Where a view lies, if all its elements lie in one buffer.
-std::optional<Place> inside(const Call& call, const Tensor& t) {
+std::optional<Place> inside(const Call& call, const ConstTensor& t) {
   const auto bytes = reach(t);
   return bytes ? place_of(call, t.data, bytes->first, bytes->second) : std::nullopt;
 }
 
 // visit(index of the buffer, offset of the element) for each element of a view that has some.
 template <class Visit>
-void for_each_element(const Tensor& t, const Place& place, Visit&& visit) {
+void for_each_element(const ConstTensor& t, const Place& place, Visit&& visit) {
   std::array<std::int64_t, Tensor::kMaxDims> index{};
   while (true) {
     std::int64_t at = 0;
@@ -155,8 +156,8 @@ std::string wrong_output(const Call& call, Expect expect, Bytes got, Bytes expec
   std::string wrong;
   const bool any_value = expect == Expect::kConfined || expect == Expect::kPartial;
   for (const TensorArgument& argument : call.tensors) {
-    if (argument.role == Role::kInput || !has_elements(*argument.tensor)) continue;
-    const Tensor& t = *argument.tensor;
+    if (argument.role == Role::kInput || !has_elements(argument.tensor.get())) continue;
+    const ConstTensor t = argument.tensor.get();
     const std::optional<Place> place = inside(call, t);
     if (!place) {  // larger than its buffer, without harm: which of its bytes may differ is not known
       if (!any_value && argument.role == Role::kExact) continue;
@@ -329,12 +330,12 @@ constexpr std::int64_t kLargeExtents[] = {std::int64_t{1} << 31, std::int64_t{1}
 }  // namespace
 
 void tensor_probes(Call& call, const TensorArgument& argument) {
-  Tensor* const t = argument.tensor;
-  const Tensor valid = *t;
+  const cuda::TensorRef t = argument.tensor;
+  const Tensor valid = t.writable();
   if (!valid.defined()) return;
   const std::string name = argument.name;
   const auto add = [&](const std::string& what, Expect expect, const Tensor& changed) {
-    call.probes.push_back({name + what, expect, [t, changed] { *t = changed; }});
+    call.probes.push_back({name + what, expect, [t, changed] { t.set(changed); }});
   };
   const auto with = [&](auto&& change) {
     Tensor changed = valid;
@@ -361,10 +362,11 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
     add(".dtype=" + std::to_string(number), Expect::kRefused,
         with([&](Tensor& x) { x.dtype = static_cast<DType>(number); }));
   }
-  add(".device=cuda", Expect::kRefused, with([](Tensor& x) { x.device = Device::kCuda; }));
+  add(".device=cpu:1", Expect::kRefused, with([](Tensor& x) { x.device.index = 1; }));
+  add(".device=cuda", Expect::kRefused, with([](Tensor& x) { x.device = Device::cuda(); }));
   for (int number : {99}) {
     add(".device=" + std::to_string(number), Expect::kRefused,
-        with([&](Tensor& x) { x.device = static_cast<Device>(number); }));
+        with([&](Tensor& x) { x.device.type = static_cast<DeviceType>(number); }));
   }
   for (int ndim : std::set{-1, 0, valid.ndim - 1, valid.ndim + 1, 7, 1000, kInt32Max}) {
     if (ndim == valid.ndim) continue;
@@ -421,13 +423,13 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
 }
 
 void all_tensor_probes(Call& call, std::string_view containing) {
-  std::map<std::string, std::vector<std::pair<Tensor*, int>>> shared;
+  std::map<std::string, std::vector<std::pair<cuda::TensorRef, int>>> shared;
   for (const TensorArgument& argument : call.tensors) {
     if (std::string_view(argument.name).find(containing) == std::string_view::npos) continue;
     tensor_probes(call, argument);
   }
   for (const TensorArgument& argument : call.tensors) {
-    if (!argument.tensor->defined()) continue;
+    if (!argument.tensor.get().defined()) continue;
     const std::vector<std::string> words = words_of(argument.shape);
     for (std::size_t dim = 0; dim < words.size(); ++dim) {
       if (std::isalpha(static_cast<unsigned char>(words[dim][0])) != 0) {
@@ -436,12 +438,14 @@ void all_tensor_probes(Call& call, std::string_view containing) {
     }
   }
   for (const auto& [word, places] : shared) {
-    const std::int64_t extent = places[0].first->shape[places[0].second];
+    const std::int64_t extent = places[0].first.get().shape[places[0].second];
     const auto set_all = [&all = places](std::int64_t value, bool null) {
       return [all, value, null] {
-        for (const auto& [tensor, dim] : all) {
-          tensor->shape[dim] = value;
-          if (null) tensor->data = nullptr;
+        for (const auto& place : all) {
+          place.first.edit([&](Tensor& tensor) {
+            tensor.shape[place.second] = value;
+            if (null) tensor.data = nullptr;
+          });
         }
       };
     };
@@ -466,15 +470,19 @@ void plain_probes(Call& call) {
 void swap_probes(Call& call) {
   for (const TensorArgument& a : call.tensors) {
     for (const TensorArgument& b : call.tensors) {
-      if (a.tensor == b.tensor || !b.tensor->defined()) continue;
-      Tensor* const to = a.tensor;
-      Tensor* const from = b.tensor;
+      if (a.tensor.address() == b.tensor.address() || !b.tensor.get().defined()) continue;
+      const cuda::TensorRef to = a.tensor;
+      const cuda::TensorRef from = b.tensor;
       // Two views of one memory, one of them written: what comes out is undefined.
       const bool writes = a.role != Role::kInput || b.role != Role::kInput;
-      call.probes.push_back(
-          {std::string(a.name) + ":=" + b.name, writes ? Expect::kConfined : Expect::kRight, [=] { *to = *from; }});
-      if (a.tensor < b.tensor) {
-        call.probes.push_back({std::string(a.name) + "<->" + b.name, Expect::kRight, [=] { std::swap(*to, *from); }});
+      call.probes.push_back({std::string(a.name) + ":=" + b.name, writes ? Expect::kConfined : Expect::kRight,
+                             [=] { to.set(from.get()); }});
+      if (std::less<>()(a.tensor.address(), b.tensor.address())) {
+        call.probes.push_back({std::string(a.name) + "<->" + b.name, Expect::kRight, [=] {
+                                 const ConstTensor moved = to.get();
+                                 to.set(from.get());
+                                 from.set(moved);
+                               }});
       }
     }
   }
@@ -482,16 +490,16 @@ void swap_probes(Call& call) {
 
 namespace {
 
-const Tensor& tensor_named(const Call& call, std::string_view name) {
+ConstTensor tensor_named(const Call& call, std::string_view name) {
   for (const TensorArgument& argument : call.tensors) {
-    if (name == argument.name) return *argument.tensor;
+    if (name == argument.name) return argument.tensor.get();
   }
   std::fprintf(stderr, "hostile: no tensor is called %.*s\n", static_cast<int>(name.size()), name.data());
   std::abort();
 }
 
 // Addresses of the elements to change, in row-major order.
-std::vector<std::uint8_t*> elements_of(const Call& call, const Tensor& t, std::size_t most) {
+std::vector<std::uint8_t*> elements_of(const Call& call, const ConstTensor& t, std::size_t most) {
   std::vector<std::uint8_t*> all;
   const std::optional<Place> place = has_elements(t) ? inside(call, t) : std::nullopt;
   if (!place) return all;
@@ -505,7 +513,7 @@ std::vector<std::uint8_t*> elements_of(const Call& call, const Tensor& t, std::s
 }  // namespace
 
 void index_probes(Call& call, const char* name, Expect expect) {
-  const Tensor& t = tensor_named(call, name);
+  const ConstTensor& t = tensor_named(call, name);
   std::size_t n = 0;
   for (std::uint8_t* at : elements_of(call, t, 3)) {
     std::vector<std::int64_t> values = {-1, 0, 1, 7, 1000, kInt32Max, kInt32Min};
@@ -521,7 +529,7 @@ void index_probes(Call& call, const char* name, Expect expect) {
 }
 
 void float_probes(Call& call, const char* name, Expect of_nan, Expect of_infinity, Expect of_finite) {
-  const Tensor& t = tensor_named(call, name);
+  const ConstTensor& t = tensor_named(call, name);
   std::size_t n = 0;
   for (std::uint8_t* at : elements_of(call, t, 2)) {
     for (const auto& [value, expect] : {std::pair{kNaN, of_nan},

@@ -20,6 +20,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cuda/device_memory.h"
 #include "quire/quire.h"
 
 namespace quire::testing {
@@ -55,7 +56,7 @@ enum class Role {
 //   !word   is taken at its word: nothing else says how large it is
 struct TensorArgument {
   const char* name;
-  Tensor* tensor;
+  cuda::TensorRef tensor;
   const char* shape;
   Role role = Role::kInput;
   std::vector<DType> wider = {};  // legal dtypes that are wider than the one the buffer was made for

@@ -72,7 +72,7 @@ Call make_store(const StoreOptions& options) {
   const char* key_cache = "num_blocks block_size num_kv_heads =row";
   const char* value_cache = "num_blocks block_size num_kv_heads =row";
   if (options.head_major) {
-    const auto x = 16 / static_cast<std::int64_t>(dtype_bytes(args.key_cache.dtype));
+    const auto x = 16 / static_cast<std::int64_t>(dtype_bytes(args.cache.key_cache.dtype));
     key_cache = "num_blocks num_kv_heads =head_size/x block_size =x";
     value_cache = "num_blocks num_kv_heads head_size_v block_size";
     const auto place = [&](std::vector<std::uint8_t>& bytes, Tensor& cache, Tensor shaped) {
@@ -82,9 +82,9 @@ Call make_store(const StoreOptions& options) {
       cache = shaped;
       call.buffers.push_back(&bytes);
     };
-    place(store->head_major_k, args.key_cache,
+    place(store->head_major_k, args.cache.key_cache,
           Tensor::contiguous(nullptr, DType::kUInt8, {blocks, heads, head_size / x, slots, x}));
-    place(store->head_major_v, args.value_cache,
+    place(store->head_major_v, args.cache.value_cache,
           Tensor::contiguous(nullptr, DType::kUInt8, {blocks, heads, head_size_v, slots}));
   } else {
     for (const auto& buffer : store->cache.bytes()) {
@@ -106,19 +106,19 @@ Call make_store(const StoreOptions& options) {
   const std::vector<DType> wider = options.mode == "auto" ? std::vector{DType::kFloat32} : std::vector<DType>{};
   call.tensors = {{"key", &args.key, "num_tokens num_kv_heads =head_size"},
                   {"value", &args.value, "num_tokens num_kv_heads head_size_v"},
-                  {"key_cache", &args.key_cache, key_cache, Role::kExact, wider},
-                  {"value_cache", &args.value_cache, value_cache, Role::kExact, wider},
+                  {"key_cache", &args.cache.key_cache, key_cache, Role::kExact, wider},
+                  {"value_cache", &args.cache.value_cache, value_cache, Role::kExact, wider},
                   {"slot_mapping", &args.slot_mapping, "num_tokens"},
-                  {"k_scale_cache", &args.k_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
-                  {"v_scale_cache", &args.v_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
-                  {"k_page_meta", &args.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
-                  {"v_page_meta", &args.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
-                  {"k_head_vector", &args.k_head_vector, "num_kv_heads head_size"},
-                  {"v_head_vector", &args.v_head_vector, "num_kv_heads head_size_v"},
+                  {"k_scale_cache", &args.cache.k_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
+                  {"v_scale_cache", &args.cache.v_scale_cache, "num_blocks block_size num_kv_heads", Role::kExact},
+                  {"k_page_meta", &args.cache.k_page_meta, "num_blocks num_kv_heads =page_bytes"},
+                  {"v_page_meta", &args.cache.v_page_meta, "num_blocks num_kv_heads =page_bytes_v"},
+                  {"k_head_vector", &args.cache.k_head_vector, "num_kv_heads head_size"},
+                  {"v_head_vector", &args.cache.v_head_vector, "num_kv_heads head_size_v"},
                   {"k_scale", &args.k_scale, "=num_kv_heads", Role::kInput, {}, true},
                   {"v_scale", &args.v_scale, "=1", Role::kInput, {}, true}};
   call.words = {"mode", "head_size", "block_size", "num_kv_heads", "error_counter"};
-  call.run = [&args] { return reshape_and_cache(args); };
+  call.run = [&args] { return reshape_and_cache(args, nullptr); };
   call.oracle = [&args] { return reference::reshape_and_cache(args); };
 
   all_tensor_probes(call, options.tensors);

@@ -72,7 +72,8 @@ std::shared_ptr<Slots> make_slots(const TurboQuantConfig& config) {
   s.store.config = s.decode.config = config;
   s.store.key = s.key.view;
   s.store.value = s.value.view;
-  s.store.kv_cache = s.decode.kv_cache = kv_cache;
+  s.store.kv_cache = kv_cache;
+  s.decode.kv_cache = kv_cache;
   s.store.slot_mapping = s.slot_mapping.view;
   s.store.rotation = s.decode.rotation = s.rotation.view;
   s.decode.query = s.query.view;
@@ -86,13 +87,13 @@ std::shared_ptr<Slots> make_slots(const TurboQuantConfig& config) {
 }
 
 // By the configuration in force; the bytes of a row follow from it.
-template <class Args>
-Status views_of(const Slots& s, const TurboQuantConfig& config, const Tensor& kv_cache, Args& args) {
+template <class Args, class Data>
+Status views_of(const Slots& s, const TurboQuantConfig& config, const BasicTensor<Data>& kv_cache, Args& args) {
   const Result<ModeId> mode = turboquant_mode(config);
   if (!mode.ok()) return mode.status();
   args.mode = *mode;
-  args.key_cache = kv_cache.slice_last(0, s.k_bytes);
-  args.value_cache = kv_cache.slice_last(s.k_bytes, s.k_bytes + s.v_bytes);
+  args.cache.key_cache = kv_cache.slice_last(0, s.k_bytes);
+  args.cache.value_cache = kv_cache.slice_last(s.k_bytes, s.k_bytes + s.v_bytes);
   return {};
 }
 
@@ -168,7 +169,7 @@ Call make_store(const TurboQuantConfig& config) {
                   {"rotation", &s.store.rotation, "=head_size =head_size"},
                   {"midpoints", &s.store.midpoints, "=midpoints"}};
   call.words = {"key_cache", "value_cache", "config"};
-  call.run = [&s] { return turboquant_store(s.store); };
+  call.run = [&s] { return turboquant_store(s.store, nullptr); };
   call.oracle = [&s] { return store_oracle(s); };
   plain_probes(call);
   all_tensor_probes(call, config.key_bits == 8 ? "cache" : "");
@@ -198,7 +199,7 @@ Call make_decode(const TurboQuantConfig& config) {
                   {"centroids", &s.decode.centroids, "=centroids"},
                   {"lse", &s.decode.lse, "batch num_q_heads", Role::kClose}};
   call.words = {"key_cache", "value_cache", "config"};
-  call.run = [&s] { return turboquant_decode_attention(s.decode); };
+  call.run = [&s] { return turboquant_decode_attention(s.decode, nullptr); };
   call.oracle = [&s] { return decode_oracle(s); };
   plain_probes(call);
   all_tensor_probes(call, config.key_bits == 8 ? "cache" : "");
@@ -207,9 +208,9 @@ Call make_decode(const TurboQuantConfig& config) {
   table_probes(call, "rotation", s.rotation);
   table_probes(call, "centroids", s.codebook);
   scalar_probes<float>(call, "softmax_scale", &s.decode.softmax_scale,
-                       {.refused = {kNaN, kInf, -kInf}, .right = {0.0F, -0.1F}, .confined = {kHuge, kTiny}});
+                       {.refused = {kNaN, kInf, -kInf, 0.0F}, .right = {-0.1F}, .confined = {kHuge, kTiny}});
   // The query says how many sequences there are; nothing may be allocated or counted before the others agree.
-  Tensor& query = s.decode.query;
+  ConstTensor& query = s.decode.query;
   for (std::int64_t batch : {std::int64_t{-2}, std::int64_t{kInt32Max}, std::int64_t{1} << 40}) {
     call.probes.push_back(
         {"query.shape[0]=" + to_text(batch), Expect::kRefused, [&query, batch] { query.shape[0] = batch; }});
@@ -223,7 +224,7 @@ struct Views {
   int head_size = kHeadSize;
   Tensor kv_cache;
   std::vector<std::uint8_t> cache;
-  Result<SlotViews> views = Status();
+  Result<KVCacheViews> views = Status();
 };
 
 Call make_views_call(const TurboQuantConfig& config) {

@@ -66,7 +66,7 @@ TEST(Accuracy, ModesRankAsTheirBitsSay) {
   EXPECT_EQ(int4.bytes_per_token_head, 136);
   EXPECT_EQ(int2.bytes_per_token_head, 72);
 
-  const auto parsed = nlohmann::json::parse(llm::to_json(scores, "models/tiny-lm", Device::kCpu));
+  const auto parsed = nlohmann::json::parse(llm::to_json(scores, "models/tiny-lm", Device::cpu()));
   EXPECT_EQ(parsed["device"], "cpu");
   EXPECT_EQ(parsed["modes"]["int4_per_token_head"]["bytes_per_token_head"], 136);
   EXPECT_EQ(parsed["modes"]["int4_per_token_head"]["recall"]["1900"], 1.0);

@@ -104,7 +104,7 @@ TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
   EXPECT_DOUBLE_EQ(*all.kl_divergence, *score("auto", {}).kl_divergence);
   EXPECT_GT(*some.kl_divergence, *all.kl_divergence);
   EXPECT_GT(*none.kl_divergence, *some.kl_divergence);
-  const auto json = nlohmann::json::parse(llm::to_json({some}, "test", Device::kCpu));
+  const auto json = nlohmann::json::parse(llm::to_json({some}, "test", Device::cpu()));
   EXPECT_EQ(json["modes"][mode]["skip_layers"], nlohmann::json::array({0, 2}));
 
   // Mixed and TurboQuant modes run through the same caches.

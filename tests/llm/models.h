@@ -266,7 +266,7 @@ inline std::vector<double> oracle_logits(const TestModel& model, const std::vect
 
 inline std::vector<ModeInfo> modes_of(std::initializer_list<const char*> names) {
   std::vector<ModeInfo> modes;
-  for (const char* name : names) modes.push_back(*mode_info(mode_of(name)));
+  for (const char* name : names) modes.push_back(**mode_info(mode_of(name)));
   return modes;
 }
 

@@ -74,7 +74,7 @@ TEST_P(Cpu, EveryTargetMatchesTheOracle) {
     problem.head_size = problem.head_size_v = 64;
     const Result<AttentionPlan> plan = plan_unified_attention(problem);
     ASSERT_TRUE(plan.ok());
-    EXPECT_NE(plan->kernel.find(target), std::string::npos) << plan->kernel;
+    EXPECT_NE(plan->describe().find(target), std::string::npos) << plan->describe();
   }
 }
 
@@ -90,7 +90,7 @@ TEST_P(Cpu, OffsetsPast4GiB) {
   options.layout = Layout::kNhd;
   options.sequences = {{1, 37}, {5, 23}};
   AttentionCase problem(options);
-  const std::int64_t num_blocks = problem.args.key_cache.shape[0];
+  const std::int64_t num_blocks = problem.args.cache.key_cache.shape[0];
   const std::int64_t page = kReserved / num_blocks / 4096 * 4096;
   // K at the start of a page, V in its middle, scales behind them: one pool, all strides huge.
   const auto spread = [&](Tensor tensor, std::int64_t offset) {
@@ -101,15 +101,16 @@ TEST_P(Cpu, OffsetsPast4GiB) {
   };
   ReshapeAndCacheArgs store;
   problem.cache->apply(store);
-  store.key_cache = problem.args.key_cache = spread(problem.args.key_cache, 0);
-  store.value_cache = problem.args.value_cache = spread(problem.args.value_cache, page / 2);
-  store.k_scale_cache = problem.args.k_scale_cache = spread(problem.args.k_scale_cache, page / 4 * 3);
-  store.v_scale_cache = problem.args.v_scale_cache = spread(problem.args.v_scale_cache, page / 4 * 3 + 65536);
+  store.cache.key_cache = spread(store.cache.key_cache, 0);
+  store.cache.value_cache = spread(store.cache.value_cache, page / 2);
+  store.cache.k_scale_cache = spread(store.cache.k_scale_cache, page / 4 * 3);
+  store.cache.v_scale_cache = spread(store.cache.v_scale_cache, page / 4 * 3 + 65536);
+  problem.args.cache = store.cache;
   ASSERT_GT((num_blocks - 1) * page, std::int64_t{1} << 34);
   store.key = problem.key.view;
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
-  const Status status = reshape_and_cache(store);
+  const Status status = reshape_and_cache(store, nullptr);
   ASSERT_TRUE(status.ok()) << status.message();
 
   // Same bytes as the compact cache, row by row.

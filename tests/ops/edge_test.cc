@@ -39,7 +39,7 @@ TEST_P(Edge, RowsWithoutKeysGiveZeroAndMinusInfinity) {
         options.sequences = {{1, 0}, {3, 0}, {5, 2}, {0, 17}, {1, 300}, {0, 0}, {4, 4}};
         AttentionCase problem(options);
         ASSERT_TRUE(problem.check(num_splits));
-        // Tokens 0 .. 3 have no keys; 4 .. 6 sit at positions -3 .. -1.
+        // Tokens 0 to 3 have no keys; 4 to 6 sit at positions -3 to -1.
         for (std::int64_t t = 0; t < 7; ++t) {
           for (std::int64_t h = 0; h < 4; ++h) {
             const float lse = problem.lse.get(t, h);
@@ -176,8 +176,8 @@ TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
         poison(poisoned_key);
         poison(30);  // the second sequence's only key
         ASSERT_TRUE(problem.store().ok());
-        const bool keeps_it = dtype_bytes(problem.args.key_cache.dtype) > 1;
-        const std::string format = mode_info(problem.args.mode)->key_format;
+        const bool keeps_it = dtype_bytes(problem.args.cache.key_cache.dtype) > 1;
+        const std::string format = (*mode_info(problem.args.mode))->key_format;
         if (!keeps_it && format::format_info(format::find_format(format)).meta_bytes == 0) {
           // fp8 saturates. The logit is then so large that only its order means anything, as in FarLogits.
           ASSERT_TRUE(problem.run().ok());

@@ -266,7 +266,7 @@ TEST_P(Features, ErrorDoesNotGrowWithLength) {
   store.key = problem.key.view;
   store.value = problem.value.view;
   store.slot_mapping = problem.slot_mapping.view;
-  ASSERT_TRUE(reshape_and_cache(store).ok());
+  ASSERT_TRUE(reshape_and_cache(store, nullptr).ok());
   problem.options.sequences = {{1, 1000}};  // the tolerance of a thousand keys
   ASSERT_TRUE(problem.check());
 }

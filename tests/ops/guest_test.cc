@@ -131,12 +131,12 @@ TEST(Centre, RefusedWhereThereIsNone) {
   AttentionCase problem(Options{});
   OwnedTensor vector(DType::kFloat32, {2, 64});
   UnifiedAttentionArgs args = problem.args;
-  args.k_head_vector = vector.view;
-  EXPECT_EQ(unified_attention(args).message(),
+  args.cache.k_head_vector = vector.view;
+  EXPECT_EQ(unified_attention(args, nullptr).message(),
             "k_head_vector is given, but rows of format int4_per_token_head have no vector per head; leave it out");
   args = problem.args;
-  args.v_page_meta = vector.view;
-  EXPECT_EQ(unified_attention(args).message(),
+  args.cache.v_page_meta = vector.view;
+  EXPECT_EQ(unified_attention(args, nullptr).message(),
             "v_page_meta is given, but rows of format int4_per_token_head have no metadata per page; leave it out");
 }
 

@@ -26,7 +26,7 @@ bool holds(const KeySpan& span, int j) {
   return (j >= span.first && j < span.prefix_end) || (j >= span.begin && j < span.end);
 }
 
-// Rows first .. last of a sequence.
+// Rows first to last of a sequence.
 void check_ranges(const MaskRule& rule, const SequenceMask& sequence, int first, int last) {
   const KeyRange range = attention::visible_range(rule, sequence, first, last);
   const FullRange full = attention::full_range(rule, sequence, first, last);

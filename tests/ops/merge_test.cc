@@ -128,8 +128,8 @@ TEST(Merge, OutMayAliasAPart) {
   for (bool in_prefix : {true, false}) {
     Parts parts(DType::kFloat32, 64);
     MergeAttnStatesArgs args = parts.args();
-    args.out = in_prefix ? args.prefix_out : args.suffix_out;
-    args.lse = in_prefix ? args.prefix_lse : args.suffix_lse;
+    args.out = in_prefix ? parts.prefix.view : parts.suffix.view;
+    args.lse = in_prefix ? parts.prefix_lse.view : parts.suffix_lse.view;
     ASSERT_TRUE(ops.merge(args).ok());
     const OwnedTensor& out = in_prefix ? parts.prefix : parts.suffix;
     for (std::int64_t t = 0; t < kTokens; ++t) {

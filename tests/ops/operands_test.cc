@@ -1,5 +1,5 @@
-// 16-bit operands of the CPU's kernels: what they are of each code, on every SIMD target, whatever the order that rows are
-// taken apart in.
+// 16-bit operands of the CPU's kernels: what they are of each code, on every SIMD target, whatever the order that rows
+// are taken apart in.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -37,19 +37,21 @@ UnifiedAttentionArgs one_sequence(const AttentionCase& problem, std::int64_t b, 
   const std::int32_t* starts = problem.cu_seqlens_q.view.ptr<std::int32_t>();
   cu_seqlens[0] = 0;
   cu_seqlens[1] = starts[b + 1] - starts[b];
-  const auto rows = [&](Tensor& tensor) {
+  const auto rows = [&](const cuda::TensorRef& ref) {
+    Tensor tensor = ref.writable();
     if (!tensor.defined()) return;
     tensor.data = tensor.ptr<std::uint8_t>() +
                   starts[b] * tensor.strides[0] * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
     tensor.shape[0] = cu_seqlens[1];
+    ref.set(tensor);
   };
-  rows(args.query);
-  rows(args.out);
-  rows(args.lse);
-  const auto entry = [&](Tensor& tensor) {
+  rows(&args.query);
+  rows(&args.out);
+  rows(&args.lse);
+  const auto entry = [&](ConstTensor& tensor) {
     if (!tensor.defined()) return;
     tensor.data =
-        tensor.ptr<std::uint8_t>() + b * tensor.strides[0] * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
+        tensor.ptr<const std::uint8_t>() + b * tensor.strides[0] * static_cast<std::int64_t>(dtype_bytes(tensor.dtype));
     tensor.shape[0] = 1;
   };
   entry(args.seq_lens);
@@ -79,7 +81,7 @@ TEST_P(Relation, LayoutDoesNotMatter) {
   for (Layout layout : kAllLayouts) {
     options.layout = layout;
     AttentionCase other(options);
-    if (other.plan()->kernel == first.plan()->kernel) {
+    if (other.plan()->describe() == first.plan()->describe()) {
       ASSERT_TRUE(other.run().ok());
       ASSERT_EQ(other.out.bytes, first.out.bytes) << layout_name(layout);
     } else {  // rows too badly aligned for it
@@ -211,7 +213,7 @@ TEST_P(Relation, ChunkedPrefillIsTheWholePrefill) {
       std::int32_t seq_len = last;
       args.cu_seqlens_q = Tensor::contiguous(cu_seqlens, DType::kInt32, {2});
       args.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
-      args.query.data = args.query.ptr<std::uint8_t>() +
+      args.query.data = args.query.ptr<const std::uint8_t>() +
                         first * args.query.strides[0] * static_cast<std::int64_t>(dtype_bytes(args.query.dtype));
       args.query.shape[0] = last - first;
       OwnedTensor out(DType::kFloat32, {last - first, 2, options.head_size});
@@ -260,7 +262,7 @@ TEST_P(Relation, SplitAnywhereAndMerge) {
       args.block_table.shape[0] = 3;
       args.block_table.strides[0] = 0;
       if (part == 1) {
-        args.block_table.data = args.block_table.ptr<std::int32_t>() + cut;
+        args.block_table.data = args.block_table.ptr<const std::int32_t>() + cut;
         args.block_table.shape[1] -= cut;
         args.sinks = Tensor();  // counted once
       }
@@ -306,17 +308,17 @@ TEST_P(Relation, DoubledScales) {
   };
   plain = collect();
   float two = 2.0F;
-  problem.args.v_scale = Tensor::contiguous(&two, DType::kFloat32, {1});
+  problem.args.v_descale = Tensor::contiguous(&two, DType::kFloat32, {1});
   ASSERT_TRUE(problem.run().ok());
   std::vector<float> doubled = collect();
   for (std::size_t i = 0; i < plain.size(); ++i) ASSERT_EQ(doubled[i], 2.0F * plain[i]);
 
-  problem.args.v_scale = Tensor();
-  problem.args.k_scale = Tensor::contiguous(&two, DType::kFloat32, {1});
+  problem.args.v_descale = Tensor();
+  problem.args.k_descale = Tensor::contiguous(&two, DType::kFloat32, {1});
   ASSERT_TRUE(problem.run().ok());
   const std::vector<float> by_k_scale = collect();
   ASSERT_NE(by_k_scale, plain);
-  problem.args.k_scale = Tensor();
+  problem.args.k_descale = Tensor();
   problem.args.softmax_scale *= 2.0F;
   ASSERT_TRUE(problem.run().ok());
   ASSERT_EQ(collect(), by_k_scale);

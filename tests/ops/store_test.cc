@@ -102,7 +102,7 @@ TEST_P(Store, BytesAreTheScalarStoresOnEveryTarget) {
         ASSERT_TRUE(cpu::use_simd_target(target).ok());
         PagedCache cache(options);
         cache.apply(args);
-        const Status status = reshape_and_cache(args);
+        const Status status = reshape_and_cache(args, nullptr);
         ASSERT_TRUE(status.ok()) << status.message();
         ASSERT_EQ(cache.bytes(), expected.bytes())
             << target << " d" << head_size << " " << layout_name(layout) << " " << dtype_name(dtype);
@@ -136,7 +136,7 @@ TEST_P(Store, ShortInt32AndEmptySlotMappings) {
       ASSERT_TRUE(reference::reshape_and_cache(args).ok());
       PagedCache cache(options);
       cache.apply(args);
-      const Status status = reshape_and_cache(args);
+      const Status status = reshape_and_cache(args, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
       EXPECT_EQ(cache.bytes(), expected.bytes()) << used << " " << dtype_name(slot_dtype);
     }
@@ -172,7 +172,7 @@ TEST_P(Store, InputsOfAnyStrides) {
     args.key = strided;
     PagedCache cache(options);
     cache.apply(args);
-    const Status status = reshape_and_cache(args);
+    const Status status = reshape_and_cache(args, nullptr);
     ASSERT_TRUE(status.ok()) << status.message();
     EXPECT_EQ(cache.bytes(), dense.bytes()) << dtype_name(dtype);
   }
@@ -190,7 +190,7 @@ TEST_P(Store, EverySlotSkippedWritesNothing) {
   const PagedCache untouched(options);
   PagedCache cache(options);
   cache.apply(args);
-  ASSERT_TRUE(reshape_and_cache(args).ok());
+  ASSERT_TRUE(reshape_and_cache(args, nullptr).ok());
   EXPECT_EQ(cache.bytes(), untouched.bytes());
 }
 
@@ -208,7 +208,7 @@ TEST_P(Store, ThreadsDoNotChangeBytes) {
     omp_set_num_threads(threads);
     PagedCache cache(options);
     cache.apply(args);
-    ASSERT_TRUE(reshape_and_cache(args).ok());
+    ASSERT_TRUE(reshape_and_cache(args, nullptr).ok());
     EXPECT_EQ(cache.bytes(), expected.bytes()) << threads;
   }
 }
@@ -243,7 +243,7 @@ TEST_P(Store, DuplicateSlotsAreOneTokensRow) {
     for (int repeat = 0; repeat < 50; ++repeat) {
       PagedCache cache(options);
       cache.apply(args);
-      ASSERT_TRUE(reshape_and_cache(args).ok());
+      ASSERT_TRUE(reshape_and_cache(args, nullptr).ok());
       ASSERT_EQ(cache.bytes(), expected.bytes()) << threads << " threads";
     }
   }
@@ -282,7 +282,7 @@ TEST(StoreFp8PerTensor, ScalesByHeadAndCopiesFp8) {
         expected.apply(args);
         ASSERT_TRUE(reference::reshape_and_cache(args).ok());
         cache.apply(args);
-        const Status status = reshape_and_cache(args);
+        const Status status = reshape_and_cache(args, nullptr);
         ASSERT_TRUE(status.ok()) << status.message();
         EXPECT_EQ(cache.bytes(), expected.bytes()) << mode << " " << dtype_name(dtype);
       }
@@ -311,7 +311,7 @@ TEST(StoreAuto, CopiesEveryPattern) {
     cache.apply(args);
     args.key = args.value = key.view;
     args.slot_mapping = slots.view;
-    ASSERT_TRUE(reshape_and_cache(args).ok());
+    ASSERT_TRUE(reshape_and_cache(args, nullptr).ok());
     EXPECT_EQ(cache.bytes()[0], key.bytes) << dtype_name(dtype);
     EXPECT_EQ(cache.bytes()[1], key.bytes) << dtype_name(dtype);
   }
@@ -336,13 +336,13 @@ TEST(StoreHeadMajor, PutsElementsWhereTheOldPathReadsThem) {
       inputs.apply(args);
       paged.apply(args);
       if (std::string(mode).starts_with("fp8")) args.k_scale = args.v_scale = Tensor();
-      ASSERT_TRUE(reshape_and_cache(args).ok());
+      ASSERT_TRUE(reshape_and_cache(args, nullptr).ok());
 
       OwnedTensor k(paged.key_cache.dtype, {kBlocks, kHeads, kHead / x, kSlots, x}, 3);
       OwnedTensor v(paged.value_cache.dtype, {kBlocks, kHeads, kHeadV, kSlots}, 2);
-      args.key_cache = k.view;
-      args.value_cache = v.view;
-      const Status status = reshape_and_cache(args);
+      args.cache.key_cache = k.view;
+      args.cache.value_cache = v.view;
+      const Status status = reshape_and_cache(args, nullptr);
       ASSERT_TRUE(status.ok()) << status.message();
 
       const std::size_t size = dtype_bytes(k.view.dtype);
@@ -398,7 +398,7 @@ TEST(StoreInferMode, TakesTheModeFromTheDtype) {
     ASSERT_TRUE(reference::reshape_and_cache(args).ok());
     cache.apply(args);
     args.mode = ModeId{};
-    const Status status = reshape_and_cache_infer_mode(args);
+    const Status status = reshape_and_cache_infer_mode(args, nullptr);
     ASSERT_TRUE(status.ok()) << status.message();
     EXPECT_EQ(cache.bytes(), expected.bytes()) << mode;
   }
@@ -414,7 +414,7 @@ TEST(StoreInferMode, TakesTheModeFromTheDtype) {
     PagedCache cache(options);
     const PagedCache untouched(options);
     cache.apply(args);
-    const Status status = reshape_and_cache_infer_mode(args);
+    const Status status = reshape_and_cache_infer_mode(args, nullptr);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << mode;
     EXPECT_NE(status.message().find("key_cache is"), std::string::npos) << status.message();
     EXPECT_EQ(cache.bytes(), untouched.bytes());

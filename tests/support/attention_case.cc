@@ -7,6 +7,8 @@
 #include <limits>
 #include <sstream>
 
+#include "call/tensors.h"
+#include "cuda/device_memory.h"
 #include "reference/attention.h"
 #include "support/tested_ops.h"
 
@@ -202,10 +204,10 @@ void AttentionCase::build_inputs(Random& random) {
   if (options.lse) args.lse = lse.view;
   args.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(options.head_size)));
 
-  args.causal = options.causal;
-  args.sliding_window = options.window;
-  args.chunk_lookback = options.chunk_lookback;
-  args.mm_prefix_clamp_window = options.clamp_mm_prefix;
+  args.mask.causal = options.causal;
+  args.mask.sliding_window = options.window;
+  args.mask.chunk_lookback = options.chunk_lookback;
+  args.mask.mm_prefix_clamp_window = options.clamp_mm_prefix;
   args.softcap = options.softcap;
   args.use_alibi_sqrt = options.alibi_sqrt;
   if (options.causal_per_seq) {
@@ -213,7 +215,7 @@ void AttentionCase::build_inputs(Random& random) {
     std::vector<std::int64_t> flags(static_cast<std::size_t>(batch));
     for (std::size_t b = 0; b < flags.size(); ++b) flags[b] = static_cast<std::int64_t>(b % 2);
     causal_per_seq.fill_integers(flags);
-    args.causal_per_seq = causal_per_seq.view;
+    args.mask.causal_per_seq = causal_per_seq.view;
   }
   if (options.mm_prefix) {
     // Padding, a one-token span (which opens nothing), a span inside and one that runs past the end.
@@ -226,16 +228,16 @@ void AttentionCase::build_inputs(Random& random) {
       }
     }
     mm_prefix_range.fill_integers(spans);
-    args.mm_prefix_range = mm_prefix_range.view;
+    args.mask.mm_prefix_range = mm_prefix_range.view;
   }
-  args.rswa_window = options.rswa_window;
+  args.mask.rswa_window = options.rswa_window;
   if (options.rswa_window != -1) {
     // A column of a table of two.
     rswa_prefix_lens = OwnedTensor(DType::kInt32, {batch, 1}, 1);
     std::vector<std::int64_t> prefix_lens;
     for (std::int64_t b = 0; b < batch; ++b) prefix_lens.push_back(rswa_prefix_len(b));
     rswa_prefix_lens.fill_integers(prefix_lens);
-    args.rswa_prefix_lens =
+    args.mask.rswa_prefix_lens =
         Tensor::strided(rswa_prefix_lens.view.data, DType::kInt32, {batch}, {rswa_prefix_lens.view.strides[0]});
   }
   if (options.sinks) {
@@ -263,9 +265,9 @@ void AttentionCase::build_inputs(Random& random) {
   make_scale(q_scale, options.q_scale, 0.5, 0.9);
   make_scale(k_scale, options.k_scale, 1.1, 1.5);
   make_scale(v_scale, options.v_scale, 0.2, 0.4);
-  args.q_scale = q_scale.view;
-  args.k_scale = k_scale.view;
-  args.v_scale = v_scale.view;
+  args.q_descale = q_scale.view;
+  args.k_descale = k_scale.view;
+  args.v_descale = v_scale.view;
   if (options.output_scale != 0.0F) {
     output_scale = OwnedTensor(DType::kFloat32, {1});
     output_scale.fill({options.output_scale});
@@ -291,19 +293,8 @@ Status AttentionCase::run(int num_splits, bool batch_invariant) {
 
 Result<AttentionPlan> AttentionCase::plan() const {
   UnifiedAttentionArgs planned = args;
-  for (Tensor* tensor : {&planned.query,           &planned.out,
-                         &planned.key_cache,       &planned.value_cache,
-                         &planned.k_scale_cache,   &planned.v_scale_cache,
-                         &planned.cu_seqlens_q,    &planned.seq_lens,
-                         &planned.block_table,     &planned.causal_per_seq,
-                         &planned.mm_prefix_range, &planned.rswa_prefix_lens,
-                         &planned.sinks,           &planned.alibi_slopes,
-                         &planned.qq_bias,         &planned.q_scale,
-                         &planned.k_scale,         &planned.v_scale,
-                         &planned.output_scale,    &planned.lse,
-                         &planned.error_counter}) {
-    tensor->device = ops.device;
-  }
+  if (ops.device.is_cuda()) cuda::fill_in_bounds(planned);
+  call::for_each_tensor(planned, [](const char*, auto& tensor) { tensor.device = ops.device; });
   const Result<AttentionProblem> problem = problem_of(planned);
   if (!problem.ok()) return problem.status();
   return plan_unified_attention(*problem);

@@ -48,7 +48,7 @@ double AttentionCase::lse_tolerance() const {
   for (const Lengths& s : options.sequences) longest = std::max(longest, s.seq_len);
   const double d = std::max(options.head_size, options.head_size_v);
   const double largest_logit = (options.alibi ? 0.2 * longest : 0.0) + options.softcap + 10.0;
-  const ModeInfo mode = *mode_info(mode_of(options.mode));
+  const ModeInfo mode = **mode_info(mode_of(options.mode));
   const format::FormatId key_format = reference::resolve_format(mode.key_format, options.auto_dtype);
   double norm = 0.0;
   format::for_each_format([&]<class F>() {

@@ -33,7 +33,7 @@ std::string test_name(std::string mode) {
 }
 
 bool packs(std::string_view mode, int head_size) {
-  const ModeInfo info = *mode_info(mode_of(mode));
+  const ModeInfo info = **mode_info(mode_of(mode));
   for (const std::string& name : {info.key_format, info.value_format}) {
     const format::FormatId id = format::find_format(name);  // none: "auto", whose floats stand alone
     if (id != format::FormatId::kNone && head_size % format::format_info(id).unit != 0) return false;
@@ -43,7 +43,7 @@ bool packs(std::string_view mode, int head_size) {
 
 bool modes_built(std::initializer_list<std::string_view> modes) {
   for (const std::string_view name : modes) {
-    if (!mode_info(mode_of(name))->compiled) return false;
+    if (!(*mode_info(mode_of(name)))->compiled) return false;
   }
   return true;
 }

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
+#include "cuda/device_memory.h"
 #include "quire/tensor.h"
 
 namespace quire::testing {
@@ -30,5 +32,11 @@ class OwnedTensor {
  private:
   std::uint8_t* at(std::int64_t n);
 };
+
+// edit(Tensor&) on each of some arguments, whether an op writes them or not.
+template <class Edit>
+void edit_all(std::initializer_list<cuda::TensorRef> tensors, const Edit& edit) {
+  for (const cuda::TensorRef& tensor : tensors) tensor.edit(edit);
+}
 
 }  // namespace quire::testing

@@ -113,7 +113,7 @@ std::string_view layout_name(Layout layout) {
 
 PagedCache::PagedCache(const Options& options) : options_(options) {
   if (options_.head_size_v == 0) options_.head_size_v = options_.head_size;
-  const ModeInfo mode = *mode_info(mode_of(options_.mode));
+  const ModeInfo mode = **mode_info(mode_of(options_.mode));
   const format::FormatInfo& key = format::format_info(reference::resolve_format(mode.key_format, options_.auto_dtype));
   const format::FormatInfo& value =
       format::format_info(reference::resolve_format(mode.value_format, options_.auto_dtype));

@@ -1,5 +1,5 @@
-// The caches of one mode in one of the layouts below, over memory that starts as poison: 0xFF is NaN in every float type
-// and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
+// The caches of one mode in one of the layouts below, over memory that starts as poison: 0xFF is NaN in every float
+// type and in every scale. Rows sit at odd strides and offsets, and every buffer ends where its last row ends.
 #pragma once
 
 #include <cstdint>
@@ -59,14 +59,12 @@ class PagedCache {
   template <class Args>
   void apply(Args& args) const {
     args.mode = mode_of(options_.mode);
-    args.key_cache = key_cache;
-    args.value_cache = value_cache;
-    args.k_scale_cache = k_scale_cache;
-    args.v_scale_cache = v_scale_cache;
-    args.k_page_meta = k_page_meta.view;
-    args.v_page_meta = v_page_meta.view;
-    args.k_head_vector = k_head_vector.view;
-    args.v_head_vector = v_head_vector.view;
+    args.cache = views();
+  }
+
+  KVCacheViews views() const {
+    return {key_cache,        value_cache,      k_scale_cache,      v_scale_cache,
+            k_page_meta.view, v_page_meta.view, k_head_vector.view, v_head_vector.view};
   }
 
   // Every byte, gaps included: two caches of equal options hold the same exactly when these are equal.

@@ -18,6 +18,7 @@ struct TestedOps {
   // The one-call form or, where num_splits or batch_invariant asks for it, plan and run with a poisoned workspace.
   Status (*attend)(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
   Status (*merge)(const MergeAttnStatesArgs& args);
+  Status (*hadamard)(const HadamardArgs& args);
   void (*prepare)(AttentionCase& problem);  // sets the tolerances of a case that is about to run
 };
 extern TestedOps ops;

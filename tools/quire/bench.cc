@@ -22,8 +22,10 @@
 #include "evaluation.h"
 #include "format/float_types.h"
 #include "format/formats.h"
+#include "host_time.h"
 #include "measure.h"
 #include "options.h"
+#include "quire/executor.h"
 #include "quire/layout.h"
 #include "quire/ops.h"
 #include "verbs.h"
@@ -40,9 +42,9 @@ Result<Memory> copy_of(Device device, const std::vector<T>& values) {
 
 const std::vector<std::string> kOps = {"decode", "prefill", "store"};
 
-// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale behind
-// it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's slot is
-// such a row already, which vLLM itself has token-major only.
+// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale
+// behind it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's
+// slot is such a row already, which vLLM itself has token-major only.
 struct Placement {
   CacheOrder order;
   KVPacking packing;
@@ -60,7 +62,7 @@ using Layout = Choices<Placement>::value_type;
 
 struct Options {
   std::string op = "decode";
-  Device device = Device::kCpu;
+  Device device = Device::cpu();
   std::string modes = "auto";
   std::vector<const Layout*> layouts = {&kLayouts[0]};
   std::vector<std::int64_t> batches = {1};
@@ -168,10 +170,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
                            cache.v_scales.data(), problem.device);
   ReshapeAndCacheArgs args;
   args.mode = mode;
-  args.key_cache = cache.views.key_cache;
-  args.value_cache = cache.views.value_cache;
-  args.k_scale_cache = cache.views.k_scale_cache;
-  args.v_scale_cache = cache.views.v_scale_cache;
+  args.cache = cache.views;
   const std::int64_t slots = num_blocks * problem.block_size;
   for (std::int64_t first = 0; first < slots; first += input_tokens) {
     const std::int64_t count = std::min(input_tokens, slots - first);
@@ -183,7 +182,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
     args.value = Tensor::contiguous(value.data(), DType::kBFloat16, {count, problem.num_kv_heads, problem.head_size_v},
                                     problem.device);
     args.slot_mapping = Tensor::contiguous(slot_mapping.data(), DType::kInt64, {count}, problem.device);
-    if (Status status = reshape_and_cache(args); !status) return status;
+    if (Status status = reshape_and_cache(args, nullptr); !status) return status;
     if (Status status = synchronize(problem.device); !status) return status;
   }
   return cache;
@@ -191,7 +190,7 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
 
 Json row_of(const std::string& op, const Problem& problem, double ms) {
   return Json{{"op", op},
-              {"device", device_name(problem.device)},
+              {"device", device_type_name(problem.device.type)},
               {"mode", problem.mode},
               {"layout", problem.layout->first},
               {"batch", problem.batch},
@@ -208,11 +207,12 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
 // What a call reads of a page; tensors whose rows lie end to end (K and V of a slot, inline scales) are one.
 std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
   std::vector<bench::PageRead> reads;
-  for (const Tensor* rows : {&args.key_cache, &args.k_scale_cache, &args.value_cache, &args.v_scale_cache}) {
+  for (const ConstTensor* rows :
+       {&args.cache.key_cache, &args.cache.k_scale_cache, &args.cache.value_cache, &args.cache.v_scale_cache}) {
     if (!rows->defined()) continue;
     const auto element = static_cast<std::int64_t>(dtype_bytes(rows->dtype));
     bench::PageRead read;
-    attention::set_paged_rows(read, *rows, {Tensor(), Tensor(), Tensor()});
+    attention::set_paged_rows(read, *rows, {});
     read.row_bytes = rows->ndim == 4 ? rows->shape[3] * element : element;
     read.block_size = static_cast<int>(rows->shape[1]);
     read.num_heads = static_cast<int>(rows->shape[2]);
@@ -269,10 +269,7 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
                                   problem.device);
   args.out = Tensor::contiguous(out.data(), DType::kBFloat16, {num_tokens, problem.num_q_heads, problem.head_size_v},
                                 problem.device);
-  args.key_cache = cache.views.key_cache;
-  args.value_cache = cache.views.value_cache;
-  args.k_scale_cache = cache.views.k_scale_cache;
-  args.v_scale_cache = cache.views.v_scale_cache;
+  args.cache = cache.views;
   args.cu_seqlens_q = Tensor::contiguous(cu.data(), DType::kInt32, {problem.batch + 1}, problem.device);
   args.seq_lens = Tensor::contiguous(lens.data(), DType::kInt32, {problem.batch}, problem.device);
   args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(problem.head_size));
@@ -285,13 +282,13 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   args.block_table = table_of(0);
   QUIRE_ASSIGN(bounds, problem_of(args));
   QUIRE_ASSIGN(plan, plan_unified_attention(bounds));
-  QUIRE_ASSIGN(workspace, Memory::allocate(problem.device, plan.workspace_bytes + 64));
+  QUIRE_ASSIGN(workspace, Memory::allocate(problem.device, plan.workspace_bytes() + 64));
   auto aligned = reinterpret_cast<std::uintptr_t>(workspace.data());
   aligned = (aligned + 63) / 64 * 64;
   const auto call = [&](int index, void* stream) {
     UnifiedAttentionArgs own = args;
     own.block_table = table_of(index);
-    return run_unified_attention(plan, own, reinterpret_cast<void*>(aligned), plan.workspace_bytes, stream);
+    return run_unified_attention(plan, own, reinterpret_cast<void*>(aligned), plan.workspace_bytes(), stream);
   };
   QUIRE_ASSIGN(ms, bench::median_ms(problem.device, call, copies, budget_ms));
 
@@ -306,19 +303,36 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   row["cache_gbps"] = bytes / ms * 1e-6;
   row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.read;
   row["layout_share"] = nullptr;
-  if (problem.device == Device::kCuda) {
+  if (problem.device.is_cuda()) {
     const bench::PageTable pages{static_cast<const std::int32_t*>(tables.data()), blocks_per_sequence,
                                  static_cast<int>(problem.batch), copies};
     QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
     row["layout_share"] = read_ms / ms;
   }
   row["product_share"] = nullptr;
-  if (problem.device == Device::kCpu) {
+  if (problem.device.is_cpu()) {
     QUIRE_ASSIGN(info, mode_info(mode));
-    row["product_share"] = product_seconds(info, flops / 2.0, ceilings.products) / (ms * 1e-3);
+    row["product_share"] = product_seconds(*info, flops / 2.0, ceilings.products) / (ms * 1e-3);
   }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
-  row["kernel"] = fmt::format("{}, {} splits", plan.kernel, plan.max_splits);
+  row["kernel"] = plan.describe();
+  // On the CPU no sequence has a query, so that nothing is computed.
+  UnifiedAttentionArgs idle = args;
+  const std::vector<std::int32_t> no_queries(cu_seqlens.size());
+  if (problem.device.is_cpu()) {
+    idle.cu_seqlens_q = ConstTensor::contiguous(no_queries.data(), DType::kInt32, {problem.batch + 1});
+  }
+  const auto run_with = [&](const AttentionPlan& its_plan) {
+    return run_unified_attention(its_plan, idle, reinterpret_cast<void*>(aligned), plan.workspace_bytes(), nullptr);
+  };
+  QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return run_with(plan); }));
+  QUIRE_ASSIGN(host_us_with_plan, host_microseconds(problem.device, [&]() -> Status {
+                 QUIRE_ASSIGN(own_bounds, problem_of(idle));
+                 QUIRE_ASSIGN(own_plan, plan_unified_attention(own_bounds));
+                 return run_with(own_plan);
+               }));
+  row["host_us"] = host_us;
+  row["host_us_with_plan"] = host_us_with_plan;
   return row;
 }
 
@@ -355,10 +369,7 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
     args.value =
         Tensor::contiguous(input == 0 ? value.data() : values[static_cast<std::size_t>(input - 1)].data(),
                            DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v}, problem.device);
-    args.key_cache = cache.views.key_cache;
-    args.value_cache = cache.views.value_cache;
-    args.k_scale_cache = cache.views.k_scale_cache;
-    args.v_scale_cache = cache.views.v_scale_cache;
+    args.cache = cache.views;
     args.slot_mapping =
         Tensor::contiguous(static_cast<std::int64_t*>(slots.data()) + index * num_blocks * problem.block_size,
                            DType::kInt64, {tokens}, problem.device);
@@ -374,10 +385,25 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   row["product_share"] = nullptr;
   row["tflops"] = 0.0;
   row["kernel"] = "reshape_and_cache";
+  // On the CPU every token is skipped, so that nothing is encoded.
+  ReshapeAndCacheArgs idle;
+  idle.mode = mode;
+  idle.key = Tensor::contiguous(key.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size},
+                                problem.device);
+  idle.value = Tensor::contiguous(value.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v},
+                                  problem.device);
+  idle.cache = cache.views;
+  const std::vector<std::int64_t> skipped(static_cast<std::size_t>(tokens), -1);
+  idle.slot_mapping =
+      ConstTensor::contiguous(problem.device.is_cpu() ? static_cast<const void*>(skipped.data()) : slots.data(),
+                              DType::kInt64, {tokens}, problem.device);
+  QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return reshape_and_cache(idle, nullptr); }));
+  row["host_us"] = host_us;
+  row["host_us_with_plan"] = nullptr;
   return row;
 }
 
-// The GPU driver's version as the kernel module tells it ("NVRM version: ..  580.159.04  Release Build ..": the first
+// The GPU driver's version as the kernel module tells it (a line "NVRM version:" with 580.159.04 in it: the first
 // word that begins with a digit); empty where it does not.
 std::string driver_version() {
   std::ifstream file("/proc/driver/nvidia/version");
@@ -415,7 +441,7 @@ Status check_problem(const std::string& op, const Problem& problem) {
   }
   const double needed = memory_bytes(op, problem, layout);
   const double available =
-      problem.device == Device::kCuda
+      problem.device.is_cuda()
           ? std::ldexp(1.0, 40)  // beyond any device, which says itself what it has
           : static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (needed <= available) return {};
@@ -461,17 +487,18 @@ Status run_bench(const Options& options) {
   QUIRE_ASSIGN(read, bench::linear_read_bandwidth(device));
   QUIRE_ASSIGN(copy, bench::copy_bandwidth(device));
   ceilings = {read, copy, {}};
-  if (device == Device::kCpu) ceilings.products = bench::product_rates();
+  if (device.is_cpu()) ceilings.products = bench::product_rates();
   Json rows = Json::array();
   if (!options.json) {
     fmt::print("linear read {:.0f} GB/s, copy {:.0f} GB/s (read + written)\n", read * 1e-9, copy * 1e-9);
-    if (device == Device::kCpu) {
+    if (device.is_cpu()) {
       fmt::print("multiply-adds: fp32 {:.0f} G/s, bf16 pairs {:.0f} G/s, int16 pairs {:.0f} G/s; {} threads\n",
                  ceilings.products.float32 * 1e-9, ceilings.products.bfloat16 * 1e-9, ceilings.products.int16 * 1e-9,
-                 omp_get_max_threads());
+                 num_threads());
     }
-    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>8}\n", "op", "mode", "layout",
-               "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "products", "TFLOP/s");
+    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>8}{:>9}{:>9}\n", "op", "mode",
+               "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "products",
+               "TFLOP/s", "host us", "+ plan");
   }
   for (const Problem& problem : problems) {
     const Result<Json> row = options.op == "store" ? bench_store(problem, ceilings, options.budget_ms)
@@ -482,24 +509,24 @@ Status run_bench(const Options& options) {
       const auto share = [&](const char* name) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
-      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>9}{:>8.2f}\n", options.op,
-                 problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
+      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>9}{:>8.2f}{:>9}{:>9}\n",
+                 options.op, problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
                  fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
-                 share("product_share"), r["tflops"].get<double>());
+                 share("product_share"), r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));
       std::fflush(stdout);
     }
     rows.push_back(*row);
   }
   if (options.json) {
     const Json report{{"device", device_description(device)},
-                      {"driver", device == Device::kCuda ? Json(driver_version()) : Json()},
+                      {"driver", device.is_cuda() ? Json(driver_version()) : Json()},
                       {"linear_read_gbps", read * 1e-9},
                       {"copy_gbps", copy * 1e-9},
                       {"fp32_gmacs", ceilings.products.float32 * 1e-9},
                       {"bf16_gmacs", ceilings.products.bfloat16 * 1e-9},
                       {"int16_gmacs", ceilings.products.int16 * 1e-9},
-                      {"threads", omp_get_max_threads()},
+                      {"threads", num_threads()},
                       {"rows", rows}};
     fmt::print("{}\n", report.dump(1));
   }
@@ -540,8 +567,8 @@ void add_bench(CLI::App& app, int& exit_status) {
   verb->footer(
       "share: of the best linear read of 2 GiB (decode, prefill) or copy of 1 GiB (store) measured first, in the same "
       "process. layout: of the time a kernel takes that only reads the same pages (cuda). products: what the "
-      "multiply-adds "
-      "alone would take at the rates measured first, of the time (cpu).");
+      "multiply-adds alone would take at the rates measured first, of the time (cpu). "
+      "host us: microseconds of the host for a call, plan reused; + plan: planned in each call.");
   verb->callback([options, &exit_status] {
     if (Status status = run_bench(*options); !status) exit_status = report(status);
   });

@@ -18,7 +18,7 @@ using nlohmann::ordered_json;
 
 struct Options {
   std::vector<std::string> files;
-  Device device = Device::kCpu;
+  Device device = Device::cpu();
   bool as_json = false;
 };
 
@@ -90,7 +90,7 @@ int run(const Options& options) {
     }
   }
   if (options.as_json) {
-    const ordered_json answer = {{"device", device_name(options.device)},
+    const ordered_json answer = {{"device", device_type_name(options.device.type)},
                                  {"cases", std::move(cases)},
                                  {"passed", counts.passed},
                                  {"failed", counts.failed},
@@ -98,7 +98,7 @@ int run(const Options& options) {
     fmt::print("{}\n", answer.dump(2));
   } else {
     fmt::print("{} passed, {} failed, {} skipped on {}\n", counts.passed, counts.failed, counts.skipped,
-               device_name(options.device));
+               device_type_name(options.device.type));
   }
   return counts.failed == 0 ? 0 : 1;
 }

@@ -162,7 +162,7 @@ int run(const Options& options) {
   if (Status status = print_samples(*model, options.model_dir); !status) return report(status);
 
   if (!options.json_path.empty()) {
-    const Status status = json.write(llm::to_json(*scores, options.model_dir, Device::kCpu) + "\n");
+    const Status status = json.write(llm::to_json(*scores, options.model_dir, Device::cpu()) + "\n");
     if (!status) return report(status);
   }
   fmt::print(

@@ -46,8 +46,8 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
     if (!mode.ok()) return mode.status();
     auto info = mode_info(*mode);
     if (!info.ok()) return info.status();
-    const bool seen = std::any_of(modes.begin(), modes.end(), [&](const ModeInfo& m) { return m.id == info->id; });
-    if (!seen) modes.push_back(std::move(*info));
+    const bool seen = std::any_of(modes.begin(), modes.end(), [&](const ModeInfo& m) { return m.id == (*info)->id; });
+    if (!seen) modes.push_back(**info);
     first = last;
   }
   return modes;

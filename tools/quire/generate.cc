@@ -25,7 +25,7 @@ struct Options {
   std::vector<std::int32_t> token_ids;
   llm::Request request{.prompt = {}, .max_new_tokens = 64, .sampling = {}};
   int block_size = 16;
-  Device device = Device::kCpu;
+  Device device = Device::cpu();
 };
 
 double seconds_since(std::chrono::steady_clock::time_point begin) {

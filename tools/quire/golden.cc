@@ -28,8 +28,9 @@ Status replay_ops(const GoldenCase& golden, Device device, CaseResult& result) {
   };
   const auto id = parse_kv_cache_dtype(name);
   if (!id.ok()) return skip("this build has no mode " + name);
-  const auto mode = mode_info(*id);
-  if (!mode.ok()) return mode.status();
+  const auto known = mode_info(*id);
+  if (!known.ok()) return known.status();
+  const ModeInfo* mode = *known;
   if (!mode->compiled) return skip("mode " + name + " was left out of this build");
   if (mode->key_format.empty()) return skip("no gates are known for mode " + name);
 

@@ -3,11 +3,11 @@
 // A file is a set of cases. The tensors of case C are named C/<tensor>; the file's metadata maps C to a JSON object of
 // its parameters. The first part of C says what to do with it:
 //
-//   write/..            key, value, slot_mapping -> caches and scale caches
-//   attn/.., diffkv/..  caches, query, .. -> out; where key, value and slot_mapping are there, also as write/..
+//   write/*             key, value, slot_mapping -> caches and scale caches
+//   attn/*, diffkv/*    caches and query -> out; where key, value and slot_mapping are there, also as write/*
 //   rht_signs/<d>       the sign vector of the randomized Hadamard transform
 //   e4b15/float16       e4b15's code of every float16
-//   turboquant/..       as write/.. and attn/.., one query per sequence, K and V in one slot
+//   turboquant/*        as write/* and attn/*, one query per sequence, K and V in one slot
 //   tq_centroids/<d>_<bits>  the Lloyd-Max codebook of N(0, 1 / d)
 //
 // tests/golden/README.md describes the files and states every gate.

@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/mode_table.h"
 #include "format/formats.h"
 #include "golden_gates.h"
 #include "golden_replay.h"
@@ -18,7 +17,7 @@ namespace {
 using nlohmann::json;
 
 // The worst row's ||a - b|| / ||b||, both [num_tokens, Hq, head_size_v].
-double worst_row_error(const Tensor& a, const Tensor& b) {
+double worst_row_error(const ConstTensor& a, const ConstTensor& b) {
   double worst = 0.0;
   for (std::int64_t i = 0; i < b.shape[0]; ++i) {
     for (std::int64_t h = 0; h < b.shape[1]; ++h) {
@@ -38,7 +37,7 @@ double worst_row_error(const Tensor& a, const Tensor& b) {
 
 // An fp8 output against the float output it was made from: the worst |code * scale - clamp(out)|, as a share of half an
 // fp8 step at out plus `slack` times the row's RMS.
-double worst_fp8_error(const Tensor& codes, double scale, const Tensor& out, double slack) {
+double worst_fp8_error(const ConstTensor& codes, double scale, const ConstTensor& out, double slack) {
   double worst = 0.0;
   for (std::int64_t i = 0; i < out.shape[0]; ++i) {
     for (std::int64_t h = 0; h < out.shape[1]; ++h) {
@@ -88,32 +87,30 @@ Status replay_attention(Replay& replay) {
   const Tensor theirs = golden.tensor("out");
   const auto caches = caches_of(golden, replay.mode, args.query.shape[2], theirs.shape[2]);
   if (!caches.ok()) return caches.status();
-  args.key_cache = caches->key;
-  args.value_cache = caches->value;
-  args.k_scale_cache = caches->k_scale;
-  args.v_scale_cache = caches->v_scale;
+  args.cache = *caches;
   args.sinks = golden.tensor("sinks");
   args.alibi_slopes = golden.tensor("alibi_slopes");
   args.qq_bias = golden.tensor("qq_bias");
-  args.mm_prefix_range = golden.tensor("mm_prefix_range");
-  args.rswa_prefix_lens = golden.tensor("rswa_prefix_lens");
-  args.q_scale = golden.tensor("q_scale");
-  args.k_scale = golden.tensor("k_scale");
-  args.v_scale = golden.tensor("v_scale");
+  args.mask.mm_prefix_range = golden.tensor("mm_prefix_range");
+  args.mask.rswa_prefix_lens = golden.tensor("rswa_prefix_lens");
+  args.q_descale = golden.tensor("q_scale");
+  args.k_descale = golden.tensor("k_scale");
+  args.v_descale = golden.tensor("v_scale");
   if (!golden.params.contains("softmax_scale")) return golden.refuse("no parameter 'softmax_scale'");
   for (Status status :
        {golden.read("softmax_scale", &args.softmax_scale), golden.read("softcap", &args.softcap),
-        golden.read("sliding_window", &args.sliding_window), golden.read("chunk_lookback", &args.chunk_lookback),
-        golden.read("rswa_window", &args.rswa_window), golden.read("use_alibi_sqrt", &args.use_alibi_sqrt),
-        golden.confirm("num_q_heads", args.query.shape[1]), golden.confirm("head_size", args.query.shape[2]),
-        golden.confirm("head_size_v", theirs.shape[2]), golden.confirm("num_kv_heads", args.key_cache.shape[2]),
-        golden.confirm("block_size", args.key_cache.shape[1])}) {
+        golden.read("sliding_window", &args.mask.sliding_window),
+        golden.read("chunk_lookback", &args.mask.chunk_lookback), golden.read("rswa_window", &args.mask.rswa_window),
+        golden.read("use_alibi_sqrt", &args.use_alibi_sqrt), golden.confirm("num_q_heads", args.query.shape[1]),
+        golden.confirm("head_size", args.query.shape[2]), golden.confirm("head_size_v", theirs.shape[2]),
+        golden.confirm("num_kv_heads", args.cache.key_cache.shape[2]),
+        golden.confirm("block_size", args.cache.key_cache.shape[1])}) {
     if (!status) return status;
   }
 
   // In fp32 first: what the kernel computes, before any rounding of the output.
   args.out = replay.scratch.filled(theirs, DType::kFloat32, 0xFF);
-  Tensor lse_shape = args.query;
+  ConstTensor lse_shape = args.query;
   lse_shape.ndim = 2;
   args.lse = replay.scratch.filled(lse_shape, DType::kFloat32, 0xFF);
   const auto refused = [&](const Status& status) {
@@ -122,16 +119,16 @@ Status replay_attention(Replay& replay) {
   };
   // The CPU goes first, and alone with --device cpu: it looks at every length and block id, which the other devices and
   // the oracle take on trust.
-  if (Status status = run_on(Device::kCpu, args, &unified_attention); !status) return refused(status);
-  if (replay.device != Device::kCpu) {
+  if (Status status = run_on(Device::cpu(), args, &unified_attention); !status) return refused(status);
+  if (!replay.device.is_cpu()) {
     if (Status status = run_on(replay.device, args, &unified_attention); !status) return refused(status);
   }
   std::vector<int> query_lens;
   std::vector<int> seq_lens;
   for (std::int64_t b = 0; b < args.seq_lens.shape[0]; ++b) {
-    const auto* ends = args.cu_seqlens_q.ptr<std::int32_t>();
+    const auto* ends = args.cu_seqlens_q.ptr<const std::int32_t>();
     query_lens.push_back(ends[b + 1] - ends[b]);
-    seq_lens.push_back(args.seq_lens.ptr<std::int32_t>()[b]);
+    seq_lens.push_back(args.seq_lens.ptr<const std::int32_t>()[b]);
   }
   if (Status status = confirm_lengths(golden, "query_lens", query_lens); !status) return status;
   if (Status status = confirm_lengths(golden, "seq_lens", seq_lens); !status) return status;
@@ -160,10 +157,11 @@ Status replay_attention(Replay& replay) {
     replay.measure("the file's fp8 output against this output",
                    worst_fp8_error(theirs, scale, args.out, kReadToleranceFp8Element), 1.0);
   } else {
-    const core::FormatPair formats = core::formats_of(replay.mode, args.key_cache.dtype, args.value_cache.dtype);
+    const auto key = reference::resolve_format(replay.mode.key_format, args.cache.key_cache.dtype);
+    const auto value = reference::resolve_format(replay.mode.value_format, args.cache.value_cache.dtype);
     replay.measure("output against the file", worst_row_error(args.out, theirs),
-                   std::max(read_tolerance(format::format_info(formats.key).name, args.query.dtype),
-                            read_tolerance(format::format_info(formats.value).name, args.query.dtype)));
+                   std::max(read_tolerance(format::format_info(key).name, args.query.dtype),
+                            read_tolerance(format::format_info(value).name, args.query.dtype)));
   }
 
   args.out = replay.scratch.filled(theirs, theirs.dtype, 0xFF);

@@ -61,10 +61,10 @@ const WriteGate* find_write_gate(std::string_view format) { return find_gate(kWr
 // random walk of sums over some 2^8 terms, times 2^4 where a zero point of up to 15 steps is subtracted. Products of 16
 // bits, with queries of 16 or fewer: on the CPU the levels of TurboQuant's 4-bit keys become integers, 2^-12 of a
 // standard deviation off, which is 2^-10 where a row's output is a fourth of its values' norm, and twice that at the
-// worst of some thousand rows; the other errors are smaller (docs/kernels/cpu.md). CUDA kernels feed softmax weights and
-// dequantized levels to the tensor cores in 16 bits: 2^-9 for each factor of bfloat16.
+// worst of some thousand rows; the other errors are smaller (docs/kernels/cpu.md). CUDA kernels feed softmax weights
+// and dequantized levels to the tensor cores in 16 bits: 2^-9 for each factor of bfloat16.
 double oracle_tolerance(Device device, DType query_dtype) {
-  if (device == Device::kCuda) return std::ldexp(1.0, -8);
+  if (device.is_cuda()) return std::ldexp(1.0, -8);
   return std::ldexp(1.0, query_dtype == DType::kFloat32 ? -16 : -9);
 }
 

@@ -15,8 +15,8 @@ void Replay::measure(const std::string& what, double error, double tolerance) {
   result.measures.push_back({what, error, tolerance});
 }
 
-Result<Caches> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::int64_t head_size,
-                         std::int64_t head_size_v, HostBuffers* scratch, std::uint8_t fill) {
+Result<KVCacheViews> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::int64_t head_size,
+                               std::int64_t head_size_v, HostBuffers* scratch, std::uint8_t fill) {
   const auto get = [&](const char* name) {
     const Tensor tensor = golden.tensor(name);
     return scratch != nullptr ? scratch->filled_like(tensor, fill) : tensor;
@@ -25,9 +25,9 @@ Result<Caches> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::in
     if (!golden.has(name)) continue;
     if (Status status = golden.require(name, 3); !status) return status;
   }
-  Caches caches;
-  caches.k_scale = get("k_scale_cache");
-  caches.v_scale = get("v_scale_cache");
+  KVCacheViews caches;
+  caches.k_scale_cache = get("k_scale_cache");
+  caches.v_scale_cache = get("v_scale_cache");
   if (golden.has("kv_cache")) {
     if (Status status = golden.require("kv_cache", 4); !status) return status;
     const Tensor packed = get("kv_cache");
@@ -49,14 +49,14 @@ Result<Caches> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::in
       return golden.refuse("'kv_cache' is " + to_string(packed) + ", its last dimension needs to be " +
                            std::to_string(both));
     }
-    caches.key = packed.slice_last(0, k_row);
-    caches.value = packed.slice_last(k_row, k_row + v_row);
+    caches.key_cache = packed.slice_last(0, k_row);
+    caches.value_cache = packed.slice_last(k_row, k_row + v_row);
   } else {
     for (const char* name : {"key_cache", "value_cache"}) {
       if (Status status = golden.require(name, 4); !status) return status;
     }
-    caches.key = get("key_cache");
-    caches.value = get("value_cache");
+    caches.key_cache = get("key_cache");
+    caches.value_cache = get("value_cache");
   }
   return caches;
 }

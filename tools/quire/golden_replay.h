@@ -2,6 +2,7 @@
 // outputs and against the oracle. The caches are the file's for reading, fresh ones for writing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <string>
@@ -10,6 +11,7 @@
 #include "cuda/device_memory.h"
 #include "golden.h"
 #include "golden_file.h"
+#include "quire/layout.h"
 #include "quire/mode.h"
 #include "quire/ops.h"
 
@@ -18,7 +20,7 @@ namespace quire::cli {
 // An op with arguments that live on the host.
 template <class Args>
 Status run_on(Device device, const Args& args, Status (*op)(const Args& args, void* stream)) {
-  if (device == Device::kCpu) return op(args, nullptr);
+  if (device.is_cpu()) return op(args, nullptr);
   return cuda::run_on_device(args, [&](const Args& on_device) { return op(on_device, nullptr); });
 }
 
@@ -26,9 +28,11 @@ Status run_on(Device device, const Args& args, Status (*op)(const Args& args, vo
 class HostBuffers {
  public:
   // A dense tensor of a given shape, every byte `fill`.
-  Tensor filled(const Tensor& shape_of, DType dtype, std::uint8_t fill) {
-    Tensor tensor = shape_of;
+  Tensor filled(const ConstTensor& shape_of, DType dtype, std::uint8_t fill) {
+    Tensor tensor;
     tensor.dtype = dtype;
+    tensor.ndim = shape_of.ndim;
+    std::ranges::copy(shape_of.shape, tensor.shape);
     std::int64_t stride = 1;
     for (int i = tensor.ndim - 1; i >= 0; --i) {
       tensor.strides[i] = stride;
@@ -37,7 +41,7 @@ class HostBuffers {
     tensor.data = buffers_.emplace_back(static_cast<std::size_t>(stride) * dtype_bytes(dtype), fill).data();
     return tensor;
   }
-  Tensor filled_like(const Tensor& other, std::uint8_t fill) {
+  Tensor filled_like(const ConstTensor& other, std::uint8_t fill) {
     return other.defined() ? filled(other, other.dtype, fill) : Tensor();
   }
 
@@ -45,17 +49,12 @@ class HostBuffers {
   std::deque<std::vector<std::uint8_t>> buffers_;
 };
 
-struct Caches {
-  Tensor key, value;        // [num_blocks, block_size, Hk, row]
-  Tensor k_scale, v_scale;  // [num_blocks, block_size, Hk], not defined where the mode has none
-};
-
 // What a case is replayed with.
 struct Replay {
   const GoldenCase& golden;
   Device device;
   CaseResult& result;
-  ModeInfo mode;
+  const ModeInfo& mode;
   HostBuffers scratch;
 
   // Several measurements of one thing count as the worst of them.
@@ -63,8 +62,8 @@ struct Replay {
 };
 
 // The caches of the file, or, with `fill`, fresh ones of the same shapes and nesting.
-Result<Caches> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::int64_t head_size,
-                         std::int64_t head_size_v, HostBuffers* scratch = nullptr, std::uint8_t fill = 0);
+Result<KVCacheViews> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::int64_t head_size,
+                               std::int64_t head_size_v, HostBuffers* scratch = nullptr, std::uint8_t fill = 0);
 
 // What the file stores, stored again from the same inputs. A refusal by an op goes into the result; a status is an
 // error of the file.

@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/mode_table.h"
 #include "format/formats.h"
 #include "format/row.h"
 #include "golden_gates.h"
@@ -28,8 +27,8 @@ std::int64_t row_bytes(const Tensor& cache) {
   return (cache.ndim == 4 ? cache.shape[3] : 1) * static_cast<std::int64_t>(dtype_bytes(cache.dtype));
 }
 
-std::int64_t integer_at(const Tensor& tensor, std::int64_t i) {
-  return tensor.dtype == DType::kInt64 ? tensor.ptr<std::int64_t>()[i] : tensor.ptr<std::int32_t>()[i];
+std::int64_t integer_at(const ConstTensor& tensor, std::int64_t i) {
+  return tensor.dtype == DType::kInt64 ? tensor.ptr<const std::int64_t>()[i] : tensor.ptr<const std::int32_t>()[i];
 }
 
 // K or V: one stored tensor of a case, what quire wrote and what the file holds.
@@ -169,8 +168,8 @@ Status replay_write(Replay& replay) {
   const auto theirs = caches_of(golden, replay.mode, key.shape[2], value.shape[2]);
   if (!theirs.ok()) return theirs.status();
   for (const auto& [name, actual] : {std::pair{"head_size", key.shape[2]},
-                                     {"block_size", theirs->key.shape[1]},
-                                     {"num_kv_heads", theirs->key.shape[2]}}) {
+                                     {"block_size", theirs->key_cache.shape[1]},
+                                     {"num_kv_heads", theirs->key_cache.shape[2]}}) {
     if (Status status = golden.confirm(name, actual); !status) return status;
   }
 
@@ -185,22 +184,20 @@ Status replay_write(Replay& replay) {
     args.slot_mapping = golden.tensor("slot_mapping");
     args.k_scale = golden.tensor("k_scale");
     args.v_scale = golden.tensor("v_scale");
-    args.key_cache = mine->key;
-    args.value_cache = mine->value;
-    args.k_scale_cache = mine->k_scale;
-    args.v_scale_cache = mine->v_scale;
+    args.cache = *mine;
     if (Status status = run_on(replay.device, args, &reshape_and_cache); !status) {
       replay.result.reason = "reshape_and_cache: " + status.message();
       return {};
     }
 
-    const std::int64_t block_size = mine->key.shape[1];
+    const std::int64_t block_size = mine->key_cache.shape[1];
     std::set<std::int64_t> written;
     for (std::int64_t t = 0; t < args.slot_mapping.shape[0]; ++t) written.insert(integer_at(args.slot_mapping, t));
-    const core::FormatPair formats = core::formats_of(replay.mode, mine->key.dtype, mine->value.dtype);
+    const FormatId key_format = reference::resolve_format(replay.mode.key_format, mine->key_cache.dtype);
+    const FormatId value_format = reference::resolve_format(replay.mode.value_format, mine->value_cache.dtype);
     const Side sides[] = {
-        {"K", formats.key, key, mine->key, theirs->key, mine->k_scale, theirs->k_scale},
-        {"V", formats.value, value, mine->value, theirs->value, mine->v_scale, theirs->v_scale},
+        {"K", key_format, key, mine->key_cache, theirs->key_cache, mine->k_scale_cache, theirs->k_scale_cache},
+        {"V", value_format, value, mine->value_cache, theirs->value_cache, mine->v_scale_cache, theirs->v_scale_cache},
     };
     for (const Side& side : sides) {
       const WriteGate* gate = find_write_gate(format::format_info(side.format).name);

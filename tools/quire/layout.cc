@@ -163,7 +163,7 @@ int run(Options options) {
   const auto layout = make_layout(options.spec);
   if (!layout.ok()) return report(layout.status());
   const auto info = mode_info(*mode);
-  const ordered_json fields = describe(*layout, info.ok() ? info->name : options.mode);
+  const ordered_json fields = describe(*layout, info.ok() ? (*info)->name : options.mode);
   if (options.as_json) {
     fmt::print("{}\n", fields.dump(2));
   } else {

@@ -82,7 +82,7 @@ CLI::Option* add_choice(CLI::App& verb, const std::string& names, const std::str
 }
 
 CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description) {
-  return add_choice<Device>(verb, "--device", device, description, {{"cpu", Device::kCpu}, {"cuda", Device::kCuda}});
+  return add_choice<Device>(verb, "--device", device, description, {{"cpu", Device::cpu()}, {"cuda", Device::cuda()}});
 }
 
 }  // namespace quire::cli

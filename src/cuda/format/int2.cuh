@@ -74,6 +74,7 @@ struct KeyOperand<format::Int2PerTokenHead> : NoOperandTable, Int2Planes {
 template <>
 struct ValueOperand<format::Int2PerTokenHead> : Int2Planes {
   static constexpr float kScale = 0x1p24F;
+  static constexpr int kCenter = 0;
   static constexpr float plane(int p) { return bit(p); }
   static constexpr float weight(int n) { return static_cast<float>(1 << (2 * (n % 4))); }
   template <int kElements, int kWords>

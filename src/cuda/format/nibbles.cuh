@@ -23,13 +23,13 @@ struct LevelsNibble {
   }
 };
 
-// Values: level = code - 8. Eight codes of two tokens, four at a time: each second nibble as it lies, the others 16
-// times as large.
+// Values: level = code - 8. Eight codes of two tokens, four at a time, as they lie: each second one 16 times as large.
 struct ValuesNibble {
   static constexpr int kPlanes = 1;
-  static constexpr float kBias = 0.0F, kScale = 1.0F;
+  static constexpr float kBias = 0.0F, kScale = 0x1p24F;
   static constexpr float plane(int) { return 1.0F; }
-  static constexpr float weight(int) { return 1.0F; }
+  static constexpr float weight(int n) { return n % 2 == 0 ? 1.0F : 16.0F; }
+  static constexpr int kCenter = 8;
   template <int kElements, int kWords>
   static __device__ __forceinline__ void convert(const std::uint32_t (&a)[kWords], const std::uint32_t (&b)[kWords],
                                                  std::uint32_t (&values)[1][kElements]) {
@@ -37,10 +37,8 @@ struct ValuesNibble {
     for (int n = 0; n < kElements; n += 2) {
       std::uint32_t both = ptx::permute(a[n / 8], b[n / 8], n % 8 < 4 ? 0x5410U : 0x7632U);
       if (n % 4 == 2) both >>= 8;
-      const std::uint32_t low = plus_1024(both, 0x000f000fU);
-      const std::uint32_t high = plus_1024(both, 0x00f000f0U);
-      values[0][n] = pair_bits(__hsub2(as_half2(low), as_half2(0x64086408U)));
-      values[0][n + 1] = pair_bits(__hfma2(as_half2(high), as_half2(0x2c002c00U), as_half2(0xd480d480U)));
+      values[0][n] = both & 0x000f000fU;
+      values[0][n + 1] = both & 0x00f000f0U;
     }
   }
 };

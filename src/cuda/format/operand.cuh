@@ -15,13 +15,14 @@
 //
 //   convert(a, b, values)           values[p][n] = (element n of a, element n of b), for each of kPlanes
 //   weight(n)                       a power of two by which it is too large
+//   kCenter                         taken from every code, but later: as kCenter times the sum of the weights
 //
-//   level = kScale * sum over planes of plane(p) * value / weight - kBias
+//   level = kScale * sum over planes of plane(p) * value / weight - kCenter - kBias
 //
 // The primary templates are built on Fragment<F>, so every format has both; a specialization does it in fewer
 // instructions. An integer n below 1024 in the low bits of fp16 is n 2^-24, exactly, and the tensor cores take it at
 // full speed: a mask is the whole conversion. kBias takes back what that adds to the level. Values would sum it up over
-// all keys, so theirs are centred, but for int2's bits.
+// all keys and lose bits to it: kCenter is taken away every few slices; int2's bits are small enough without.
 #pragma once
 
 #include <algorithm>
@@ -104,6 +105,7 @@ template <class F>
 struct ValueOperand {
   static constexpr int kPlanes = 1;
   static constexpr float kBias = 0.0F, kScale = 1.0F / level_unit<F>;
+  static constexpr int kCenter = 0;
   static constexpr float plane(int) { return 1.0F; }
   static constexpr float weight(int) { return 1.0F; }
   template <int kElements, int kWords>
@@ -125,16 +127,12 @@ __device__ __forceinline__ std::uint32_t plus_1024(std::uint32_t bits, std::uint
   return ptx::and_or(bits, mask, 0x64006400U);
 }
 
-// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: the power of two, 2 to 16,
-// that divides the address of every row, or 0, where `access` says it.
+// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: a power of two, 2 to 16, that
+// divides the address of every row.
 template <int kBytes, int kAccess>
-__device__ __forceinline__ void load_piece(std::uint32_t at, int access, std::uint32_t (&words)[(kBytes + 3) / 4]) {
+__device__ __forceinline__ void load_piece(std::uint32_t at, std::uint32_t (&words)[(kBytes + 3) / 4]) {
   constexpr int kWords = (kBytes + 3) / 4;
-  if constexpr (kAccess == 0) {
-    if (access >= 8) return load_piece<kBytes, 8>(at, access, words);
-    if (access >= 4) return load_piece<kBytes, 4>(at, access, words);
-    load_piece<kBytes, 2>(at, access, words);
-  } else if constexpr (kAccess >= 16 && kBytes % 16 == 0) {
+  if constexpr (kAccess >= 16 && kBytes % 16 == 0) {
 #pragma unroll
     for (int w = 0; w < kWords; w += 4) ptx::load_shared_128(at + 4 * w, words + w);
   } else if constexpr (kAccess >= 8 && kBytes % 8 == 0) {

@@ -97,13 +97,15 @@ struct Fragment<format::TurboQuantK4> {
   }
 };
 
-// Values of 3 bits: three codes of two tokens at a time, moved to the low 9 bits of a half each.
+// Values of 3 bits: three codes of two tokens at a time, moved to the low 9 bits of a half each, and left there: 1, 8 and
+// 64 times as large.
 template <>
 struct ValueOperand<format::TurboQuantV3> {
   static constexpr int kPlanes = 1;
-  static constexpr float kBias = 0.0F, kScale = 1.0F;
+  static constexpr float kBias = 0.0F, kScale = 0x1p24F;
+  static constexpr int kCenter = 4;
   static constexpr float plane(int) { return 1.0F; }
-  static constexpr float weight(int) { return 1.0F; }
+  static constexpr float weight(int n) { return static_cast<float>(1 << (3 * (n % 3))); }
   // The bits of a piece, bit `first` on.
   template <int kWords>
   static __device__ __forceinline__ std::uint32_t bits_from(const std::uint32_t (&words)[kWords], int first) {
@@ -115,15 +117,11 @@ struct ValueOperand<format::TurboQuantV3> {
   template <int kElements, int kWords>
   static __device__ __forceinline__ void convert(const std::uint32_t (&a)[kWords], const std::uint32_t (&b)[kWords],
                                                  std::uint32_t (&values)[1][kElements]) {
-    // 1, 8 and 64 times the code over 1024; level = code - 4.
-    constexpr std::uint32_t kFactor[3] = {0x3c003c00U, 0x30003000U, 0x24002400U};
-    constexpr std::uint32_t kOffset[3] = {0xe404e404U, 0xd820d820U, 0xcd00cd00U};
     std::uint32_t both = 0;
 #pragma unroll
     for (int n = 0; n < kElements; ++n) {
       if (n % 3 == 0) both = ptx::permute(bits_from(a, 3 * n), bits_from(b, 3 * n), 0x5410U);
-      const std::uint32_t placed = plus_1024(both, 0x00070007U << (3 * (n % 3)));
-      values[0][n] = pair_bits(__hfma2(as_half2(placed), as_half2(kFactor[n % 3]), as_half2(kOffset[n % 3])));
+      values[0][n] = both & (0x00070007U << (3 * (n % 3)));
     }
   }
 };

@@ -45,6 +45,12 @@ __device__ __forceinline__ void flip_signs(float (&y)[Map::kElements], int lane,
   for (int j = 0; j < kE; ++j) y[j] = format::apply_sign(y[j], word, j);
 }
 
+// Brings a lane's signs into the constant cache, which a kernel of microseconds does before it has a row.
+__device__ __forceinline__ void touch_signs(format::Rotation rotation, int block, int lane) {
+  if (rotation != format::Rotation::kSignedHadamard) return;
+  asm volatile("" ::"r"(kSignWords.words[__ffs(block) - 1][lane % (format::kMaxHeadSize / 32)]));
+}
+
 template <int kE>
 __device__ __forceinline__ void butterflies(float (&y)[kE], int distance) {
 #pragma unroll

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/mask.h"
 #include "attention/softmax.h"
@@ -23,8 +24,10 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
   const std::uint8_t* row = side.row(block, slot, head);
   constexpr int kBytes = 16 / F::kUnit * F::kUnitBytes;
   alignas(16) std::uint8_t bytes[kBytes] = {};
-  load_bytes(row + lane * kBytes, bytes, static_cast<int>(format::code_bytes<F>(head_size)) - lane * kBytes,
-             min(side.access, F::kUnitBytes));
+  // Units as narrow as they are aligned wherever a row begins.
+  using Word = std::conditional_t<F::kUnitBytes % 4 == 0, std::uint32_t,
+                                  std::conditional_t<F::kUnitBytes % 2 == 0, std::uint16_t, std::uint8_t>>;
+  load_words<Word>(row + lane * kBytes, bytes, static_cast<int>(format::code_bytes<F>(head_size)) - lane * kBytes);
 #pragma unroll
   for (int u = 0; u < 16 / F::kUnit; ++u) F::unpack(bytes + u * F::kUnitBytes, level + u * F::kUnit);
   float squares = 0.0F;
@@ -35,6 +38,11 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
   }
   const format::Affine affine = load_affine<F>(side, block, slot, head, format::row_shape(head_size));
   return {F::kLevelNorm ? affine.scale * rsqrtf(warp_sum(squares)) : affine.scale, affine.offset};
+}
+
+// load_float, as a call: there are sixteen.
+static __device__ __noinline__ float query_element(const std::uint8_t* at, DType dtype) {
+  return load_float(at, dtype);
 }
 
 struct AllKeys {
@@ -53,7 +61,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     const int i = lane * 16 + j;
-    if (i < p.head_size) q[j] = load_float(from + i * p.query_element_bytes, p.query_dtype);
+    if (i < p.head_size) q[j] = query_element(from + i * p.query_element_bytes, p.query_dtype);
   }
   rotate<WideMap>(KeyF::kRotation, q, lane, shape.block);
   float query_sum = 0.0F;
@@ -68,6 +76,7 @@ __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams&
   attention::SoftmaxState state;
   float acc[16] = {};
   float offset = 0.0F;
+#pragma unroll 1
   for (int key = tile.first; key < tile.end; ++key) {
     if (!has(key) || !attention::visible(p.mask, tile.sequence, position, key)) continue;
     const KeyPlace place = find_key(p, tile, key, false);

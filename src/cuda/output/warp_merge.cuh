@@ -37,7 +37,7 @@ __device__ __forceinline__ void put_partial(Merge& merge, int warp, const Runnin
   }
 }
 
-// One warp: rows warp, warp + kWarps, ..
+// A warp has every row of number warp + n * kWarps.
 template <class KeyF, class ValueF, int kNumRows, class Merge>
 __device__ __forceinline__ void merge_warps(const AttentionParams& p, const TileRows& tile, Merge& merge,
                                             const RowInfo* rows, int warp, int lane) {

@@ -18,7 +18,8 @@ __device__ __forceinline__ void barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// Barriers in shared memory that count arrivals. A phase ends with the last arrival; phases have parities 0, 1, 0, ..
+// Barriers in shared memory that count arrivals. A phase ends with the last arrival; phases have parities 0 and 1 in
+// turn.
 __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

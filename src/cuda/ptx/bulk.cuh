@@ -53,6 +53,15 @@ __device__ __forceinline__ std::uint64_t evict_first_policy() {
   return policy;
 }
 
+// Brings a kernel's parameters, a line at a time, into the constant cache: kernels of microseconds wait for each line.
+template <int kBytes, class Params>
+__device__ __forceinline__ void touch_params(const Params& params) {
+#pragma unroll
+  for (int at = 0; at < kBytes; at += 64) {
+    asm volatile("" ::"r"(reinterpret_cast<const int*>(&params)[at / 4]));
+  }
+}
+
 // The next kernel of the stream, launched to overlap this one, may start; waits until the one before has ended.
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

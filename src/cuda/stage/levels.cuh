@@ -71,8 +71,8 @@ __device__ __forceinline__ auto row_chunks(std::uint8_t* row) {
   return [row](int chunk) { return row + 16 * chunk; };
 }
 
-// Levels to shared memory: a group's, 16 bytes at a time to place(0), place(1), ..; a kLevelNorm format adds their
-// squares, as far as they are among `elements`.
+// Levels to shared memory: a group's, 16 bytes at a time to place(0), place(1) and so on; a kLevelNorm format adds
+// their squares, as far as they are among `elements`.
 template <class F, class Place>
 __device__ __forceinline__ void put_levels(const Codes<F>& codes, const Tables<F>& tables, Place&& place, int elements,
                                            float* squares) {

@@ -24,15 +24,15 @@ struct QueryRow {
 
 // This lane's elements of a row that is not made of whole vectors. A call, since it is long and rare.
 static __device__ __noinline__ uint4 fetch_elements(const std::uint8_t* from, int elements, DType dtype, int bytes) {
-  std::uint32_t words[QueryRow::kPer / 2] = {};
-#pragma unroll
-  for (int j = 0; j < QueryRow::kPer; ++j) {
-    if (j >= elements) break;
-    const std::uint32_t code = bytes == 2 ? reinterpret_cast<const std::uint16_t*>(from)[j]
+  std::uint64_t halves[2] = {};
+#pragma unroll 1
+  for (int j = 0; j < min(elements, QueryRow::kPer); ++j) {
+    const std::uint64_t code = bytes == 2 ? reinterpret_cast<const std::uint16_t*>(from)[j]
                                           : __half_as_ushort(__float2half_rn(load_float(from + j, dtype)));
-    words[j / 2] |= code << (16 * (j % 2));
+    (j < 4 ? halves[0] : halves[1]) |= code << (16 * (j % 4));
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  return make_uint4(static_cast<std::uint32_t>(halves[0]), static_cast<std::uint32_t>(halves[0] >> 32),
+                    static_cast<std::uint32_t>(halves[1]), static_cast<std::uint32_t>(halves[1] >> 32));
 }
 
 // One warp: the query row of an info of the tile; zeros for a row past the end.
@@ -55,8 +55,8 @@ __device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const 
   return query;
 }
 
-// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1), ..; its info, completed,
-// to `info`.
+// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1) and so on; its info,
+// completed, to `info`.
 template <class KeyF, int kHead, class Place>
 __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& query, Place&& place, RowInfo& info,
                                           int lane) {

@@ -71,11 +71,8 @@ __device__ __forceinline__ SequenceSlices plain_slices(const AttentionParams& p,
   work.slices = work.rows > 0 && seq_len > 0 ? (seq_len + kSliceKeys - 1) / kSliceKeys : 0;
   return work;
 }
-template <int kTileRows>
-__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int batch) {
-  if (p.plain_mask) return plain_slices<kTileRows>(p, batch);
-  SequenceSlices work = sequence_rows<kTileRows>(p, batch);
-  if (work.rows <= 0) return work;
+// The slices that masks leave of a sequence. A call, since it is long and most launches have plain masks.
+static __device__ __noinline__ SequenceSlices masked_slices(const AttentionParams& p, int batch, SequenceSlices work) {
   const attention::SequenceMask sequence = load_sequence(p, batch, work.rows / p.group_size);
   const attention::KeyRange range =
       attention::visible_range(p.mask, sequence, sequence.context_len, sequence.seq_len - 1);
@@ -90,6 +87,40 @@ __device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams&
     work.run = {0, prefix, begin - prefix};
   }
   return work;
+}
+template <int kTileRows>
+__device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams& p, int batch) {
+  if (p.plain_mask) return plain_slices<kTileRows>(p, batch);
+  const SequenceSlices work = sequence_rows<kTileRows>(p, batch);
+  return work.rows > 0 ? masked_slices(p, batch, work) : work;
+}
+
+// A row tile of a sequence whose work is `work`, and the keys that its rows see; the KV head is each warp's own.
+static __device__ __noinline__ TileRows masked_tile(const AttentionParams& p, int batch, int row_begin, int tile_rows) {
+  TileRows tile;
+  tile.batch = batch;
+  tile.kv_head = tile.split = 0;
+  tile.row_begin = row_begin;
+  complete_rows(p, tile_rows, tile);
+  return tile;
+}
+template <int kTileRows>
+__device__ __forceinline__ TileRows tile_of_sequence(const AttentionParams& p, const SequenceSlices& work, int batch,
+                                                     int row_begin) {
+  if (!p.plain_mask) return masked_tile(p, batch, row_begin, kTileRows);
+  TileRows tile;
+  tile.batch = batch;
+  tile.kv_head = tile.split = 0;
+  tile.query_begin = work.query_begin;
+  tile.row_begin = row_begin;
+  tile.num_rows = work.rows;
+  tile.sequence = load_sequence(p, batch, work.rows / p.group_size);
+  const int first = tile.sequence.context_len + row_begin / p.group_size;
+  const int last = tile.sequence.context_len + (min(row_begin + kTileRows, work.rows) - 1) / p.group_size;
+  tile.first = tile.prefix_end = tile.begin = tile.full_begin = 0;
+  tile.end = visible_keys(p, tile.sequence, first, last).end;
+  tile.full_end = first < 0 ? 0 : (tile.sequence.causal ? first + 1 : tile.sequence.seq_len);
+  return tile;
 }
 
 // How the list is cut, by its number of grains.
@@ -110,6 +141,7 @@ struct PageRuns {
 // them), its first query token, and its rows, negative where it has no slices.
 template <int kTileRows>
 __device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
+#pragma unroll 1
   for (int t = 0; t < shape.max_tiles; ++t) {
     const int rows = max(work.rows - t * kTileRows, 0);
     if (rows == 0 || work.slices == 0) {  // nobody has a run of it

@@ -45,7 +45,7 @@ struct GuestPair5 : FormatDefaults {
     const std::uint16_t scale = float_to_bfloat16(exact::max(stats.value * (1.0F / 7.0F), 0x1p-22F));
     return {scale, exact::reciprocal(bfloat16_to_float(scale))};
   }
-  // The nearest of low, low + step, .. low + count - 1 steps, as its number; 0 for a NaN.
+  // The nearest of low, low + step and on to low + count - 1 steps, as its number; 0 for a NaN.
   static QUIRE_HD std::uint32_t nearest(float x, float low, float step, float count) {
     return static_cast<std::uint32_t>(exact::round_half_even(exact::clamp((x - low) / step, 0.0F, count - 1.0F)));
   }

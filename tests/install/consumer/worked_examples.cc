@@ -25,22 +25,21 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   const auto layout = quire::make_layout(spec);
   if (!layout.ok()) return layout.status();
   const quire::KVCacheBytes bytes = *quire::cache_bytes(*layout, 1);
-  std::vector<std::uint8_t> k(bytes.base), v(bytes.v_base), k_scales(bytes.k_scales), v_scales(bytes.v_scales);
+  const auto bytes_for = [](std::int64_t size) { return std::vector<std::uint8_t>(static_cast<std::size_t>(size)); };
+  auto k = bytes_for(bytes.base), v = bytes_for(bytes.v_base);
+  auto k_scales = bytes_for(bytes.k_scales), v_scales = bytes_for(bytes.v_scales);
   const auto cache = quire::make_views(*layout, 1, k.data(), v.data(), k_scales.data(), v_scales.data());
 
   std::vector<float> row(kHeadSize), out(kHeadSize);
-  for (int i = 0; i < kHeadSize; ++i) row[i] = static_cast<float>(i - 12) / 8.0F;
+  for (std::size_t i = 0; i < row.size(); ++i) row[i] = (static_cast<float>(i) - 12.0F) / 8.0F;
   std::int64_t slot = 0;
   quire::ReshapeAndCacheArgs store;
   store.mode = *mode;
   store.key = store.value = Tensor::contiguous(row.data(), DType::kFloat32, {1, 1, kHeadSize});
-  store.key_cache = cache.key_cache;
-  store.value_cache = cache.value_cache;
-  store.k_scale_cache = cache.k_scale_cache;
-  store.v_scale_cache = cache.v_scale_cache;
+  store.cache = cache;
   store.slot_mapping = Tensor::contiguous(&slot, DType::kInt64, {1});
   if (tensor_scale != 1.0F) store.k_scale = store.v_scale = Tensor::contiguous(&tensor_scale, DType::kFloat32, {1});
-  if (quire::Status status = quire::reshape_and_cache(store); !status.ok()) return status;
+  if (quire::Status status = quire::reshape_and_cache(store, nullptr); !status.ok()) return status;
 
   std::vector<float> query(kHeadSize);
   std::int32_t cu_seqlens_q[] = {0, 1}, seq_len = 1, block = 0;
@@ -48,16 +47,14 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
   read.mode = *mode;
   read.query = Tensor::contiguous(query.data(), DType::kFloat32, {1, 1, kHeadSize});
   read.out = Tensor::contiguous(out.data(), DType::kFloat32, {1, 1, kHeadSize});
-  read.key_cache = cache.key_cache;
-  read.value_cache = cache.value_cache;
-  read.k_scale_cache = cache.k_scale_cache;
-  read.v_scale_cache = cache.v_scale_cache;
+  read.cache = cache;
   read.cu_seqlens_q = Tensor::contiguous(cu_seqlens_q, DType::kInt32, {2});
   read.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
   read.block_table = Tensor::contiguous(&block, DType::kInt32, {1, 1});
-  read.k_scale = store.k_scale;
-  read.v_scale = store.v_scale;
-  if (quire::Status status = quire::unified_attention(read); !status.ok()) return status;
+  read.softmax_scale = 1.0F;
+  read.k_descale = store.k_scale;
+  read.v_descale = store.v_scale;
+  if (quire::Status status = quire::unified_attention(read, nullptr); !status.ok()) return status;
 
   // The first 16 bytes of the key; all of a slot that K and V share.
   const std::size_t shown = layout->spec.packing == quire::KVPacking::kKVInRow ? k.size() : 16;
@@ -72,7 +69,7 @@ quire::Status print_example(const std::string& mode_name, float tensor_scale) {
     std::printf("%s  scale  %08x\n", mode_name.c_str(), bits);
   }
   std::printf("%s  read ", mode_name.c_str());
-  for (int i = 0; i < 8; ++i) std::printf(" %.4f", out[i]);
+  for (std::size_t i = 0; i < 8; ++i) std::printf(" %.4f", out[i]);
   std::printf("\n");
   return {};
 }

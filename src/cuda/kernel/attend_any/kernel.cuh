@@ -3,7 +3,7 @@
 //
 //   grid    (row tile, KV head, split). Rows are the (query token, query head) pairs of one KV head, token-major, so a
 //           tile of kRows rows holds several heads of a group and several tokens: any GQA ratio fills it.
-//   block   4 warps; warp w owns rows 4w .. 4w+3: it loads and rotates their queries, computes their logits (lane =
+//   block   4 warps; warp w owns rows 4w to 4w+3: it loads and rotates their queries, computes their logits (lane =
 //           key) and keeps their running softmax. Accumulators are spread over threads by output column.
 //   tile    kKeys keys are unpacked to fp32 levels in shared memory, once for all rows. Only keys that some row of the
 //           tile sees are looked up in the block table and read.
@@ -313,7 +313,7 @@ class AttendAnyBlock {
     }
   }
 
-  // Weighted values: a thread owns columns thread, thread + 128, ..
+  // Weighted values: a thread owns columns thread, thread + 128 and so on.
   __device__ __forceinline__ void add_values() {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {

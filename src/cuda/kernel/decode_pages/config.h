@@ -38,13 +38,14 @@ struct DecodePagesConfig {
   // Slices at once.
   static constexpr int kRawWords =
       2 * KeyPieces::kCount * KeyPieces::kWords + 4 * ValuePieces::kCount * ValuePieces::kWords;
-  static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 8 || kHead > 128 || kRawWords > 32 ? 1 : 2;
-  static constexpr bool kLateValues = kRawWords > 32;  // loaded once K's registers are free
+  static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 16 || kHead > 128 || kRawWords > 32 ? 1 : 2;
+  static constexpr bool kLateValues = kRawWords > 32 || kRows > 16;  // loaded once K's registers are free
   // What divides the address of every row where nothing is odd about the layout: rows of slots are as aligned as a slot.
   static constexpr bool kSlots =
       KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
   static constexpr int kRowBytes = static_cast<int>(format::row_bytes<KeyF>(kHead) | format::row_bytes<ValueF>(kHead));
   static constexpr int kAccess = !kSlots ? 16 : kRowBytes % 4 == 0 ? 4 : 2;
+  static constexpr int kLeastAccess = kSlots ? 2 : 4;                      // whatever the layout
   static constexpr bool kTail = kCodesMayBeNaN<KeyF> || KeyF::kLevelNorm;  // elements past the head size matter
 
   static constexpr int kMaxStages = 32;

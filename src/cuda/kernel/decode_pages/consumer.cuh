@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cuda/kernel/decode_pages/config.h"
-#include "cuda/kernel/decode_pages/output.cuh"
+#include "cuda/kernel/decode_pages/queries.cuh"
 #include "cuda/ptx/bulk.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -17,7 +17,7 @@
 namespace quire::cuda {
 
 template <class KeyF, class ValueF, int kHead, int kRows>
-class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
+class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
  public:
   using Config = DecodePagesConfig<KeyF, ValueF, kHead, kRows>;
 
@@ -44,25 +44,37 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
     value_meta_ = kHasScaleCache<ValueF> ? place(p.slice.value_scale, key_)
                                          : place(p.slice.value, key_) + code_bytes<ValueF>(p.head_size_v);
     leads_ = lane == 0 ? 1U : 0U;
+    touch_signs(KeyF::kRotation, format::row_shape(p.head_size).block, lane);
     // Kept in registers, not computed again in the loop.
     asm volatile("" : "+r"(key_at_), "+r"(value_at_[0]), "+r"(value_at_[1]), "+r"(key_meta_), "+r"(value_meta_));
     asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane4_));
   }
 
   __device__ __forceinline__ void run() {
+    ptx::wait_for_previous_kernel();
     for (int turn = 0;; ++turn) {
       const int i = turn % Config::kSegments;
       ptx::barrier_wait_at(ptx::shared_address(&shared_.segment_full[i]), turn / Config::kSegments % 2);
       const typename Config::Segment& segment = shared_.segments[i];
       if (segment.num_slices == 0) return;
-      begin(segment);
+      load_queries(segment.tile);
+      clear();
+      biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr ? 1U : 0U;
+      asm volatile("" : "+r"(biased_));                                     // asked once
       const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
       int left = slices;
       if (p_.aligned && !(Config::kTail && p_.head_size < kHead)) {
         constexpr int kN = Config::kSlicesAtOnce;
-        for (; left >= kN; left -= kN) take<kN, false, Config::kAccess>(segment);
+        for (; left >= kN; left -= kN) {
+          take<kN, false, Config::kAccess>(segment);
+          if (kCentered && left % 16 < kN) center();
+        }
       }
-      for (; left > 0; --left) take<1, Config::kTail, 0>(segment);  // what is left, and whatever is unusual
+      for (; left > 0; --left) {  // what is left, and whatever is unusual
+        take<1, Config::kTail, Config::kLeastAccess>(segment);
+        if (kCentered && left % 16 == 0) center();
+      }
+      if constexpr (kCentered) center();
       finish(segment);
       __syncwarp();
       if (leads_ != 0) ptx::barrier_arrive_at(ptx::shared_address(&shared_.segment_empty[i]));
@@ -70,129 +82,45 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
   }
 
  private:
-  using Base = PageOutput<KeyF, ValueF, kHead, kRows>;
+  using Base = PageQueries<KeyF, ValueF, kHead, kRows>;
   using Base::acc_;
+  using Base::center;
+  using Base::clear;
   using Base::element_of;
   using Base::finish;
-  using Base::fresh_;
   using Base::group_;
-  using Base::head_;
-  using Base::inverse_;
+  using Base::kCentered;
   using Base::kColumns;
-  using Base::kNothing;
-  using Base::kOutTiles;
+  using Base::kQueryGain;
   using Base::kSpread;
+  using Base::kStepsOfPiece;
   using Base::kTiles;
   using Base::kTilesOfPiece;
   using Base::lane_;
-  using Base::max_;
-  using Base::offset_;
+  using Base::load_queries;
   using Base::own_;
   using Base::p_;
   using Base::pair_;
   using Base::quad_;
+  using Base::query_fragment;
+  using Base::query_sum;
+  using Base::row_factor;
   using Base::row_of;
-  using Base::sum_;
   using Base::tile_of;
-  using Base::unit_;
   using Base::weigh;
+  using Base::weights_;
+  using typename Base::KeyOp;
   using typename Base::Keys;
   using typename Base::Slice;
   using typename Base::ValueOp;
   using typename Base::Values;
-  using KeyOp = KeyOperand<KeyF>;
-  static constexpr int kSteps = kHead / 16;  // of the first product
-  static constexpr int kStepsOfPiece = Keys::kElements / 4;
   static constexpr int kPlanes = KeyOp::kPlanes;
   // Two chains of products where one would wait for itself.
   static constexpr int kChains = kPlanes == 1 && kTiles == 1 ? 2 : 1;
-  // Queries are this times too large, so that weights of pairs leave them normal numbers.
-  static constexpr float kQueryGain = KeyOp::weight(1) != 1.0F || kPlanes > 1 ? 32.0F : 1.0F;
 
   template <class F>
   static __device__ __forceinline__ std::uint32_t code_bytes(int head_size) {
     return static_cast<std::uint32_t>(format::code_bytes<F>(head_size));
-  }
-
-  // ---- a segment's queries and state --------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void begin(const typename Config::Segment& segment) {
-    TileRows tile = segment.tile;
-    tile.kv_head = head_;
-    if (lane_ < kRows) own_.rows[lane_] = row_info(p_, tile, lane_);
-    __syncwarp();
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll 1
-      for (int r = 0; r < Config::kQueryRows; r += 4) {
-        put_four_queries<KeyF, kHead>(p_, tile, own_.rows + 8 * m + r, own_.queries + r * Config::kQueryPitch,
-                                      Config::kQueryPitch, lane_);
-      }
-      __syncwarp();
-      keep_queries(m);
-      __syncwarp();
-    }
-    const float factor = log2_of_logit(tile);
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const RowInfo& row = own_.rows[row_of(c)];
-      factor_[c] = factor * row.scale;
-      query_sum_[c] = row.sum;
-      max_[c] = kNothing;
-      sum_[c] = offset_[c] = 0.0F;
-    }
-    unit_ = inverse_ = 1.0F;
-    fresh_ = true;
-    biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr ? 1U : 0U;
-    asm volatile("" : "+r"(biased_));  // asked once
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int t = 0; t < kOutTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc_[m][t][i] = 0.0F;
-      }
-    }
-  }
-
-  __device__ __forceinline__ float log2_of_logit(const TileRows& tile) const { return logit_factor(p_, tile) * kLog2E; }
-
-  // Rows 8 m on as the second operand, arranged as the keys' elements are.
-  __device__ __forceinline__ void keep_queries(int m) {
-    const int row = kSpread ? quad_ / 2 : quad_;
-    const std::uint8_t* from = own_.queries + row * Config::kQueryPitch + 2 * pair_ * Keys::kElements;
-    const bool empty = kSpread && quad_ % 2 != 0;
-#pragma unroll
-    for (int j = 0; j < Keys::kCount; ++j) {
-      std::uint32_t words[Keys::kElements / 2];
-#pragma unroll
-      for (int w = 0; w < Keys::kElements / 2; w += 4) {
-        ptx::load_shared_128(ptx::shared_address(from) + 8 * j * Keys::kElements + 4 * w, words + w);
-      }
-#pragma unroll
-      for (int i = 0; i < Keys::kElements / 2; ++i) {
-        constexpr auto selector = [](int pair) {
-          return (KeyOp::element(pair, 0) % 2 == 0 ? 0x0010U : 0x0032U) |
-                 (KeyOp::element(pair, 1) % 2 == 0 ? 0x5400U : 0x7600U);
-        };
-        std::uint32_t both =
-            ptx::permute(words[KeyOp::element(i, 0) / 2], words[KeyOp::element(i, 1) / 2], selector(i));
-        if constexpr (kQueryGain != 1.0F) {
-          both = pair_bits(__hmul2(as_half2(both), __float2half2_rn(kQueryGain / KeyOp::weight(i))));
-        }
-        const int step = j * kStepsOfPiece + i / 2;
-        if constexpr (Config::kQueryInShared) {
-          (i % 2 == 0 ? own_.fragments[m][step][lane_].x : own_.fragments[m][step][lane_].y) = both;
-        } else {
-          query_[m][step][i % 2] = empty ? 0U : both;
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ uint2 query_fragment(int m, int step) const {
-    if constexpr (Config::kQueryInShared) return own_.fragments[m][step][lane_];
-    return make_uint2(query_[m][step][0], query_[m][step][1]);
   }
 
   // ---- slices -------------------------------------------------------------------------------------------------------
@@ -236,7 +164,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
       const std::uint32_t at = slice.at + key_at_ + i * 8 * p_.slice.key.slot_stride;
 #pragma unroll
       for (int j = 0; j < Keys::kCount; ++j) {
-        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, p_.key_access, slice.key[i][j]);
+        load_piece<Keys::kBytes, kAccess>(at + 4 * j * Keys::kBytes, slice.key[i][j]);
       }
       slice.of_key[i] = load_meta<KeyF>(slice.at + key_meta_, i, p_.slice.key, p_.slice.key_scale, p_.head_size);
       slice.of_value[i] =
@@ -272,7 +200,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
         const std::uint32_t at = slices[n].at + value_at_[i % 2] + i / 2 * 8 * p_.slice.value.slot_stride;
 #pragma unroll
         for (int j = 0; j < Values::kCount; ++j) {
-          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, p_.value_access, slices[n].value[i][j]);
+          load_piece<Values::kBytes, kAccess>(at + 8 * j * Values::kBytes, slices[n].value[i][j]);
         }
       }
     }
@@ -372,6 +300,7 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
     } else {
       dot = products[0][element];
     }
+    const float factor = row_factor(c);
     // Levels of a kLevelNorm format are divided by their norm, in units.
     constexpr float kPlane = KeyF::kLevelNorm ? 1.0F : KeyOp::plane(0) / kQueryGain;
     float s = 0.0F;
@@ -379,9 +308,9 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
       constexpr float kBiasInUnits = KeyOp::kBias / kPlane;
       const float zero = KeyF::kHasOffset ? fmaf(of_key.scale, -kBiasInUnits, of_key.offset * (1.0F / kPlane))
                                           : of_key.scale * -kBiasInUnits;
-      s = fmaf(zero, query_sum_[c], of_key.scale * dot) * (factor_[c] * kPlane);
+      s = fmaf(zero, query_sum(c), of_key.scale * dot) * (factor * kPlane);
     } else {
-      s = dot * (kHasMeta<KeyF> ? of_key.scale * (factor_[c] * kPlane) : factor_[c] * kPlane);
+      s = dot * (kHasMeta<KeyF> ? of_key.scale * (factor * kPlane) : factor * kPlane);
     }
     return KeyF::kLogitsMayBeInfinite ? exact::nan_unless_finite(s) : s;
   }
@@ -462,6 +391,11 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
         }
       }
     }
+    if constexpr (kCentered) {
+      constexpr std::uint32_t kOnes[4] = {0x3c003c00U, 0x3c003c00U, 0x3c003c00U, 0x3c003c00U};
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) ptx::mma_16x8x16<false>(weights_[m], kOnes, weights[m][0][0], weights[m][0][1]);
+    }
 #pragma unroll
     for (int j = 0; j < Values::kCount; ++j) {
       std::uint32_t early[ValueOp::kPlanes][Values::kElements], late[ValueOp::kPlanes][Values::kElements];
@@ -490,8 +424,6 @@ class PageConsumer : PageOutput<KeyF, ValueF, kHead, kRows> {
   int key_, value_key_;
   std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // in the first stage
 
-  std::uint32_t query_[Config::kQueryInShared ? 1 : kTiles][Config::kQueryInShared ? 1 : kSteps][2];
-  float factor_[kColumns], query_sum_[kColumns];
   std::uint32_t biased_;
 };
 

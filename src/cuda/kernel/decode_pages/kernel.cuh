@@ -53,7 +53,6 @@ __global__ void __launch_bounds__((DecodePagesConfig<KeyF, ValueF, kHead, kRows>
   KeyOperand<KeyF>::fill(shared.table, thread, Config::kThreads);
   __syncthreads();
   ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
   if (warp >= Config::kWarps) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (warp == Config::kWarps) PageProducer<Config>(p, shared, stages, part, place, lane).run();

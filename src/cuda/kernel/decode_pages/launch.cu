@@ -11,13 +11,21 @@
 namespace quire::cuda {
 namespace {
 
+constexpr int kLine = 128;  // bytes: stages begin at a line of shared memory
+
 template <int kHead>
-__global__ void __launch_bounds__(std::min(1024, kHead* kMostMergeSplits))
+__global__ void __launch_bounds__(32 * PagesMerge<kHead>::kMostWarps)
     merge_pages(const __grid_constant__ MergePagesParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  __shared__ PagesMerge<kHead> merge;
-  merge.run(p, static_cast<int>(blockIdx.x), static_cast<int>(blockDim.x) / kHead, static_cast<int>(threadIdx.x) / 32,
-            static_cast<int>(threadIdx.x) % 32);
+  using Merge = PagesMerge<kHead>;
+  extern __shared__ float4 shared_bytes[];
+  __shared__ float rows[kMergeWarps][kHead];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int row = warp / p.warps;
+  const int rows_of_block = static_cast<int>(blockDim.x) / 32 / p.warps;
+  Merge::run(p, static_cast<int>(blockIdx.x) * rows_of_block + row,
+             reinterpret_cast<typename Merge::Sum*>(shared_bytes) + row * p.warps * Merge::kLanes, rows[row],
+             warp % p.warps, static_cast<int>(threadIdx.x) % 32);
 #endif
 }
 
@@ -25,11 +33,8 @@ __global__ void __launch_bounds__(std::min(1024, kHead* kMostMergeSplits))
 template <class Params>
 cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes,
                               const Params& params, cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -38,13 +43,24 @@ cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int t
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-cudaError_t launch_merge(const MergePagesParams& params, std::int64_t tiles, int head_class, int splits,
-                         cudaStream_t stream) {
-  const std::int64_t blocks = tiles * params.num_kv_heads * (params.tile_rows / 4);
-  void (*kernel)(MergePagesParams) = head_class == 64    ? &merge_pages<64>
-                                     : head_class == 128 ? &merge_pages<128>
-                                                         : &merge_pages<256>;
-  return launch_overlapped(kernel, blocks, head_class * splits, 0, params, stream);
+template <int kHead>
+cudaError_t launch_merge(const MergePagesParams& params, cudaStream_t stream) {
+  using Merge = PagesMerge<kHead>;
+  const std::int64_t rows = std::int64_t{params.tiles} * params.num_kv_heads * params.tile_rows;
+  const int rows_of_block = std::max(1, kMergeWarps / params.warps);
+  const int warps = rows_of_block * params.warps;
+  const std::size_t shared_bytes =
+      params.warps > 1 ? static_cast<std::size_t>(warps) * Merge::kLanes * sizeof(typename Merge::Sum) : 0;
+  return launch_overlapped(&merge_pages<kHead>, (rows + rows_of_block - 1) / rows_of_block, 32 * warps, shared_bytes,
+                           params, stream);
+}
+
+// Log2 of the warps for each row of about `count` partials: as many as one load of each has them all on their way.
+int merge_warps(std::int64_t count) {
+  constexpr int kMost = 4;
+  int log2 = 0;
+  while (log2 < kMost && (8 << log2) < count) ++log2;
+  return log2;
 }
 
 // How the list is shared out, and the slots of its partial results.
@@ -94,14 +110,8 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   DecodePagesParams p{params};
   p.max_splits = 1;
   p.num_kv_heads = params.num_q_heads / params.group_size;
-  const auto row_bytes = [](format::FormatId id, int head_size) {
-    return format::format_info(id).row_bytes(head_size);
-  };
-  const auto slice =
-      attention::page_slice(params.key, row_bytes(params.key.format, params.head_size), params.value,
-                            row_bytes(params.value.format, params.head_size_v), p.num_kv_heads, params.block_size);
-  if (!slice) return cudaErrorInvalidValue;  // the plan's problem says that it has one
-  p.slice = *slice;
+  if (params.page_slice == nullptr) return cudaErrorInvalidValue;  // the plan's problem says that it has one
+  p.slice = *params.page_slice;
   const std::int64_t tiles = static_cast<std::int64_t>(params.batch) * params.sequence_tiles;
   const std::int64_t max_keys = params.max_blocks * params.block_size;
   const Sharing sharing = share(kernel, p.slice.num_heads, p.num_kv_heads, params.num_multiprocessors, tiles,
@@ -111,14 +121,13 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   p.groups = sharing.groups;
   // Loads reach past the last row where rows are smaller than their class, or unaligned: not into the next stage.
   const bool full = params.head_size == kernel.head_class && params.head_size_v == kernel.head_class;
-  p.stage_bytes = p.slice.bytes + (!full ? kernel.slack : (kernel.access < 16 ? 16 : 0));
+  const int past = !full ? kernel.slack : (kernel.access < 16 ? 16 : 0);
+  p.stage_bytes = (p.slice.bytes + past + kLine - 1) / kLine * kLine;
   const int fit = (kernel.shared_bytes - kernel.header_bytes - kernel.slack) / p.stage_bytes;
   while (p.groups > 1 && fit < 2 * p.groups) --p.groups;
   p.num_stages = std::min(fit, kernel.max_stages) / p.groups * p.groups;
   if (p.num_stages < 1) return cudaErrorInvalidValue;
-  p.key_access = access_of(p.slice.key);
-  p.value_access = access_of(p.slice.value);
-  p.aligned = std::min(p.key_access, p.value_access) >= kernel.access;
+  p.aligned = std::min(access_of(p.slice.key), access_of(p.slice.value)) >= kernel.access;
   PagePartials& partials = p.partials_of_pages;
   partials.tiles = static_cast<int4*>(static_cast<void*>(params.partials.state));
   partials.state = static_cast<float2*>(static_cast<void*>(partials.tiles + tiles));
@@ -127,13 +136,24 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   const cudaError_t error = launch_overlapped(function, static_cast<std::int64_t>(sharing.blocks) * sharing.parts,
                                               kernel.threads, static_cast<std::size_t>(kernel.shared_bytes), p, stream);
   if (error != cudaSuccess) return error;
-  // Partials of a row: about as many as blocks a tile.
+  MergePagesParams merge{};
+  merge.partials = partials;
+  merge.tile_rows = kernel.tile_rows;
+  merge.max_tiles = p.list.max_tiles;
+  merge.num_kv_heads = p.num_kv_heads;
+  merge.group_size = p.group_size;
+  merge.groups = p.groups;
+  merge.value_piece = kernel.value_piece;
+  merge.tiles = static_cast<int>(tiles);
+  merge.num_tokens = p.num_tokens;
+  merge.output = p.output;
+  // The order of a row's sums must not depend on the batch where that is invariant.
   const std::int64_t count = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;
-  int splits = 1;
-  while (splits < kMostMergeSplits && 4 * splits < count && splits * kernel.head_class < 1024) splits *= 2;
-  const MergePagesParams merge{partials, kernel.tile_rows,   p.list.max_tiles, p.num_kv_heads, p.group_size,
-                               p.groups, kernel.value_piece, p.num_tokens,     p.output};
-  return launch_merge(merge, tiles, kernel.head_class, splits, stream);
+  merge.log2_warps = params.batch_invariant ? 3 : merge_warps(count);
+  merge.warps = 1 << merge.log2_warps;
+  return kernel.head_class == 64    ? launch_merge<64>(merge, stream)
+         : kernel.head_class == 128 ? launch_merge<128>(merge, stream)
+                                    : launch_merge<256>(merge, stream);
 }
 
 }  // namespace quire::cuda

@@ -41,6 +41,10 @@ struct DecodePages {
         INT32_MAX) {
       return "all sequences have 2^31 slices of 16 keys or more";
     }
+    if (checked_product({problem.max_batch, tiles_of_sequence(kernel, problem), problem.num_kv_heads, kRows})
+            .value_or(INT64_MAX) > INT32_MAX) {
+      return "the tiles of all sequences have 2^31 rows or more";
+    }
     const int least = problem.row_alignment;
     if (least < 2 || (least < 4 && !(unaligned(kernel.key) && unaligned(kernel.value)))) {
       return "rows are not aligned to 4 bytes, or slots of both sides to 2";

@@ -1,4 +1,4 @@
-// The partial results of decode_pages to outputs: one block for four rows of a KV head.
+// The partial results of decode_pages to outputs.
 #pragma once
 
 #include <cstdint>
@@ -12,98 +12,133 @@
 
 namespace quire::cuda {
 
-inline constexpr int kMostMergeSplits = 8;
+inline constexpr int kMergeWarps = 4;  // of a block, where a row has no more
 
-// `index`: of the block: (tile, KV head, set). The warps are kHead / 32 quarters of the elements times `splits` that
-// share the partials.
+// A row's partials are dealt out to `p.warps` warps, whose lanes have kHead / 32 elements each.
 template <int kHead>
 struct PagesMerge {
-  static constexpr int kQuarters = kHead / 32;  // a float4 a lane each
+  static constexpr int kMostWarps = 16;                            // of a row
+  static constexpr int kVectors = kHead <= 128 ? 1 : kHead / 128;  // float4 of a lane
+  static constexpr int kLanes = kHead / 4 / kVectors;              // that have elements
+  static constexpr int kAtOnce = 8 / kVectors;                     // partials whose loads are on their way together
 
-  float4 acc[kMostMergeSplits][kQuarters][32];
-  float2 state[kMostMergeSplits][4];
-  float rows[4][kHead];
-
-  __device__ __forceinline__ void run(const MergePagesParams& p, int index, int splits, int warp, int lane) {
-    const int sets = p.tile_rows / 4;
-    const int set = index % sets;
-    const int head = index / sets % p.num_kv_heads;
-    const int tile = index / sets / p.num_kv_heads;
-    const int row = row_of(p, set, lane % 4);
-    const int split = warp / kQuarters;
-    const int quarter = warp % kQuarters;
-    ptx::let_next_kernel_start();
-    ptx::wait_for_previous_kernel();
-    const int4 note = p.partials.tiles[tile];
-    const int num_rows = note.w < 0 ? -note.w : note.w;
-    if (num_rows == 0) return;
-
-    // Partials split, split + splits, .. of this tile: those of run r and group g are r groups + g.
-    const int count = note.w < 0 ? 0 : (note.y - note.x + 1) * p.groups;
-    const std::int64_t first = (static_cast<std::int64_t>(note.x) + tile) * p.groups;
-    Sum sum;
-#pragma unroll 4
-    for (int i = split; i < count; i += splits) {
-      const std::int64_t place = (first + i) * p.num_kv_heads + head;
-      const float2 from = p.partials.state[place * p.tile_rows + row];
-      sum.add(from.x, from.y, p.partials.acc[(place * sets + set) * kHead + quarter * 32 + lane]);
-    }
-    if (splits > 1) {
-      acc[split][quarter][lane] = sum.total;
-      if (quarter == 0 && lane < 4) state[split][lane] = make_float2(sum.max, sum.sum);
-      __syncthreads();
-    }
-    if (split == 0) {
-#pragma unroll 1
-      for (int s = 1; s < splits; ++s) {
-        const float2 from = state[s][lane % 4];
-        sum.add(from.x, from.y, acc[s][quarter][lane]);
-      }
-      const float four[4] = {sum.total.x, sum.total.y, sum.total.z, sum.total.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int f = 4 * quarter + e;
-        rows[lane % 4][(f / p.value_piece * 8 + lane / 4) * p.value_piece + f % p.value_piece] = four[e];
-      }
-      if (quarter == 0 && lane < 4) state[0][lane] = make_float2(sum.max, sum.sum);
-    }
-    __syncthreads();
-    using Map = LaneMap<8, kHead / 8, true>;
-    constexpr int kRowsAtOnce = 32 / Map::kLanes;
-    const int t = warp * kRowsAtOnce + lane / Map::kLanes;
-    if (warp * kRowsAtOnce >= 4) return;
-    const int own_row = row_of(p, set, t);
-    const int index_of_row = tile % p.max_tiles * p.tile_rows + own_row;
-    const std::int64_t token = note.z + index_of_row / p.group_size;
-    finish_row<Map>(p.output, rows[t], {state[0][t].x * kLn2, state[0][t].y}, token,
-                    head * p.group_size + index_of_row % p.group_size, lane % Map::kLanes,
-                    own_row < num_rows && token < p.num_tokens);
-  }
-
- private:
-  // Row of the tile that lanes t of a set have: as decode_pages' columns.
-  static __device__ __forceinline__ int row_of(const MergePagesParams& p, int set, int t) {
-    return p.tile_rows == 4 ? t : 8 * (set / 2) + 2 * t + set % 2;
-  }
-
-  struct Sum {
+  struct alignas(16) Sum {
     float max = -INFINITY, sum = 0.0F;  // max in log2
-    float4 total = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-    // A partial without a visible key is left out, whatever its accumulator holds.
-    __device__ __forceinline__ void add(float other_max, float other_sum, const float4& x) {
-      if (other_sum == 0.0F) return;
-      const float top = fmaxf(max, other_max);
-      // NaN sums have no maximum: -inf less -inf must not hide them.
-      const float own = max == top ? 1.0F : ptx::ex2_approx(max - top);
-      const float factor = other_max == top ? 1.0F : ptx::ex2_approx(other_max - top);
-      max = top;
-      sum = sum * own + other_sum * factor;
-      total.x = total.x * own + x.x * factor;
-      total.y = total.y * own + x.y * factor;
-      total.z = total.z * own + x.z * factor;
-      total.w = total.w * own + x.w * factor;
+    float4 total[kVectors] = {};
+
+    // Adds `count` partials whose states and whose elements of this lane are so many bytes apart; a lane's vectors are
+    // `vector_stride` float4 apart. All lanes call.
+    __device__ __forceinline__ void add(const char* states, std::int64_t state_step, const char* vectors,
+                                        std::int64_t vector_step, int vector_stride, int count, int lane) {
+      states += lane % kAtOnce * state_step;
+#pragma unroll 1
+      for (; count > 0; count -= kAtOnce) {
+        float4 x[kAtOnce][kVectors];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            if (j < count && lane < kLanes) x[j][v] = reinterpret_cast<const float4*>(vectors)[v * vector_stride];
+          }
+          vectors += vector_step;
+        }
+        // Lane j has the state of partial j, and so have those kAtOnce on. A partial without a visible key is left out,
+        // whatever it holds.
+        const float2 from = lane % kAtOnce < count ? *reinterpret_cast<const float2*>(states) : float2{};
+        states += kAtOnce * state_step;
+        const bool exists = from.y != 0.0F;
+        float top = exists ? from.x : -INFINITY;
+#pragma unroll
+        for (int reach = 1; reach < kAtOnce; reach *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, reach));
+        top = fmaxf(top, max);
+        // NaN sums have no maximum: -inf less -inf must not hide them.
+        const float factor = from.x == top ? 1.0F : ptx::ex2_approx(from.x - top);
+        float part = exists ? from.y * factor : 0.0F;
+#pragma unroll
+        for (int reach = 1; reach < kAtOnce; reach *= 2) part += __shfl_xor_sync(kFullWarp, part, reach);
+        const float before = max == top ? 1.0F : ptx::ex2_approx(max - top);
+        max = top;
+        sum = fmaf(sum, before, part);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) total[v] = scaled_sum({}, total[v], before);
+        const std::uint32_t there = __ballot_sync(kFullWarp, exists);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const float by = __shfl_sync(kFullWarp, factor, j);
+          if ((there >> j & 1U) == 0) continue;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) total[v] = scaled_sum(total[v], x[j][v], by);
+        }
+      }
+    }
+    static __device__ __forceinline__ float4 scaled_sum(float4 a, float4 b, float by) {
+      return {fmaf(b.x, by, a.x), fmaf(b.y, by, a.y), fmaf(b.z, by, a.z), fmaf(b.w, by, a.w)};
     }
   };
+
+  // `unit`: the row, as (tile, KV head, row of the tile). `sums`: shared memory of p.warps times kLanes, `own` of kHead
+  // floats, the row's own.
+  static __device__ __forceinline__ void run(const MergePagesParams& p, int unit, Sum* sums, float* own, int warp,
+                                             int lane) {
+    const int row = unit % p.tile_rows;
+    const int head = unit / p.tile_rows % p.num_kv_heads;
+    const int tile = unit / p.tile_rows / p.num_kv_heads;
+    const int index = tile % p.max_tiles * p.tile_rows + row;  // of the sequence's rows
+    const int query = index / p.group_size;
+    const int query_head = head * p.group_size + index - query * p.group_size;
+    const std::int64_t stride = static_cast<std::int64_t>(p.num_kv_heads) * p.tile_rows;  // of a row's partials
+    const std::int64_t state_stride = stride * static_cast<int>(sizeof(float2));
+    const std::int64_t vector_stride = stride * (kHead * static_cast<int>(sizeof(float)));
+    const std::int64_t before = (static_cast<std::int64_t>(tile) * p.groups + warp) * stride + head * p.tile_rows + row;
+    const char* states = reinterpret_cast<const char*>(p.partials.state + before);
+    const char* vectors = reinterpret_cast<const char*>(p.partials.acc + before * (kHead / 4) + lane % kLanes);
+    float4* places[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int place = v * kLanes + lane % kLanes;  // elements f on of a lane of decode_pages
+      const int f = place / 8 * 4;
+      places[v] =
+          reinterpret_cast<float4*>(own + (f / p.value_piece * 8 + place % 8) * p.value_piece + f % p.value_piece);
+    }
+    asm volatile("" ::"r"(query), "r"(query_head), "l"(states), "l"(vectors), "l"(places[0]));  // now, not later
+    ptx::touch_params<sizeof(MergePagesParams)>(p);
+    touch_signs(p.output.rotation, p.output.shape.block, lane);
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
+    const int4 note = tile < p.tiles ? p.partials.tiles[tile] : make_int4(0, -1, 0, 0);
+    const int num_rows = abs(note.w);
+    // Partial i is that of run i / groups and group i % groups; this warp's are warp, warp + p.warps, ..
+    const int count = note.w < 0 || row >= num_rows ? 0 : (note.y - note.x + 1) * p.groups;
+    Sum sum;
+    int left = (count - warp + p.warps - 1) >> p.log2_warps;  // negative where there are none
+    states += note.x * p.groups * state_stride;
+    vectors += note.x * p.groups * vector_stride;
+    std::int64_t state_step = p.warps * state_stride;
+    std::int64_t vector_step = p.warps * vector_stride;
+#pragma unroll 1
+    for (int pass = 0;; ++pass) {  // over the partials of this warp, then over the warps' sums
+      sum.add(states, state_step, vectors, vector_step, pass == 0 ? kLanes : 1, left, lane);
+      if (pass == 1 || p.warps == 1) break;
+      if (lane < kLanes) sums[warp * kLanes + lane] = sum;
+      __syncthreads();
+      if (warp > 0) return;
+      sum = {};
+      left = p.warps;
+      states = reinterpret_cast<const char*>(&sums[0].max);
+      vectors = reinterpret_cast<const char*>(sums[lane % kLanes].total);
+      state_step = vector_step = kLanes * static_cast<int>(sizeof(Sum));
+    }
+    if (row >= num_rows) return;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (lane < kLanes) *places[v] = sum.total[v];
+    }
+    __syncwarp();
+    const int token = note.z + query;
+    using Map = LaneMap<8, kHead / 8, true>;
+    finish_row<Map>(p.output, own, {sum.max * kLn2, sum.sum}, token, query_head, lane % Map::kLanes,
+                    lane < Map::kLanes && token < p.num_tokens);
+  }
 };
 
 }  // namespace quire::cuda

@@ -61,7 +61,7 @@ class PageOutput : protected PageSoftmax<KeyF, ValueF, kHead, kRows> {
     const auto add = [](float a, float b) { return a + b; };
     const float value_factor = p_.v_scale.at(segment.tile.batch, head_);
     const std::int64_t place = (static_cast<std::int64_t>(segment.slot) * p_.groups + group_) * p_.num_kv_heads + head_;
-    float4* out = p_.partials_of_pages.acc + place * (Config::kSets * kHead) + lane_;
+    float4* out = p_.partials_of_pages.acc + place * kRows * (kHead / 4) + quad_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       attention::SoftmaxState state{max_[c] == kNothing ? -INFINITY : max_[c], KeysOnM::over_row(sum_[c], add)};
@@ -79,7 +79,7 @@ class PageOutput : protected PageSoftmax<KeyF, ValueF, kHead, kRows> {
       if (quad_ == 0) p_.partials_of_pages.state[place * kRows + row_of(c)] = make_float2(state.max, state.sum);
 #pragma unroll
       for (int f = 0; f < kHead / 8; f += 4) {
-        out[(c * (kHead / 32) + f / 4) * 32] = make_float4(y[f], y[f + 1], y[f + 2], y[f + 3]);
+        out[row_of(c) * (kHead / 4) + f / 4 * 8] = make_float4(y[f], y[f + 1], y[f + 2], y[f + 3]);
       }
     }
   }

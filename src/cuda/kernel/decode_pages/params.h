@@ -17,7 +17,7 @@ namespace quire::cuda {
 struct PagePartials {
   int4* tiles;    // [tiles] note_tiles
   float2* state;  // [slots, groups, num_kv_heads, tile_rows] (max in log2, sum)
-  float4* acc;    // [slots, groups, num_kv_heads, tile_rows / 4, head class / 32, 32 lanes]
+  float4* acc;    // [slots, groups, num_kv_heads, tile_rows, head class / 32, 8 lanes]: a lane's elements of a fragment
 };
 
 struct DecodePagesParams : AttentionParams {
@@ -26,8 +26,8 @@ struct DecodePagesParams : AttentionParams {
   int parts;   // sets of KV heads: block i works on set i % parts
   int groups;  // of warps, each of which has every head of the part and takes every groups-th slice
   int num_stages, stage_bytes;
-  int key_access, value_access;  // bytes that divide the address of every row of a slice in shared memory
-  bool aligned;                  // both are at least PagesKernel::access: the plain loop serves
+  bool
+      aligned;  // PagesKernel::access divides the address of every row of a slice in shared memory: the plain loop serves
   attention::PageSlice slice;
   PagePartials partials_of_pages;
 };
@@ -36,7 +36,9 @@ struct DecodePagesParams : AttentionParams {
 struct MergePagesParams {
   PagePartials partials;
   int tile_rows, max_tiles, num_kv_heads, group_size, groups;
-  int value_piece;  // ValueOperand's pieces, which say in what order partials have elements
+  int warps, log2_warps;  // that share the partials of a row
+  int value_piece;        // ValueOperand's pieces, which say in what order partials have elements
+  int tiles;
   std::int64_t num_tokens;
   OutputRule output;
 };

@@ -33,9 +33,11 @@ class PageProducer {
       const attention::PageRun& from = p.slice.runs[run];
       copies_[i] = {from.data + part * from.part_stride, from.block_stride, from.slice_stride, from.bytes, from.at};
     }
+    ptx::touch_params<sizeof(AttentionParams)>(p);
   }
 
   __device__ __forceinline__ void run() {
+    ptx::wait_for_previous_kernel();
     const PageList<Config::kRows> list(p_, p_.list, part_ == 0 && place_ == 0 ? p_.partials_of_pages.tiles : nullptr,
                                        lane_);
     const PageRuns runs(p_.list, list.total());
@@ -72,22 +74,20 @@ class PageProducer {
         const int from = at;
         const int count = min(grains - from, left);
         typename Config::Segment segment;
-        segment.tile.kv_head = 0;  // each consumer's own
-        segment.tile.batch = batch;
-        segment.tile.split = 0;
-        segment.tile.row_begin = tile * Config::kRows;
         const int before = from << p_.list.grain_shift;
         segment.run = work.run.from(before);
         segment.num_slices = min(count << p_.list.grain_shift, work.slices - before);
         segment.slot = run + batch * p_.list.max_tiles + tile;
-        complete_rows(p_, Config::kRows, segment.tile);
+        const int blocks = lane_ < segment.num_slices ? entry_of(batch, segment.run.slice(lane_)) : -1;
+        // While the block table is on its way:
+        segment.tile = tile_of_sequence<Config::kRows>(p_, work, batch, tile * Config::kRows);
         if (part_ == 0 && lane_ == 0) {
           int4& runs = p_.partials_of_pages.tiles[batch * p_.list.max_tiles + tile];
           if (from == 0) runs.x = run;
           if (from + count == grains) runs.y = run;
         }
         start_segment(&segment, segment);
-        copy_slices(segment);
+        copy_slices(segment, blocks);
         left -= count;
         at = 0;
       }
@@ -108,13 +108,19 @@ class PageProducer {
     ++segment_;
   }
 
-  // The entry of the block table for a slice; -1: nothing to read. Entries outside the cache are counted once.
-  __device__ __forceinline__ int block_of(const TileRows& tile, int slice) const {
+  // The entry of the block table for a slice; -1: the table has none.
+  __device__ __forceinline__ int entry_of(int batch, int slice) const {
     const int key = slice * kSliceKeys;
     const int entry = p_.block_shift >= 0 ? key >> p_.block_shift : key / p_.block_size;
     if (entry >= p_.max_blocks) return -1;
-    const std::int32_t block = p_.block_table[tile.batch * p_.table_batch_stride + entry * p_.table_block_stride];
+    return p_.block_table[batch * p_.table_batch_stride + entry * p_.table_block_stride];
+  }
+
+  // An entry; -1: nothing to read. Those outside the cache are counted once.
+  __device__ __forceinline__ int checked(int block, const TileRows& tile, int slice) const {
     if (block >= 0 && block < p_.num_blocks) return block;
+    const int key = slice * kSliceKeys;
+    if (key / p_.block_size >= p_.max_blocks) return -1;
     if (part_ == 0 && p_.error_counter != nullptr) {
       const int keys = min(key + kSliceKeys, tile.end) - max(key, tile.first);
       if (keys > 0) atomicAdd(p_.error_counter, static_cast<unsigned long long>(keys));
@@ -122,16 +128,18 @@ class PageProducer {
     return -1;
   }
 
-  __device__ __forceinline__ void copy_slices(const typename Config::Segment& segment) {
+  // `next`: the entry of this lane's slice among the first 32.
+  __device__ __forceinline__ void copy_slices(const typename Config::Segment& segment, int next) {
     const TileRows& tile = segment.tile;
     const SliceRun& run = segment.run;
     const int end = segment.num_slices;
-    int next = lane_ < end ? block_of(tile, run.slice(lane_)) : -1;
+    // Every segment begins with the first group of warps: the last groups may get a stage without a slice.
+    const int stages = (end + p_.groups - 1) / p_.groups * p_.groups;
 #pragma unroll 1
-    for (int first = 0; first < end; first += 32) {
-      const int blocks = next;
-      next = first + 32 + lane_ < end ? block_of(tile, run.slice(first + 32 + lane_)) : -1;
-      const int count = min(32, end - first);
+    for (int first = 0; first < stages; first += 32) {
+      const int blocks = first + lane_ < end ? checked(next, tile, run.slice(first + lane_)) : -1;
+      next = first + 32 + lane_ < end ? entry_of(tile.batch, run.slice(first + 32 + lane_)) : -1;
+      const int count = min(32, stages - first);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         const int block = __shfl_sync(kFullWarp, blocks, i);
@@ -140,8 +148,6 @@ class PageProducer {
         copy_slice(block, key, careful);
       }
     }
-    // Every segment begins with the first group of warps.
-    for (int i = segment.num_slices % p_.groups; i > 0 && i < p_.groups; ++i) copy_slice(-1, 0, true);
   }
 
   __device__ __forceinline__ void copy_slice(int block, int key, bool careful) {

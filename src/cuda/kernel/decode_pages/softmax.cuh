@@ -32,6 +32,7 @@ class PageSoftmax {
   static constexpr float kMostWeight = 4096.0F;
   static constexpr float kNothing = -3e38F;  // the maximum before the first key: any logit passes it
   static constexpr bool kWeighted = kHasMeta<ValueF>;
+  static constexpr bool kCentered = ValueOp::kCenter != 0;
 
   // Where accumulator element (column, key) of a tile is: `key` 0 is this lane's key_, 1 eight later.
   static __device__ constexpr int element_of(int column, int key) { return 2 * key + (kSpread ? 0 : column % 2); }
@@ -48,6 +49,25 @@ class PageSoftmax {
     float x[kColumns][2];       // their exponentials
     float weight[kColumns][2];  // times the scale of the value, over unit_
   };
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      max_[c] = kNothing;
+      sum_[c] = offset_[c] = 0.0F;
+    }
+    unit_ = inverse_ = 1.0F;
+    fresh_ = true;
+    clear_weights();
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_[m][t][i] = 0.0F;
+      }
+    }
+  }
 
   // Logits to weights.
   template <int kN>
@@ -143,6 +163,10 @@ class PageSoftmax {
         acc_[tile_of(c)][t][element_of(c, 0)] *= correction * grow;
         acc_[tile_of(c)][t][element_of(c, 1)] *= correction * grow;
       }
+      if constexpr (kCentered) {
+        weights_[tile_of(c)][element_of(c, 0)] *= correction * grow;
+        weights_[tile_of(c)][element_of(c, 1)] *= correction * grow;
+      }
     }
     exponentials(slices, base);
   }
@@ -172,11 +196,36 @@ class PageSoftmax {
     }
   }
 
+  // What kCenter has added to the accumulators is taken away, often enough that they lose few bits to it.
+  __device__ __forceinline__ void center() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int t = 0; t < kOutTiles; ++t) {
+        const int n = 2 * t % Values::kElements;
+#pragma unroll
+        for (int i = 0; i < (kSpread ? 3 : 4); i += kSpread ? 2 : 1) {
+          const float code = static_cast<float>(ValueOp::kCenter) * ValueOp::weight(n + i / 2) / ValueOp::kScale;
+          acc_[m][t][i] = fmaf(weights_[m][i], -code, acc_[m][t][i]);
+        }
+      }
+    }
+    clear_weights();
+  }
+  __device__ __forceinline__ void clear_weights() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights_[m][i] = 0.0F;
+    }
+  }
+
   float max_[kColumns];                     // in log2
   float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset in units
   float unit_, inverse_;
   bool fresh_;  // unit_ has not been chosen yet
   float acc_[kTiles][kOutTiles][4];
+  float weights_[kTiles][4];  // sums of weights since center(), rounded as those of the products; for kCentered
 };
 
 }  // namespace quire::cuda

@@ -79,7 +79,7 @@ class DecodeWarp {
     }
   }
 
-  // Slices warp, warp + 4, .. of the block's.
+  // A warp has every fourth slice of the block's, from its own number on.
   __device__ __forceinline__ void run(int warp, Softmax& state, float (&acc)[1][kHead / 8][4]) {
     int slice = first_slice_ + ((warp - first_slice_) & (kWarps - 1));
 #pragma unroll

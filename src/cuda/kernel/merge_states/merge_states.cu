@@ -62,16 +62,17 @@ __global__ void __launch_bounds__(kAttentionThreads) merge_states(const __grid_c
   if (lane == 0 && p.merged.lse != nullptr) *lse_at(p.merged) = sum == 0.0F ? -INFINITY : max + logf(sum);
 }
 
-MergePart make_part(const Tensor& out, const Tensor& lse) {
+// Of a part that is read, and of the result. A part is not written through its pointers.
+MergePart make_part(const ConstTensor& out, const ConstTensor& lse) {
   const auto bytes = static_cast<std::int64_t>(dtype_bytes(out.dtype));
   MergePart part;
-  part.out = out.ptr<std::uint8_t>();
+  part.out = const_cast<std::uint8_t*>(out.ptr<const std::uint8_t>());
   part.token_stride = out.strides[0] * bytes;
   part.head_stride = out.strides[1] * bytes;
   part.element_stride = out.strides[2] * bytes;
   part.dtype = out.dtype;
   if (lse.defined()) {
-    part.lse = lse.ptr<float>();
+    part.lse = const_cast<float*>(lse.ptr<const float>());
     part.lse_token_stride = lse.strides[0];
     part.lse_head_stride = lse.strides[1];
   }
@@ -81,6 +82,8 @@ MergePart make_part(const Tensor& out, const Tensor& lse) {
 }  // namespace
 
 Status merge_attn_states(const MergeAttnStatesArgs& args, void* stream) {
+  const DeviceGuard guard(args.prefix_out.device.index);
+  if (!guard.status()) return guard.status();
   MergeParams params;
   params.prefix = make_part(args.prefix_out, args.prefix_lse);
   params.suffix = make_part(args.suffix_out, args.suffix_lse);

@@ -49,8 +49,9 @@ struct StoreStage {
   Warp warps[kMapThreads<Map> / 32];
 };
 
-// Whether K and V run through one body: half the instructions to fetch, and half the library's. Not where both rows are
-// to be on their way at once.
+// Whether one body of code stores the rows of K and then those of V. The multiprocessor then fetches half as many
+// instructions, and the library holds half as many. A kernel that wants the rows of K and of V in flight at the same
+// time has two bodies.
 template <format::Format KeyF, format::Format ValueF, class Map>
 inline constexpr bool kOneBody =
     std::is_same_v<KeyF, ValueF> && !kStaged<KeyF, ValueF> && (kRowByRow<Map> || !Map::kExact);
