@@ -22,6 +22,12 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
 Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
+// Multiply-adds a second of the CPU's threads, with nothing else to do: in fp32, and of bf16 and int16 products in pairs.
+struct ProductRates {
+  double float32 = 0.0, bfloat16 = 0.0, int16 = 0.0;
+};
+ProductRates product_rates();
+
 // The rows of one cache tensor, as some sequences hold them through a block table; scales are rows of their own.
 struct PageRead : attention::PagedRows {
   std::int64_t row_bytes = 0;

@@ -7,7 +7,9 @@
 // one task or in parallel through the workspace: the bits depend on split_size alone.
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -53,37 +55,47 @@ KeySpan split_keys(const AttentionCall& call, const QueryTile& tile, int index) 
   return attention::clip(tile.range, start, start + call.split_size);
 }
 
-void attend_all_splits(const AttentionCall& call, const QueryTile& tile, int kv_head, Scratch& scratch) {
-  const RowOf rows{call.shape.group_size(), kv_head};
-  const int num_rows = tile.num_tokens * rows.group;
+void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
+  const int num_rows = tile.num_tokens * call.shape.group_size();
   const SequenceMask sequence = call.sequence(tile.batch);
-  std::fill_n(scratch.total, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
-  std::fill_n(scratch.total_state, num_rows, SoftmaxState{});
-  if (tile.num_splits > 0) load_queries(call, tile, rows, scratch);
+  for (int h = 0; h < heads.count; ++h) {
+    std::fill_n(scratch.heads[h].total, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
+    std::fill_n(scratch.heads[h].total_state, num_rows, SoftmaxState{});
+  }
+  if (tile.num_splits > 0) load_queries(call, tile, heads, scratch);
   for (int s = 0; s < tile.num_splits; ++s) {
-    attend_split(call, tile, sequence, rows, split_keys(call, tile, s), scratch);
-    for (int m = 0; m < num_rows; ++m) {
-      const std::int64_t at = static_cast<std::int64_t>(m) * call.v_stride;
-      fold(scratch.acc + at, scratch.state[m], call.v_stride, scratch.total + at, scratch.total_state[m]);
+    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), scratch);
+    for (int h = 0; h < heads.count; ++h) {
+      const Scratch::Head& head = scratch.heads[h];
+      for (int m = 0; m < num_rows; ++m) {
+        fold(head.acc + static_cast<std::int64_t>(m) * call.acc_stride, head.state[m], call.v_stride,
+             head.total + static_cast<std::int64_t>(m) * call.v_stride, head.total_state[m]);
+      }
     }
   }
   const std::int64_t first_token = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
-  for (int m = 0; m < num_rows; ++m) {
-    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m),
-              scratch.total + static_cast<std::int64_t>(m) * call.v_stride, scratch.total_state[m]);
+  for (int h = 0; h < heads.count; ++h) {
+    const RowOf rows{call.shape.group_size(), heads.first + h};
+    for (int m = 0; m < num_rows; ++m) {
+      write_row(call, tile.batch, first_token + rows.token(m), rows.head(m),
+                scratch.heads[h].total + static_cast<std::int64_t>(m) * call.v_stride, scratch.heads[h].total_state[m]);
+    }
   }
 }
 
-void attend_one_split(const AttentionCall& call, const QueryTile& tile, int kv_head, int split,
+void attend_one_split(const AttentionCall& call, const QueryTile& tile, HeadRange heads, int split,
                       const Partials& partials, Scratch& scratch) {
-  const RowOf rows{call.shape.group_size(), kv_head};
-  load_queries(call, tile, rows, scratch);
-  attend_split(call, tile, call.sequence(tile.batch), rows, split_keys(call, tile, split), scratch);
-  for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
-    float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, split);
-    std::copy_n(scratch.acc + static_cast<std::int64_t>(m) * call.v_stride, call.v_stride, partial);
-    partial[call.v_stride] = scratch.state[m].max;
-    partial[call.v_stride + 1] = scratch.state[m].sum;
+  load_queries(call, tile, heads, scratch);
+  attend_split(call, tile, call.sequence(tile.batch), heads, split_keys(call, tile, split), scratch);
+  for (int h = 0; h < heads.count; ++h) {
+    const RowOf rows{call.shape.group_size(), heads.first + h};
+    const Scratch::Head& head = scratch.heads[h];
+    for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
+      float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, split);
+      std::copy_n(head.acc + static_cast<std::int64_t>(m) * call.acc_stride, call.v_stride, partial);
+      partial[call.v_stride] = head.state[m].max;
+      partial[call.v_stride + 1] = head.state[m].sum;
+    }
   }
 }
 
@@ -93,12 +105,13 @@ void fold_partials(const AttentionCall& call, const QueryTile& tile, int kv_head
   const std::int64_t first_token = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     SoftmaxState state;
-    std::fill_n(scratch.total, call.v_stride, 0.0F);
+    float* total = scratch.heads[0].total;
+    std::fill_n(total, call.v_stride, 0.0F);
     for (int s = 0; s < tile.num_splits; ++s) {
       const float* partial = partials.at(tile, rows.token(m), rows.head(m), call.shape.num_q_heads, s);
-      fold(partial, {partial[call.v_stride], partial[call.v_stride + 1]}, call.v_stride, scratch.total, state);
+      fold(partial, {partial[call.v_stride], partial[call.v_stride + 1]}, call.v_stride, total, state);
     }
-    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m), scratch.total, state);
+    write_row(call, tile.batch, first_token + rows.token(m), rows.head(m), total, state);
   }
 }
 
@@ -131,31 +144,52 @@ void cut_into_tiles(const AttentionCall& call, int query_tile, std::vector<Query
   }
 }
 
-// A task is one KV head of a tile, or one split of it.
+// A task is some KV heads of a tile, or one split of them.
 struct Task {
   std::size_t tile;
-  int kv_head;
+  HeadRange heads;
   int split;  // -1: all of them, one after the other
 };
+
+// KV heads of a task: the more, the longer the runs of memory that it reads; fewer, where threads would be idle or the
+// rows of one head are enough to work on. No result depends on it.
+int heads_of_task(const AttentionShape& shape, const std::vector<QueryTile>& tiles, int num_parts) {
+  std::int64_t splits = 0;
+  int most_tokens = 0;
+  for (const QueryTile& tile : tiles) {
+    splits += tile.partial < 0 ? 1 : tile.num_splits;
+    most_tokens = std::max(most_tokens, tile.num_tokens);
+  }
+  constexpr int kTasksOfAPart = 4;
+  int heads = std::min(shape.num_kv_heads, Scratch::kMaxHeads);
+  while (heads > 1 && (splits * ((shape.num_kv_heads + heads - 1) / heads) < std::int64_t{kTasksOfAPart} * num_parts ||
+                       heads * most_tokens * shape.group_size() > 2 * kQueryRows)) {
+    heads = (heads + 1) / 2;
+  }
+  return heads;
+}
 
 // What a thread's calls need besides the workspace. It is kept from call to call, so that a call no larger than those
 // before it allocates nothing. The call that runs takes it: one made from inside that call finds none, and makes its
 // own.
 struct CallMemory {
   struct Free {
-    void operator()(float* p) const { std::free(p); }
+    void operator()(std::uint8_t* p) const { std::free(p); }
   };
+  std::vector<std::int16_t> k_order, v_order;
   std::vector<QueryTile> tiles;
   std::vector<Task> tasks, folds;
-  std::unique_ptr<float, Free> scratch;
-  std::size_t scratch_floats = 0;
+  std::vector<Scratch> scratch;  // of each part, laid out in scratch_memory
+  std::unique_ptr<std::uint8_t, Free> scratch_memory;
+  std::size_t scratch_bytes = 0;
 
-  // False where the system has none. Aligned to 64 bytes.
-  bool reserve_scratch(std::size_t floats) {
-    if (floats <= scratch_floats) return true;
-    scratch.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
-    scratch_floats = scratch == nullptr ? 0 : floats;
-    return scratch != nullptr;
+  // False where the system has none. Aligned to 64 bytes, of which `bytes` is a multiple.
+  bool reserve_scratch(std::size_t bytes) {
+    if (bytes <= scratch_bytes) return true;
+    scratch_memory.reset();
+    scratch_memory.reset(static_cast<std::uint8_t*>(std::aligned_alloc(64, bytes)));
+    scratch_bytes = scratch_memory == nullptr ? 0 : bytes;
+    return scratch_memory != nullptr;
   }
 };
 thread_local CallMemory kept_memory;
@@ -171,6 +205,30 @@ class TakenMemory {
  private:
   CallMemory memory_;
 };
+
+// The order of the operands, and the parts that a query comes in.
+void set_operands(AttentionCall& call, CallMemory& memory) {
+  call.k_positions = call.v_positions = 0;
+  call.query_parts = 1;
+  if (call.k_in_pairs()) {
+    const OperandFormat& format = call.key.operands;
+    call.k_positions = format.key_positions(call.key.shape);
+    memory.k_order.resize(static_cast<std::size_t>(call.k_positions));
+    format.key_order(call.key.shape, memory.k_order.data());
+    call.k_order = memory.k_order.data();
+    // bf16 holds a query of bf16 or fp8; the rest of fp16, and of what a rotation makes, is a second part.
+    const bool one = call.args.query.dtype != DType::kFloat16 && call.key.rotation == format::Rotation::kNone;
+    if (format.operand == Operand::kBFloat16 && !one) call.query_parts = 2;
+  }
+  if (call.v_in_pairs()) {
+    const OperandFormat& format = call.value.operands;
+    call.v_positions = format.value_positions(call.value.shape);
+    memory.v_order.resize(static_cast<std::size_t>(call.v_positions));
+    format.value_order(call.value.shape, memory.v_order.data());
+    call.v_order = memory.v_order.data();
+  }
+  call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
+}
 
 // A block id that would be read but does not exist, before anything is written.
 Status check_blocks(const AttentionCall& call, const std::vector<QueryTile>& tiles) {
@@ -224,15 +282,16 @@ std::string describe(const PlanData&) { return std::string("cpu_tiles/") + kerne
 Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const AttentionShape& shape,
            const QuantKVBackend* backend, void* workspace) {
   std::atomic<bool> decode_threw = false;
+  const bool exact = args.query.dtype == DType::kFloat32;
   const ConstKVCacheViews& cache = args.cache;
-  const AttentionCall call{
+  AttentionCall call{
       .args = args,
       .shape = shape,
       .k = kernels(),
       .key = make_reader(cache.key_cache, {cache.k_scale_cache, cache.k_page_meta, cache.k_head_vector},
-                         shape.key_format, shape.head_size, backend, &decode_threw, false),
+                         shape.key_format, shape.head_size, backend, &decode_threw, false, exact),
       .value = make_reader(cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
-                           shape.value_format, shape.head_size_v, backend, &decode_threw, true),
+                           shape.value_format, shape.head_size_v, backend, &decode_threw, true, exact),
       .mask = attention::make_mask_rule(args.mask.sliding_window, args.mask.chunk_lookback, args.mask.rswa_window,
                                         args.mask.mm_prefix_clamp_window),
       .q_scale = make_scale_view(args.q_descale),
@@ -241,10 +300,16 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       .split_size = plan.split_size,
       .k_stride = padded(shape.head_size),
       .v_stride = padded(shape.head_size_v),
+      .k_positions = 0,
+      .v_positions = 0,
+      .k_order = nullptr,
+      .v_order = nullptr,
+      .query_parts = 1,
+      .acc_stride = 0,
   };
-
   TakenMemory taken;
   CallMemory& memory = *taken;
+  set_operands(call, memory);
   std::int64_t partial_rows = 0;
   cut_into_tiles(call, plan.query_tile, memory.tiles, partial_rows);
   const std::vector<QueryTile>& tiles = memory.tiles;
@@ -260,13 +325,16 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
   std::vector<Task>& folds = memory.folds;
   tasks.clear();
   folds.clear();
+  const int most_parts = num_parts();
+  const int task_heads = heads_of_task(shape, tiles, most_parts);
   for (std::size_t t = 0; t < tiles.size(); ++t) {
-    for (int head = 0; head < shape.num_kv_heads; ++head) {
+    for (int first = 0; first < shape.num_kv_heads; first += task_heads) {
+      const HeadRange heads{first, std::min(task_heads, shape.num_kv_heads - first)};
       if (tiles[t].partial < 0) {
-        tasks.push_back({t, head, -1});
+        tasks.push_back({t, heads, -1});
       } else {
-        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, head, s});
-        folds.push_back({t, head, 0});
+        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, heads, s});
+        for (int h = 0; h < heads.count; ++h) folds.push_back({t, {first + h, 1}, 0});
       }
     }
   }
@@ -274,32 +342,30 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
   int most_tokens = 0;
   for (const QueryTile& tile : tiles) most_tokens = std::max(most_tokens, tile.num_tokens);
   const int max_rows = most_tokens * shape.group_size();
-  const int parts = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(num_parts()), tasks.size()));
   // All parts have their memory before one of them writes to an output.
-  const std::size_t floats = Scratch::num_floats(max_rows, call.k_stride, call.v_stride);
-  if (parts > 0 && !memory.reserve_scratch(static_cast<std::size_t>(parts) * floats)) {
+  const auto parts = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(most_parts), tasks.size()));
+  std::vector<Scratch>& scratch = memory.scratch;
+  scratch.resize(static_cast<std::size_t>(parts));
+  const std::size_t bytes = parts == 0 ? 0 : scratch[0].lay_out(call, task_heads, max_rows, nullptr);
+  if (!memory.reserve_scratch(bytes * scratch.size())) {
     return internal_error("no memory for the scratch of " + std::to_string(parts) + " threads, " +
                           std::to_string(max_rows) + " rows of queries, logits and results each");
   }
-  // Each part takes the next task until there are none.
-  const auto run_all = [&](const std::vector<Task>& list, const auto& run_task) {
-    std::atomic<std::size_t> next = 0;
-    const auto part = [&](int index) {
-      Scratch scratch(memory.scratch.get() + static_cast<std::size_t>(index) * floats, max_rows, call.k_stride,
-                      call.v_stride);
-      for (std::size_t i = next++; i < list.size(); i = next++) run_task(list[i], scratch);
-    };
-    if (!list.empty()) run_parts(parts, part);
-  };
-  run_all(tasks, [&](const Task& task, Scratch& scratch) {
+  for (std::size_t p = 0; p < scratch.size(); ++p) {
+    scratch[p].lay_out(call, task_heads, max_rows, memory.scratch_memory.get() + p * bytes);
+  }
+  run_tasks(std::ssize(tasks), parts, [&](std::int64_t index, int part) {
+    const Task& task = tasks[static_cast<std::size_t>(index)];
+    Scratch& own = scratch[static_cast<std::size_t>(part)];
     if (task.split < 0) {
-      attend_all_splits(call, tiles[task.tile], task.kv_head, scratch);
+      attend_all_splits(call, tiles[task.tile], task.heads, own);
     } else {
-      attend_one_split(call, tiles[task.tile], task.kv_head, task.split, partials, scratch);
+      attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, own);
     }
   });
-  run_all(folds, [&](const Task& task, Scratch& scratch) {
-    fold_partials(call, tiles[task.tile], task.kv_head, partials, scratch);
+  run_tasks(std::ssize(folds), parts, [&](std::int64_t index, int part) {
+    const Task& task = folds[static_cast<std::size_t>(index)];
+    fold_partials(call, tiles[task.tile], task.heads.first, partials, scratch[static_cast<std::size_t>(part)]);
   });
   if (decode_threw) {
     const Result<const ModeInfo*> mode = mode_info(args.mode);

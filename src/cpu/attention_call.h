@@ -23,6 +23,14 @@ struct AttentionCall {
   ScaleView q_scale, k_scale, v_scale;
   std::int64_t split_size;
   int k_stride, v_stride;  // padded head sizes
+  // 16-bit operands, where the readers have them.
+  int k_positions, v_positions;
+  const std::int16_t *k_order, *v_order;  // elements at the positions
+  int query_parts;
+  int acc_stride;  // v_stride and v_positions fit
+
+  bool k_in_pairs() const { return key.operands.operand != Operand::kFloat32; }
+  bool v_in_pairs() const { return value.operands.operand != Operand::kFloat32; }
 
   int int_at(const ConstTensor& t, std::int64_t i) const { return t.ptr<const std::int32_t>()[i * t.strides[0]]; }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "cpu/load.h"
@@ -13,49 +14,77 @@ using attention::LogitRule;
 using attention::SequenceMask;
 using attention::SoftmaxState;
 
-std::size_t Scratch::num_floats(int rows, int k_stride, int v_stride) {
-  const auto row_floats = static_cast<std::size_t>(k_stride + 2 * v_stride + kKeyTile + 2 + 4);
-  const std::size_t floats =
-      static_cast<std::size_t>(rows) * row_floats + static_cast<std::size_t>(kKeyTile) * (k_stride + v_stride);
-  return (floats + 15) / 16 * 16;
-}
-
-Scratch::Scratch(float* memory, int rows, int k_stride, int v_stride) {
-  static_assert(sizeof(SoftmaxState) == 2 * sizeof(float));
-  float* next = memory;
-  const auto take = [&](std::int64_t count) { return std::exchange(next, next + count); };
-  k_tile.levels = take(static_cast<std::int64_t>(kKeyTile) * k_stride);
-  v_tile.levels = take(static_cast<std::int64_t>(kKeyTile) * v_stride);
-  k_tile.stride = k_stride;
-  v_tile.stride = v_stride;
-  q = take(static_cast<std::int64_t>(rows) * k_stride);
-  acc = take(static_cast<std::int64_t>(rows) * v_stride);
-  total = take(static_cast<std::int64_t>(rows) * v_stride);
-  scores = take(static_cast<std::int64_t>(rows) * kKeyTile);
-  q_sum = take(rows);
-  offset_sum = take(rows);
-  const auto take_states = [&] {
-    auto* states = reinterpret_cast<SoftmaxState*>(take(std::int64_t{2} * rows));
-    std::uninitialized_fill_n(states, rows, SoftmaxState{});
-    return states;
+std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base) {
+  const int num_sets = (rows + call.k.blocks - 1) / call.k.blocks;
+  const int set_rows = num_sets * call.k.blocks;  // rows of scores that products write
+  std::size_t bytes = 0;
+  const auto take = [&]<class T>(T*& at, std::int64_t count) {
+    at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
+    bytes += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
   };
-  state = take_states();
-  total_state = take_states();
+  for (int h = 0; h < num_heads; ++h) {
+    Head& head = heads[h];
+    take(head.q, static_cast<std::int64_t>(rows) * call.k_stride);
+    take(head.q_sum, rows);
+    if (call.k_in_pairs()) {
+      head.queries.num_sets = num_sets;
+      head.queries.parts = call.query_parts;
+      head.queries.positions = call.k_positions;
+      take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
+      take(head.queries.step, std::int64_t{4} * set_rows);
+    }
+    take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
+    take(head.offset_sum, rows);
+    take(head.state, rows);
+    take(head.total, static_cast<std::int64_t>(rows) * call.v_stride);
+    take(head.total_state, rows);
+  }
+  take(scores, static_cast<std::int64_t>(set_rows) * kKeyTile);
+  take(weights, std::int64_t{2} * rows * kKeyTile);
+  take(unit, rows);
+  take(row, call.acc_stride);
+  take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
+  take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
+  take(scale, kKeyTile);
+  take(offset, kKeyTile);
+  take(k_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.k_stride);
+  take(v_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.v_stride);
+  k_tile.stride = call.k_stride;
+  v_tile.stride = call.v_stride;
+  return bytes;
 }
 
-void load_queries(const AttentionCall& call, const QueryTile& tile, const RowOf& rows, Scratch& scratch) {
+namespace {
+// Of int16 queries: so that sums of their products fit 32 bits.
+float largest_query(const AttentionCall& call) {
+  constexpr std::int64_t kMost = 32767;
+  const std::int64_t products = std::int64_t{call.shape.head_size} * std::max(1, call.key.operands.max_level);
+  return static_cast<float>(std::min(kMost, std::numeric_limits<std::int32_t>::max() / products));
+}
+}  // namespace
+
+void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
   const ConstTensor& query = call.args.query;
   const std::int64_t first = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
-  for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
-    float* q = scratch.q + static_cast<std::int64_t>(m) * call.k_stride;
-    const std::int64_t at = (first + rows.token(m)) * query.strides[0] + rows.head(m) * query.strides[1];
-    load_floats(query.ptr<const std::uint8_t>() + at * static_cast<std::int64_t>(dtype_bytes(query.dtype)), query.dtype,
-                call.shape.head_size, q);
-    call.k.rotate(call.key.rotation, q, call.key.shape);
-    std::fill(q + call.shape.head_size, q + call.k_stride, 0.0F);
-    float sum = 0.0F;
-    for (int i = 0; i < call.shape.head_size; ++i) sum += q[i];
-    scratch.q_sum[m] = sum;
+  for (int h = 0; h < heads.count; ++h) {
+    const RowOf rows{call.shape.group_size(), heads.first + h};
+    const int num_rows = tile.num_tokens * rows.group;
+    Scratch::Head& head = scratch.heads[h];
+    for (int m = 0; m < num_rows; ++m) {
+      float* q = head.q + static_cast<std::int64_t>(m) * call.k_stride;
+      const std::int64_t at = (first + rows.token(m)) * query.strides[0] + rows.head(m) * query.strides[1];
+      call.k.load_row(query.ptr<const std::uint8_t>() + at * static_cast<std::int64_t>(dtype_bytes(query.dtype)),
+                      query.dtype, call.shape.head_size, q);
+      call.k.rotate(call.key.rotation, q, call.key.shape);
+      std::fill(q + call.shape.head_size, q + call.k_stride, 0.0F);
+      float sum = 0.0F;
+      for (int i = 0; i < call.shape.head_size; ++i) sum += q[i];
+      head.q_sum[m] = sum;
+    }
+    if (!call.k_in_pairs()) continue;
+    head.queries.num_sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+    call.k.make_queries(call.key.operands.operand, head.q, num_rows, call.k_stride, call.k_order, largest_query(call),
+                        head.queries);
   }
 }
 
@@ -78,121 +107,270 @@ LogitRule logit_rule(const AttentionCall& call, int head, int row) {
   return rule;
 }
 
-// Scores of one tile of keys [first_key, first_key + num_keys) to masked logits.
-void make_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                 int first_key, int num_keys, Scratch& scratch) {
-  const float factor = call.args.softmax_scale * call.q_scale.at(tile.batch, rows.kv_head) *
-                       call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
-  const bool has_rule = call.args.softcap > 0.0F || call.args.alibi_slopes.defined() || call.args.qq_bias.defined();
+// Some keys of a tile, and where their rows are.
+struct TileKeys {
+  int first = 0, count = 0;
+  RowAddress k[kKeyTile], v[kKeyTile];  // of KV head 0
+};
+
+// The next keys of a span from `next` on, which moves behind them. Tiles start at multiples of kKeyTile, so a row's
+// arithmetic does not depend on where its tile's range begins.
+void next_keys(const AttentionCall& call, int batch, const KeySpan& span, std::int64_t& next, TileKeys& keys) {
+  if (next >= span.prefix_end && next < span.begin) next = span.begin;
+  keys.first = static_cast<int>(next);
+  if (next >= span.end) {
+    keys.count = 0;
+    return;
+  }
+  next = std::min<std::int64_t>((next / kKeyTile + 1) * kKeyTile, span.end);
+  if (keys.first < span.prefix_end) next = std::min<std::int64_t>(next, span.prefix_end);
+  keys.count = static_cast<int>(next - keys.first);
+  const int size = call.shape.block_size;
+  std::int64_t block = 0;
+  for (int n = 0, slot = keys.first % size; n < keys.count; ++n, ++slot) {
+    if (slot == size) slot = 0;
+    if (n == 0 || slot == 0) block = call.block_of(batch, keys.first + n);
+    keys.k[n] = call.key.address(block, slot);
+    keys.v[n] = call.value.address(block, slot);
+  }
+}
+
+// Masks and biases of a tile's logits; products with the keys have been scaled.
+void apply_rules(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
+                 const TileKeys& keys, float* scores) {
   const int first_position = sequence.context_len + tile.first_row;
-  // Below the diagonal of a plain causal mask there is nothing to test.
-  const bool all_visible = sequence.causal && call.mask.window < 0 && call.mask.rswa_window < 0 &&
-                           call.mask.chunk == 0 && first_position >= 0 && first_key + num_keys <= first_position + 1;
-  const LevelTile& k = scratch.k_tile;
-  for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
-    float* scores = scratch.scores + static_cast<std::int64_t>(m) * kKeyTile;
-    for (int n = 0; n < num_keys; ++n) scores[n] = factor * (k.scale[n] * scores[n]);
-    if (k.any_offset) {
-      const float q_sum = factor * scratch.q_sum[m];
-      for (int n = 0; n < num_keys; ++n) scores[n] += k.offset[n] * q_sum;
-    }
-    // From here on -inf means "not seen": an infinite product must not pass for that.
-    for (int n = 0; n < num_keys; ++n) scores[n] = exact::nan_unless_finite(scores[n]);
-    const int p = first_position + rows.token(m);
-    if (has_rule) {
+  if (call.args.softcap > 0.0F || call.args.alibi_slopes.defined() || call.args.qq_bias.defined()) {
+    for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
+      float* row = scores + static_cast<std::int64_t>(m) * kKeyTile;
       const LogitRule rule = logit_rule(call, rows.head(m), tile.first_row + rows.token(m));
-      for (int n = 0; n < num_keys; ++n) scores[n] = attention::logit(rule, sequence, scores[n], p, first_key + n);
-    }
-    if (!all_visible) {
-      for (int n = 0; n < num_keys; ++n) {
-        if (!attention::visible(call.mask, sequence, p, first_key + n)) scores[n] = -INFINITY;
-      }
+      const int p = first_position + rows.token(m);
+      for (int n = 0; n < keys.count; ++n) row[n] = attention::logit(rule, sequence, row[n], p, keys.first + n);
     }
   }
 }
 
-// acc += P V, where some value of the tile is NaN or infinite: rows that do not see it must not multiply it by 0.
+// Whether every row sees every key of the tile.
+bool all_visible(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const TileKeys& keys) {
+  const int first = sequence.context_len + tile.first_row;
+  const attention::FullRange full = attention::full_range(call.mask, sequence, first, first + tile.num_tokens - 1);
+  return keys.first >= full.begin && keys.first + keys.count <= full.end;
+}
+
+void apply_mask(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
+                const TileKeys& keys, float* scores) {
+  for (int t = 0; t < tile.num_tokens; ++t) {
+    const int p = sequence.context_len + tile.first_row + t;
+    for (int n = 0; n < keys.count; ++n) {
+      if (attention::visible(call.mask, sequence, p, keys.first + n)) continue;
+      for (int g = 0; g < rows.group; ++g)
+        scores[static_cast<std::int64_t>(t * rows.group + g) * kKeyTile + n] = -INFINITY;
+    }
+  }
+}
+
+// The logits of a tile, in scratch.scores.
+void tile_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
+                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+  const int num_rows = tile.num_tokens * rows.group;
+  const float factor = call.args.softmax_scale * call.q_scale.at(tile.batch, rows.kv_head) *
+                       call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
+  const TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
+  if (!call.k_in_pairs()) {
+    LevelTile& k = scratch.k_tile;
+    call.key.load_tile(k_rows, rows.kv_head, k);
+    call.k.dot_tile(head.q, num_rows, k, keys.count, scratch.scores);
+    call.k.make_logits(scratch.scores, num_rows, keys.count, k.scale, k.any_offset ? k.offset : nullptr, factor,
+                       head.q_sum);
+  } else {
+    const OperandFormat& format = call.key.operands;
+    const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
+    format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
+    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
+    // their way to memory.
+    const auto group_size = [&](int first) { return std::min(kKeyGroup, keys.count - first); };
+    const auto operands = [&](int first) {
+      return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
+    };
+    const auto load = [&](int first) {
+      if (in_place || first >= keys.count) return;
+      format.load_keys(k_rows.from(first, group_size(first)), call.key.shape, operands(first));
+    };
+    load(0);
+    for (int first = 0; first < keys.count; first += kKeyGroup) {
+      load(first + kKeyGroup);
+      const int count = group_size(first);
+      if (format.divide_by_norms != nullptr) {
+        format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
+      }
+      const std::uint8_t* addresses[kKeyGroup];
+      for (int n = 0; n < kKeyGroup; ++n) {
+        const int key = std::min(n, count - 1);
+        addresses[n] = in_place ? k_rows.data(first + key)
+                                : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
+      }
+      call.k.dot_keys(format.operand, head.queries, addresses, count, scratch.scores + first, prefetch);
+    }
+    call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale,
+                       format.has_offset ? scratch.offset : nullptr, factor, head.q_sum);
+  }
+  apply_rules(call, tile, sequence, rows, keys, scratch.scores);
+  if (!see_all) apply_mask(call, tile, sequence, rows, keys, scratch.scores);
+}
+
+// acc += P V in fp32, key by key, where some value of the tile is NaN or infinite: rows that do not see it must not
+// multiply it by 0.
 void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence,
-                        const RowOf& rows, int first_key, int num_keys, Scratch& scratch) {
-  const LevelTile& v = scratch.v_tile;
+                        const RowOf& rows, const TileKeys& keys, const LevelTile& v, const Scratch::Head& head,
+                        Scratch& scratch) {
   for (int m = 0; m < tile.num_tokens * rows.group; ++m) {
     const int p = sequence.context_len + tile.first_row + rows.token(m);
-    for (int n = 0; n < num_keys; ++n) {
-      if (!attention::visible(call.mask, sequence, p, first_key + n)) continue;
+    float* acc = head.acc + static_cast<std::int64_t>(m) * call.acc_stride;
+    float* sum = call.v_in_pairs() ? scratch.row : acc;
+    if (call.v_in_pairs()) std::fill_n(sum, call.v_stride, 0.0F);
+    for (int n = 0; n < keys.count; ++n) {
+      if (!attention::visible(call.mask, sequence, p, keys.first + n)) continue;
       const float weight = scratch.scores[static_cast<std::int64_t>(m) * kKeyTile + n];
       const float scaled = weight * v.scale[n];
       LevelTile one = v;
       one.levels += static_cast<std::int64_t>(n) * v.stride;
-      call.k.accumulate_tile(&scaled, 1, one, 1, scratch.acc + static_cast<std::int64_t>(m) * call.v_stride);
-      scratch.offset_sum[m] += weight * v.offset[n];
+      call.k.accumulate_tile(&scaled, 1, one, 1, sum, call.acc_stride);
+      head.offset_sum[m] += weight * v.offset[n];
+    }
+    if (!call.v_in_pairs()) continue;
+    for (int i = 0; i < call.v_positions; ++i) {
+      const int element = call.v_order[i];
+      if (element >= 0) acc[i] += sum[element];
     }
   }
 }
 
+// acc += P V; scratch.scores holds the softmax weights.
+void tile_output(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
+                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+  const int num_rows = tile.num_tokens * rows.group;
+  const TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
+  const OperandFormat& format = call.value.operands;
+  if (call.v_in_pairs()) {
+    // Numbers that are not finite: of a bf16, only in the way of rows that do not see them; a scale's always, as int16
+    // weights cannot hold its product.
+    bool finite = format.load_affines(v_rows, call.value.shape, scratch.scale, scratch.offset);
+    if (finite) format.load_values(v_rows, call.value.shape, scratch.values);
+    if (finite && !see_all && format.values_finite != nullptr) {
+      finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
+    }
+    if (finite) {
+      call.k.make_weights(format.operand, scratch.scores, num_rows, keys.count, scratch.scale,
+                          format.has_offset ? scratch.offset : nullptr, scratch.weights, scratch.unit, head.offset_sum);
+      return call.k.accumulate_values(format.operand, scratch.weights, num_rows, keys.count, scratch.values,
+                                      call.v_positions, scratch.unit, head.acc, call.acc_stride, prefetch);
+    }
+  }
+  LevelTile& v = scratch.v_tile;
+  call.value.load_tile(v_rows, rows.kv_head, v);
+  if (!v.all_finite || call.v_in_pairs()) {
+    return accumulate_visible(call, tile, sequence, rows, keys, v, head, scratch);
+  }
+  call.k.make_weights(Operand::kFloat32, scratch.scores, num_rows, keys.count, v.scale,
+                      v.any_offset ? v.offset : nullptr, nullptr, nullptr, head.offset_sum);
+  call.k.accumulate_tile(scratch.scores, num_rows, v, keys.count, head.acc, call.acc_stride);
+}
+
+// The elements of a row of acc in order, offsets added.
+void finish_rows(const AttentionCall& call, int num_rows, const Scratch::Head& head, Scratch& scratch) {
+  for (int m = 0; m < num_rows; ++m) {
+    float* acc = head.acc + static_cast<std::int64_t>(m) * call.acc_stride;
+    if (call.v_in_pairs()) {
+      std::copy_n(acc, call.v_positions, scratch.row);
+      std::fill_n(acc, call.v_stride, 0.0F);
+      for (int i = 0; i < call.v_positions; ++i) {
+        const int element = call.v_order[i];
+        if (element >= 0) acc[element] = scratch.row[i];
+      }
+    }
+    for (int i = 0; i < call.shape.head_size_v; ++i) acc[i] += head.offset_sum[m];
+  }
+}
+
+// The bytes of a tile's rows of some heads, in the order of their addresses where these ascend.
+int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange heads, Prefetch::Run* runs) {
+  int count = 0;
+  // Rows of `bytes` at every `stride` from `begin` on: one run where they touch.
+  const auto add = [&](const std::uint8_t* begin, std::int64_t bytes, int num, std::int64_t stride) {
+    const bool touch = stride > 0 && stride <= bytes + 64;
+    for (int i = 0; i < (touch ? 1 : num) && count < Scratch::kMaxRuns; ++i) {
+      const std::uint8_t* row = begin + i * stride;
+      runs[count++] = {row, row + bytes + (touch ? (num - 1) * stride : 0)};
+    }
+  };
+  const int size = call.shape.block_size;
+  for (int side = 0; side < 2; ++side) {
+    const CacheReader& reader = side == 0 ? call.key : call.value;
+    const RowAddress* rows = side == 0 ? keys.k : keys.v;
+    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + reader.row_bytes;
+    const bool whole = bytes <= 2 * heads.count * reader.row_bytes;  // heads lie side by side
+    const std::int64_t scale_bytes = (heads.count - 1) * reader.scale_head_stride + 4;
+    const bool scales = reader.scales != nullptr && scale_bytes <= 64;  // neither among the rows nor heads apart
+    for (int n = 0; n < keys.count;) {
+      const int num = std::min(keys.count - n, size - (keys.first + n) % size);  // in one block
+      for (int h = 0; h < (whole ? 1 : heads.count); ++h) {
+        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : reader.row_bytes, num,
+            reader.slot_stride);
+      }
+      if (scales) {
+        add(rows[n].meta + heads.first * reader.scale_head_stride, scale_bytes, num, reader.scale_slot_stride);
+      }
+      n += num;
+    }
+  }
+  return count;
+}
+
+// What to ask for while the tile at hand is computed.
+Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange heads, const TileKeys& ahead,
+                    Scratch& scratch) {
+  Prefetch prefetch;
+  if (ahead.count == 0 || call.key.row_bytes == 0 || call.value.row_bytes == 0) return prefetch;
+  const int num_runs = prefetch_runs(call, ahead, heads, scratch.runs);
+  prefetch.run = scratch.runs;
+  prefetch.end_of_runs = scratch.runs + num_runs;
+  std::int64_t lines = 0;
+  for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
+  const int num_rows = tile.num_tokens * call.shape.group_size();
+  const std::int64_t steps = std::int64_t{heads.count} * ((num_rows + 3) / 4) * (kKeyTile / 8) *
+                             std::max(1, (call.k_stride + call.v_stride) / 64);
+  prefetch.lines_a_step = static_cast<int>((lines + steps - 1) / steps);
+  return prefetch;
+}
+
 }  // namespace
 
-void attend_split(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                  const KeySpan& keys, Scratch& scratch) {
-  const int num_rows = tile.num_tokens * rows.group;
-  std::fill_n(scratch.acc, static_cast<std::int64_t>(num_rows) * call.v_stride, 0.0F);
-  std::fill_n(scratch.offset_sum, num_rows, 0.0F);
-  std::fill_n(scratch.state, num_rows, SoftmaxState{});
-
-  // Tiles start at multiples of kKeyTile, so a row's arithmetic does not depend on where its tile's range begins.
-  for (std::int64_t next = keys.first; next < keys.end;) {
-    if (next >= keys.prefix_end && next < keys.begin) next = keys.begin;
-    const auto first_key = static_cast<int>(next);
-    next = std::min<std::int64_t>((next / kKeyTile + 1) * kKeyTile, keys.end);
-    if (first_key < keys.prefix_end) next = std::min<std::int64_t>(next, keys.prefix_end);
-    const auto num_keys = static_cast<int>(next - first_key);
-    RowAddress k_rows[kKeyTile];
-    RowAddress v_rows[kKeyTile];
-    for (int n = 0; n < num_keys; ++n) {
-      const int key = first_key + n;
-      const std::int64_t block = call.block_of(tile.batch, key);
-      const int slot = key % call.shape.block_size;
-      k_rows[n] = call.key.address(block, slot, rows.kv_head);
-      v_rows[n] = call.value.address(block, slot, rows.kv_head);
-    }
-    call.key.load_tile(k_rows, num_keys, rows.kv_head, scratch.k_tile);
-    call.k.dot_tile(scratch.q, num_rows, scratch.k_tile, num_keys, scratch.scores);
-    make_logits(call, tile, sequence, rows, first_key, num_keys, scratch);
-
-    for (int m = 0; m < num_rows; ++m) {
-      float* scores = scratch.scores + static_cast<std::int64_t>(m) * kKeyTile;
-      SoftmaxState& state = scratch.state[m];
-      float max = state.max;
-      for (int n = 0; n < num_keys; ++n) max = exact::max(scores[n], max);
-      const float sum = call.k.exp_row(scores, num_keys, max == -INFINITY ? 0.0F : max);
-      if (max != state.max) {
-        const float factor = attention::rescale(state.max, max);
-        call.k.scale_row(scratch.acc + static_cast<std::int64_t>(m) * call.v_stride, call.v_stride, factor);
-        scratch.offset_sum[m] *= factor;
-        state.sum *= factor;
-        state.max = max;
-      }
-      state.sum += sum;
-    }
-
-    call.value.load_tile(v_rows, num_keys, rows.kv_head, scratch.v_tile);
-    const LevelTile& v = scratch.v_tile;
-    if (!v.all_finite) {
-      accumulate_visible(call, tile, sequence, rows, first_key, num_keys, scratch);
-      continue;
-    }
-    for (int m = 0; m < num_rows; ++m) {
-      float* weights = scratch.scores + static_cast<std::int64_t>(m) * kKeyTile;
-      if (v.any_offset) {
-        for (int n = 0; n < num_keys; ++n) scratch.offset_sum[m] += weights[n] * v.offset[n];
-      }
-      for (int n = 0; n < num_keys; ++n) weights[n] *= v.scale[n];
-    }
-    call.k.accumulate_tile(scratch.scores, num_rows, v, num_keys, scratch.acc);
+void attend_split(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, HeadRange heads,
+                  const KeySpan& span, Scratch& scratch) {
+  const int num_rows = tile.num_tokens * call.shape.group_size();
+  for (int h = 0; h < heads.count; ++h) {
+    const Scratch::Head& head = scratch.heads[h];
+    std::fill_n(head.acc, static_cast<std::int64_t>(num_rows) * call.acc_stride, 0.0F);
+    std::fill_n(head.offset_sum, num_rows, 0.0F);
+    std::fill_n(head.state, num_rows, SoftmaxState{});
   }
-  for (int m = 0; m < num_rows; ++m) {
-    float* acc = scratch.acc + static_cast<std::int64_t>(m) * call.v_stride;
-    for (int i = 0; i < call.shape.head_size_v; ++i) acc[i] += scratch.offset_sum[m];
+  TileKeys tiles[2];
+  std::int64_t next = span.first;
+  next_keys(call, tile.batch, span, next, tiles[0]);
+  for (int turn = 0; tiles[turn].count > 0; turn = 1 - turn) {
+    const TileKeys& keys = tiles[turn];
+    TileKeys& ahead = tiles[1 - turn];
+    next_keys(call, tile.batch, span, next, ahead);
+    const bool see_all = all_visible(call, tile, sequence, keys);
+    Prefetch prefetch = next_lines(call, tile, heads, ahead, scratch);
+    for (int h = 0; h < heads.count; ++h) {
+      const RowOf rows{call.shape.group_size(), heads.first + h};
+      const Scratch::Head& head = scratch.heads[h];
+      tile_logits(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+      call.k.softmax_tile(scratch.scores, num_rows, keys.count, head.state, head.acc, call.acc_stride, head.offset_sum);
+      tile_output(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+    }
   }
+  for (int h = 0; h < heads.count; ++h) finish_rows(call, num_rows, scratch.heads[h], scratch);
 }
 
 void fold(const float* part, const SoftmaxState& part_state, int size, float* total, SoftmaxState& total_state) {

@@ -1,9 +1,11 @@
 // The arithmetic of unified_attention on the CPU: a tile of queries against a range of keys, which come in tiles of
-// kKeyTile: decode K levels, dot products, logits, online softmax, decode V levels, accumulate. Formats meet only in
+// kKeyTile: K as operands, dot products, logits, online softmax, V as operands, accumulate. Formats meet only in
 // CacheReader, so any key format goes with any value format.
 //
 //   logit   = softmax_scale * q_scale * k_scale * unrotate * (scale[n] * (q' . level) + offset[n] * sum q')
 //   output  = v_scale * unrotate * rotate_back(sum p * scale[n] * level + sum p * offset[n]) / sum p
+//
+// Several KV heads take turns at each tile of keys, where their rows lie side by side: memory is read in order.
 #pragma once
 
 #include <cstddef>
@@ -14,24 +16,7 @@
 
 namespace quire::cpu {
 
-// The memory of one part of a call, cut out of `memory`.
-struct Scratch {
-  float* q;                              // [rows, k_stride]
-  float* acc;                            // [rows, v_stride], of the split at hand
-  float* total;                          // [rows, v_stride], folded
-  float* scores;                         // [rows, kKeyTile]
-  float* q_sum;                          // [rows]
-  float* offset_sum;                     // [rows], sum p * offset of the split at hand
-  attention::SoftmaxState* state;        // [rows], of the split at hand
-  attention::SoftmaxState* total_state;  // [rows], folded
-  LevelTile k_tile, v_tile;
-
-  // How many floats it takes, a multiple of 64 bytes of them.
-  static std::size_t num_floats(int rows, int k_stride, int v_stride);
-  Scratch(float* memory, int rows, int k_stride, int v_stride);
-};
-
-// Row m of a tile is token m / group of the tile and query head kv_head * group + m % group.
+// Rows of one KV head: m is token m / group of the tile and query head kv_head * group + m % group.
 struct RowOf {
   int group;
   int kv_head;
@@ -39,12 +24,50 @@ struct RowOf {
   int head(int m) const { return kv_head * group + m % group; }
 };
 
-// Fills the queries of the scratch, rotated as the keys are.
-void load_queries(const AttentionCall& call, const QueryTile& tile, const RowOf& rows, Scratch& scratch);
+// The KV heads of a task.
+struct HeadRange {
+  int first, count;
+};
 
-// Attention of a query tile over keys: leaves acc and state, acc complete (offsets added).
+// One thread's memory, for `heads` KV heads of `rows` query rows each; what is said of one head is repeated for each.
+struct Scratch {
+  // Of one KV head.
+  struct Head {
+    float* q;                        // [rows, k_stride]
+    float* q_sum;                    // [rows]
+    QueryOperands queries;           // of all rows
+    float* acc;                      // [rows, acc_stride], of the split at hand
+    float* offset_sum;               // [rows], sum p * offset of the split at hand
+    attention::SoftmaxState* state;  // [rows], of the split at hand
+    float* total;                    // [rows, v_stride], folded
+    attention::SoftmaxState* total_state;
+  };
+  static constexpr int kMaxHeads = 64;
+  static constexpr int kMaxRuns = 512;
+
+  Head heads[kMaxHeads];
+  float* scores;           // [rows, kKeyTile]
+  std::uint16_t* weights;  // [2, rows, kKeyTile]
+  float* unit;             // [rows]
+  float* row;              // [acc_stride]
+  std::uint16_t* keys;     // [2, kKeyGroup, k_positions]
+  std::uint16_t* values;   // [kKeyTile / 2, v_positions, 2]
+  float* scale;            // [kKeyTile] each
+  float* offset;
+  LevelTile k_tile, v_tile;
+  Prefetch::Run runs[kMaxRuns];
+
+  // Lays the pointers out from `base` on, which may be null, and returns how many bytes that takes.
+  std::size_t lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base);
+};
+
+// Fills the queries of the scratch, rotated as the keys are.
+void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch);
+
+// Attention of a query tile over keys: leaves acc [rows, acc_stride] and state of each head; the first head_size_v
+// elements of a row of acc are complete and in order.
 void attend_split(const AttentionCall& call, const QueryTile& tile, const attention::SequenceMask& sequence,
-                  const RowOf& rows, const attention::KeySpan& keys, Scratch& scratch);
+                  HeadRange heads, const attention::KeySpan& keys, Scratch& scratch);
 
 // Folds one more part into a row's running state.
 void fold(const float* part, const attention::SoftmaxState& part_state, int size, float* total,

@@ -25,8 +25,9 @@ void merge_attn_states(const MergeAttnStatesArgs& args);
 
 void hadamard(const HadamardArgs& args);
 
-// A forked child has one thread, and its first parallel region would wait for ever for those that OpenMP kept for the
-// parent's. From this call on they end before each fork; parent and child make new ones at their next op.
+// A forked child has one thread. The team of team.h knows; OpenMP, which callers of the library and its tools use,
+// keeps threads for the parent's next parallel region, and the child's would wait for them for ever. From this call on
+// they end before each fork, and parent and child make new ones.
 bool end_threads_before_fork();
 
 // SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SSE2"), best first, and a switch between them for tests

@@ -28,10 +28,8 @@ void hadamard(const HadamardArgs& args) {
     std::uint8_t* out = args.out.ptr<std::uint8_t>() + to.offset(index);
     for (int i = 0; i < head_size; ++i) store_floats(y + i, 1, to.dtype, out + i * to.element_stride);
   };
-  const int parts = num_parts();
-  run_parts(parts, [&](int part) {
-    for (std::int64_t row = part * num_rows / parts; row < (part + 1) * num_rows / parts; ++row) rotate_row(row);
-  });
+  constexpr std::int64_t kRowsOfATask = 64;
+  run_items(num_rows, kRowsOfATask, rotate_row);
 }
 
 }  // namespace quire::cpu

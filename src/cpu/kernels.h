@@ -1,15 +1,25 @@
-// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc) and chosen at run time. The tables have
-// one entry per format, in the order of format::FormatId; a format left out of the build has null entries.
+// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc, zen4.cc) and chosen at run time. The
+// tables have one entry per format, in the order of format::FormatId; a format left out of the build has null entries.
+//
+// Attention multiplies levels in one of three forms (Operand). fp32 levels lie in a LevelTile. 16-bit operands lie in
+// pairs, as the dot-product instructions take them:
+//
+//     keys     [16][positions]                    a position is a level's place in a row; OperandFormat::key_order
+//     queries  [sets][parts][positions / 8][B][8] a set is B rows, as many as a vector has blocks of 16 bytes
+//     values   [pairs of keys][positions][2]      OperandFormat::value_order
+//     weights  [parts][rows][kKeyTile]
 #pragma once
 
 #include <array>
 #include <cstdint>
 
+#include "attention/softmax.h"
+#include "cpu/operand.h"
 #include "format/formats.h"
 
 namespace quire::cpu {
 
-// Rows of fp32 scratch start at multiples of this many floats and are padded to it with zeros.
+// Rows of scratch start at multiples of this many elements and are padded to it with zeros.
 inline constexpr int kLaneAlign = 16;
 constexpr int padded(int head_size) { return (head_size + kLaneAlign - 1) / kLaneAlign * kLaneAlign; }
 
@@ -20,8 +30,49 @@ struct RowAddress {
   const std::uint8_t* page;  // metadata of the page and KV head; null where there is none
 };
 
+// The cache lines of the next keys, asked for a few at a time between products: runs of bytes, one after the other.
+struct Prefetch {
+  struct Run {
+    const std::uint8_t* begin;
+    const std::uint8_t* end;
+  };
+  const Run* run = nullptr;  // the one after that of `at`
+  const Run* end_of_runs = nullptr;
+  const std::uint8_t* at = nullptr;
+  const std::uint8_t* end = nullptr;
+  int lines_a_step = 0;  // of a step of about 64 products of vectors
+
+  // Not for innermost loops, where its branches would cost registers.
+  void step() {
+    if (at >= end) {
+      if (run == end_of_runs) return;
+      at = run->begin;
+      end = run->end;
+      ++run;
+    }
+    // The last step of a run may go past its end, to where the next often begins.
+    const std::uint8_t* last = at + std::int64_t{64} * lines_a_step;
+    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// Rows of some keys: addresses of the first KV head, and the bytes from there to the KV head at hand.
+struct TileRows {
+  const RowAddress* rows;
+  int num_rows;
+  std::int64_t data_step, meta_step, page_step;
+  Prefetch* prefetch = nullptr;  // steps with every row that is decoded to fp32
+
+  const std::uint8_t* data(int n) const { return rows[n].data + data_step; }
+  const std::uint8_t* meta(int n) const { return rows[n].meta == nullptr ? nullptr : rows[n].meta + meta_step; }
+  const std::uint8_t* page(int n) const { return rows[n].page == nullptr ? nullptr : rows[n].page + page_step; }
+  TileRows from(int first, int count) const { return {rows + first, count, data_step, meta_step, page_step, prefetch}; }
+};
+
 // Keys (or values) handled together.
 inline constexpr int kKeyTile = 64;
+// Keys whose 16-bit operands are made and multiplied together.
+inline constexpr int kKeyGroup = 16;
 
 // A tile of decoded rows: value = scale[n] * levels[n][i] + offset[n].
 struct LevelTile {
@@ -33,37 +84,109 @@ struct LevelTile {
   bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
 };
 
-struct Kernels {
-  const char* target;
+// The 16-bit operands of a format's rows on this target.
+struct OperandFormat {
+  Operand operand = Operand::kFloat32;  // kFloat32: the format has none
+  int max_level = 0;                    // kInt16: the largest |operand|
+  int per_word = 1;                     // of which head sizes must be multiples
+  bool has_offset = false;              // offsets of rows may differ from 0
+  bool keys_in_place = false;           // a key's codes are its operands, in order: no need to load them
 
-  // y [head_size] is overwritten; data receives the codes, meta the metadata.
+  // Positions of a row, padding included; element_of[position] is the element there, or -1.
+  int (*key_positions)(format::RowShape shape) = nullptr;
+  int (*value_positions)(format::RowShape shape) = nullptr;
+  void (*key_order)(format::RowShape shape, std::int16_t* element_of) = nullptr;
+  void (*value_order)(format::RowShape shape, std::int16_t* element_of) = nullptr;
+
+  // Operands of up to kKeyGroup keys.
+  void (*load_keys)(const TileRows& rows, format::RowShape shape, std::uint16_t* keys) = nullptr;
+  // Affine maps of up to kKeyTile rows to operands; 0 from there to the next multiple of kLaneAlign. False where one is
+  // NaN or infinite.
+  bool (*load_affines)(const TileRows& rows, format::RowShape shape, float* scale, float* offset) = nullptr;
+  // scale[n] /= the norm of the levels of the keys of a group; null where the format has no norm correction.
+  void (*divide_by_norms)(const std::uint16_t* keys, int num_keys, int positions, float* scale) = nullptr;
+  // Operands of up to kKeyTile values, in pairs.
+  void (*load_values)(const TileRows& rows, format::RowShape shape, std::uint16_t* values) = nullptr;
+  // kBFloat16: whether all operands of the pairs are finite numbers.
+  bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
+};
+
+// Softmax weights have 16 bits: an int16, or two bf16 whose sum they are.
+constexpr int weight_parts(Operand operand) { return operand == Operand::kBFloat16 ? 2 : 1; }
+
+// Queries of one KV head as 16-bit operands.
+struct QueryOperands {
+  std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
+  float* step;          // [sets * B][4]: the query is step * operand, four times
+  int num_sets, parts, positions;
+  int part_elements(int blocks) const { return positions * blocks; }
+};
+
+struct Kernels {
+  const char* target = nullptr;
+  int blocks = 1;  // of 16 bytes in a vector
+
+  // source [size] of a float dtype to fp32.
+  void (*load_row)(const std::uint8_t* source, DType dtype, int size, float* y) = nullptr;
+
+  // y [padded(head_size)], aligned to 64 bytes, is overwritten; data receives the codes, meta the metadata.
   using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
                              std::uint8_t* meta);
-  std::array<EncodeRow, format::AllFormats::kSize> encode_row;
+  std::array<EncodeRow, format::AllFormats::kSize> encode_row{};
 
   // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be
   // null.
-  using LoadTile = void (*)(const RowAddress* rows, int num_rows, format::RowShape shape, const float* head_vector,
-                            LevelTile& tile);
-  std::array<LoadTile, format::AllFormats::kSize> load_tile;
+  using LoadTile = void (*)(const TileRows& rows, format::RowShape shape, const float* head_vector, LevelTile& tile);
+  std::array<LoadTile, format::AllFormats::kSize> load_tile{};
+
+  std::array<OperandFormat, format::AllFormats::kSize> operands{};
 
   // scores[m * kKeyTile + n] = sum_i q[m][i] * levels[n][i]; q rows have the tile's stride.
-  void (*dot_tile)(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores);
+  void (*dot_tile)(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores) = nullptr;
 
-  // acc[m][i] += sum_n p[m * kKeyTile + n] * levels[n][i], n ascending; acc rows have the tile's stride.
-  void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc);
+  // acc[m][i] += sum_n p[m * kKeyTile + n] * levels[n][i], n ascending; acc [num_q, acc_stride].
+  void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc,
+                          int acc_stride) = nullptr;
 
-  // p[n] = exp(p[n] - max) for n < num_keys, returns the sum. A NaN stays NaN; -inf gives 0.
-  float (*exp_row)(float* p, int num_keys, float max);
+  // Rows of a set that begins with `row`, of `num_rows` in all, in the order element_of: parts of bf16, or int16 by
+  // steps of max |q| / largest. A row that is not finite has a step of NaN.
+  void (*make_queries)(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
+                       float largest, QueryOperands& queries) = nullptr;
 
-  // x[i] *= factor.
-  void (*scale_row)(float* x, int size, float factor);
+  // scores[m * kKeyTile + n] = sum of products with key n of the group, n < kKeyGroup, times the row's step.
+  void (*dot_keys)(Operand operand, const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys,
+                   float* scores, Prefetch& prefetch) = nullptr;
 
-  void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape);
-  void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape);
+  // scores[n] = factor * (scale[n] * scores[n]) + offset[n] * factor * q_sum, NaN where that is infinite; offset may be
+  // null. Slots from num_keys to the next multiple of kLaneAlign become -inf.
+  void (*make_logits)(float* scores, int num_rows, int num_keys, const float* scale, const float* offset, float factor,
+                      const float* q_sum) = nullptr;
+
+  // Logits of a tile to softmax weights, in place: p[n] = exp(p[n] - max), a NaN staying NaN and -inf giving 0, under
+  // the running maximum, to which rows of acc [num_rows, acc_stride] and offset_sum are brought.
+  void (*softmax_tile)(float* scores, int num_rows, int num_keys, attention::SoftmaxState* state, float* acc,
+                       int acc_stride, float* offset_sum) = nullptr;
+
+  // weights[n] = p[n] * scale[n] in the operand's form (kFloat32: in place), for num_keys keys and 0 up to the next
+  // multiple of kLaneAlign; unit[m] is what the products of kInt16 are multiplied by. offset_sum[m] += sum p * offset,
+  // where offset is not null.
+  void (*make_weights)(Operand operand, float* scores, int num_rows, int num_keys, const float* scale,
+                       const float* offset, std::uint16_t* weights, float* unit, float* offset_sum) = nullptr;
+
+  // acc[m][position] += unit[m] * sum_n weights[m][n] * values[n][position]
+  void (*accumulate_values)(Operand operand, const std::uint16_t* weights, int num_rows, int num_keys,
+                            const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
+                            Prefetch& prefetch) = nullptr;
+
+  // y as in encode_row.
+  void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
+  void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
 };
 
 // The table of the target in use.
 const Kernels& kernels();
+
+// That of AVX-512 with VNNI, BF16 and VBMI (zen4.cc), or null where it is not compiled in.
+const Kernels* zen4_kernels();
 
 }  // namespace quire::cpu

@@ -52,10 +52,8 @@ void merge_attn_states(const MergeAttnStatesArgs& args) {
       }
     }
   };
-  const int parts = num_parts();
-  run_parts(parts, [&](int part) {
-    for (std::int64_t token = part * tokens / parts; token < (part + 1) * tokens / parts; ++token) merge_token(token);
-  });
+  constexpr std::int64_t kTokensOfATask = 16;
+  run_items(tokens, kTokensOfATask, merge_token);
 }
 
 }  // namespace quire::cpu

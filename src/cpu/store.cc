@@ -4,7 +4,6 @@
 #include "attention/paged_rows.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
-#include "cpu/load.h"
 #include "cpu/threads.h"
 
 namespace quire::cpu {
@@ -20,6 +19,7 @@ struct Side {
   attention::WritablePagedRows rows;
   ScaleView tensor_scale;
   const FormatInfo& format;
+  decltype(Kernels::load_row) load;
   Kernels::EncodeRow encode;
   format::RowShape shape;
 
@@ -49,7 +49,7 @@ void store_row(const Side& side, std::int64_t token, std::int64_t block, std::in
     return;
   }
   alignas(64) float y[format::kMaxHeadSize];
-  load_floats(input, side.input.dtype, side.shape.head_size, y);
+  side.load(input, side.input.dtype, side.shape.head_size, y);
   format::SideInputs inputs = side.rows.side(block, head);
   inputs.tensor_scale = side.tensor_scale.at(0, head);
   side.encode(y, side.shape, inputs, data, meta);
@@ -97,6 +97,7 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& pr
               {},
               make_scale_view(tensor_scale),
               format::format_info(id),
+              k.load_row,
               k.encode_row[static_cast<std::size_t>(id)],
               format::row_shape(head_size)};
     attention::set_paged_rows(side.rows, cache, tensors);
@@ -108,15 +109,16 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& pr
                 problem.key_format, problem.head_size),
       make_side(args.value, cache.value_cache, {cache.v_scale_cache, cache.v_page_meta, cache.v_head_vector},
                 args.v_scale, problem.value_format, problem.head_size_v)};
+  constexpr std::int64_t kNeighbours = 16;
   const bool wide_slots = args.slot_mapping.dtype == DType::kInt64;
   const std::int64_t slot_stride = args.slot_mapping.strides[0];
-  const int parts = num_parts();
+  const int parts = problem.num_tokens > 1 ? num_parts() : 1;
   run_parts(parts, [&](int part) {
     for (std::int64_t token = 0; token < problem.num_tokens; ++token) {
       const std::int64_t slot = wide_slots ? args.slot_mapping.ptr<const std::int64_t>()[token * slot_stride]
                                            : args.slot_mapping.ptr<const std::int32_t>()[token * slot_stride];
-      // A slot belongs to one part, so duplicates never tear a row.
-      if (slot < 0 || slot % parts != part) continue;
+      // A slot belongs to one part, so duplicates never tear a row. Neighbours belong together: they share cache lines.
+      if (slot < 0 || slot / kNeighbours % parts != part) continue;
       for (const Side& side : sides) {
         if (problem.head_major_x > 0) {
           store_head_major(side, problem, &side == &sides[0], token, slot);

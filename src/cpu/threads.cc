@@ -2,8 +2,10 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <string>
 
+#include "cpu/team.h"
 #include "quire/executor.h"
 
 namespace quire {
@@ -21,14 +23,16 @@ namespace cpu {
 
 int num_parts() {
   if (executor.run_parts != nullptr) return executor.num_threads;
-  return own_threads > 0 ? own_threads : omp_get_max_threads();
+  // A parallel region of the caller's has the cores already.
+  if (omp_in_parallel() != 0) return 1;
+  return own_threads > 0 ? own_threads : std::clamp(omp_get_max_threads(), 1, kMaxParts);
 }
 
 void run_parts(int num_parts, void (*part)(void* context, int index), void* context) {
+  if (num_parts < 1) return;
   if (num_parts == 1) return part(context, 0);
   if (executor.run_parts != nullptr) return executor.run_parts(executor.pool, num_parts, part, context);
-#pragma omp parallel for schedule(static, 1) num_threads(num_parts)
-  for (int i = 0; i < num_parts; ++i) part(context, i);
+  run_on_team(num_parts, part, context);
 }
 
 }  // namespace cpu

@@ -1,6 +1,10 @@
-// Where the parts of an op run: on quire's own threads, which are OpenMP's, or on the caller's executor
-// (quire/executor.h says what a part may count on).
+// Where the parts of an op run: on quire's own threads (team.h), or on the caller's executor (quire/executor.h says
+// what a part may count on). Parts do not wait for each other, so an executor may run them one after the other.
 #pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
 
 namespace quire::cpu {
 
@@ -16,6 +20,24 @@ void run_parts(int num_parts, const Part& part) {
   run_parts(
       num_parts, [](void* context, int index) { (*static_cast<const Part*>(context))(index); },
       const_cast<Part*>(&part));
+}
+
+// Calls task(index, part) once for each index in [0, num_tasks), from at most num_parts parts, each of which takes the
+// next task until there are none. Which part runs which task is not determined: results must not depend on it.
+template <class Task>
+void run_tasks(std::int64_t num_tasks, int num_parts, const Task& task) {
+  std::atomic<std::int64_t> next{0};
+  run_parts(static_cast<int>(std::min<std::int64_t>(num_parts, num_tasks)), [&](int part) {
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i, part);
+  });
+}
+
+// Calls item(i) once for each i in [0, num_items); `grain` neighbours are one task.
+template <class Item>
+void run_items(std::int64_t num_items, std::int64_t grain, const Item& item) {
+  run_tasks((num_items + grain - 1) / grain, num_parts(), [&](std::int64_t task, int) {
+    for (std::int64_t i = task * grain; i < std::min(num_items, (task + 1) * grain); ++i) item(i);
+  });
 }
 
 }  // namespace quire::cpu

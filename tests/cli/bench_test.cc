@@ -13,11 +13,13 @@ namespace {
 
 using nlohmann::json;
 
-const std::set<std::string> kColumns = {
-    "op",           "device",     "mode",        "layout",       "batch",
-    "context",      "q_len",      "num_q_heads", "num_kv_heads", "head_size",
-    "head_size_v",  "block_size", "ms",          "cache_gbps",   "bandwidth_share",
-    "layout_share", "tflops",     "kernel",      "host_us",      "host_us_with_plan"};
+const std::set<std::string> kColumns = {"op",           "device",        "mode",
+                                        "layout",       "batch",         "context",
+                                        "q_len",        "num_q_heads",   "num_kv_heads",
+                                        "head_size",    "head_size_v",   "block_size",
+                                        "ms",           "cache_gbps",    "bandwidth_share",
+                                        "layout_share", "product_share", "tflops",
+                                        "kernel",       "host_us",       "host_us_with_plan"};
 
 TEST(Bench, RowsOfAGrid) {
   const CliResult result = run_cli({"bench",          "decode", "--mode",        "bfloat16,float32",
@@ -42,6 +44,7 @@ TEST(Bench, RowsOfAGrid) {
     EXPECT_EQ(row["head_size_v"], 32);
     EXPECT_EQ(row["block_size"], 16);
     EXPECT_TRUE(row["layout_share"].is_null());
+    EXPECT_GT(row["product_share"], 0.0);
     EXPECT_GT(row["host_us"].get<double>(), 0.0);
     EXPECT_GT(row["ms"], 0.0);
     // A key and value of 64 + 32 elements, 2 heads.

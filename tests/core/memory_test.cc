@@ -99,33 +99,36 @@ TEST(Memory, OpsThatSucceedAllocateNothing) {
   for (const char* mode : {"auto", "fp8", "int8_per_token_head", "int4_per_token_head", "turboquant_3bit_nc",
                            "k=int8_per_token_head,v=int2_per_token_head"}) {
     if (!modes_built({mode})) continue;
-    AttentionCase::Options options;
-    options.mode = mode;
-    options.sequences = {{1, 1500}, {20, 90}};
-    options.window = 1400;
-    options.softcap = 20.0F;
-    options.sinks = options.alibi = true;
-    AttentionCase problem(options);
-    const PagedCache cache(problem.cache->options());
-    ReshapeAndCacheArgs store;
-    cache.apply(store);
-    store.key = problem.key.view;
-    store.value = problem.value.view;
-    store.slot_mapping = problem.slot_mapping.view;
-    const AttentionProblem planned = *problem_of(problem.args);
-    const AttentionPlan plan = *plan_unified_attention(planned);
-    std::vector<std::uint8_t> workspace(plan.workspace_bytes() + 16);
-    const auto write = [&] { return reshape_and_cache(store, nullptr); };
-    const auto read = [&] {
-      return run_unified_attention(plan, problem.args, workspace.data(), plan.workspace_bytes(), nullptr);
-    };
-    ASSERT_TRUE(write().ok());
-    ASSERT_TRUE(read().ok());
-    EXPECT_EQ(allocations_of(write), 0) << mode;
-    EXPECT_EQ(allocations_of(read), 0) << mode;
-    EXPECT_EQ(allocations_of([&] { return problem_of(problem.args).status(); }), 0) << mode;
-    EXPECT_EQ(allocations_of([&] { return supports(planned).status(); }), 0) << mode;
-    EXPECT_LE(allocations_of([&] { return plan_unified_attention(planned).status(); }), 1) << mode;
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      AttentionCase::Options options;
+      options.mode = mode;
+      options.dtype = dtype;
+      options.sequences = {{1, 1500}, {20, 90}};
+      options.window = 1400;
+      options.softcap = 20.0F;
+      options.sinks = options.alibi = true;
+      AttentionCase problem(options);
+      const PagedCache cache(problem.cache->options());
+      ReshapeAndCacheArgs store;
+      cache.apply(store);
+      store.key = problem.key.view;
+      store.value = problem.value.view;
+      store.slot_mapping = problem.slot_mapping.view;
+      const AttentionProblem planned = *problem_of(problem.args);
+      const AttentionPlan plan = *plan_unified_attention(planned);
+      std::vector<std::uint8_t> workspace(plan.workspace_bytes() + 16);
+      const auto write = [&] { return reshape_and_cache(store, nullptr); };
+      const auto read = [&] {
+        return run_unified_attention(plan, problem.args, workspace.data(), plan.workspace_bytes(), nullptr);
+      };
+      ASSERT_TRUE(write().ok());
+      ASSERT_TRUE(read().ok());
+      EXPECT_EQ(allocations_of(write), 0) << mode;
+      EXPECT_EQ(allocations_of(read), 0) << mode;
+      EXPECT_EQ(allocations_of([&] { return problem_of(problem.args).status(); }), 0) << mode;
+      EXPECT_EQ(allocations_of([&] { return supports(planned).status(); }), 0) << mode;
+      EXPECT_LE(allocations_of([&] { return plan_unified_attention(planned).status(); }), 1) << mode;
+    }
   }
 }
 
@@ -255,8 +258,8 @@ std::size_t in_use() {
   return pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
 }
 
-// Runs unified_attention in a child that has no more memory than scraps of 64 KiB. `warm` ran before: OpenMP has its
-// threads, for want of which it ends the process. 0: kInternal and nothing written.
+// Runs unified_attention in a child that has no more memory than scraps of 64 KiB. `warm` ran before, so that
+// the threads are there. 0: kInternal and nothing written.
 int refusal_in_a_child(const AttentionCase& warm, const AttentionCase& problem) {
   const pid_t pid = fork();
   if (pid == 0) {

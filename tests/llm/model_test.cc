@@ -125,7 +125,9 @@ TEST(Model, FileDtypesAndShardsGiveTheSameLogits) {
   for (const auto& result : results) EXPECT_EQ(result, results[0]);
 }
 
-TEST(Model, QkvInBf16FitABf16CacheExactly) {
+// The caches then hold the same numbers. Attention reads them by products of different types, whose rounding (softmax
+// weights in two bf16 parts, 2^-17) is small next to what the model's rounding of K and V does, 2^-9.
+TEST(Model, QkvInBf16FitABf16Cache) {
   const TempDir dir;
   TestModel("Qwen3ForCausalLM").save(dir);
   auto model = Model::load(dir.path());
@@ -136,7 +138,15 @@ TEST(Model, QkvInBf16FitABf16CacheExactly) {
   model->set_qkv_dtype(DType::kBFloat16);
   const auto rounded = run_logits(*model, tokens, "float32");
   EXPECT_NE(rounded, unrounded);
-  EXPECT_EQ(run_logits(*model, tokens, "bfloat16"), rounded);
+  const auto from_bf16 = run_logits(*model, tokens, "bfloat16");
+  const auto distance = [&](const std::vector<float>& logits) {
+    double worst = 0.0;
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      worst = std::max(worst, std::abs(static_cast<double>(logits[i]) - static_cast<double>(rounded[i])));
+    }
+    return worst;
+  };
+  EXPECT_LT(20 * distance(from_bf16), distance(unrounded));
 }
 
 TEST(Model, RefusesBadFolders) {

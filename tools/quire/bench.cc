@@ -1,6 +1,7 @@
 // quire bench decode|prefill|store: times the ops over a grid of problems and holds them against the memory's speed.
 #include <fmt/core.h>
 #include <fmt/format.h>
+#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,12 +17,15 @@
 #include <string>
 #include <vector>
 
+#include "cpu/operand.h"
 #include "cuda/device_memory.h"
 #include "evaluation.h"
 #include "format/float_types.h"
+#include "format/formats.h"
 #include "host_time.h"
 #include "measure.h"
 #include "options.h"
+#include "quire/executor.h"
 #include "quire/layout.h"
 #include "quire/ops.h"
 #include "verbs.h"
@@ -70,6 +74,7 @@ struct Options {
   int head_size_v = 0;
   int block_size = 16;
   double budget_ms = 40.0;
+  int threads = 0;
   bool json = false;
 };
 
@@ -81,10 +86,29 @@ struct Problem {
   int num_q_heads, num_kv_heads, head_size, head_size_v, block_size;
 };
 
-// Bytes a second that the device itself manages; what attention is held to, and what the store is.
+// Bytes a second that the device itself manages, what attention is held to, and what the store is; on the CPU also
+// multiply-adds a second.
 struct Ceilings {
   double read = 0.0, copy = 0.0;
+  bench::ProductRates products;
 };
+
+// The least seconds that the multiply-adds of attention take on the CPU's threads: half of them with keys, half with
+// values, each in the operands of its format, from 16-bit queries.
+double product_seconds(const ModeInfo& mode, double multiply_adds, const bench::ProductRates& rates) {
+  const auto rate = [&](const std::string& name) {
+    const format::FormatId id = format::find_format(name == "auto" ? "bfloat16" : name);
+    switch (cpu::operand_of(id)) {
+      case cpu::Operand::kBFloat16:
+        return rates.bfloat16;
+      case cpu::Operand::kInt16:
+        return rates.int16;
+      default:
+        return rates.float32;
+    }
+  };
+  return 0.5 * multiply_adds * (1.0 / rate(mode.key_format) + 1.0 / rate(mode.value_format));
+}
 
 Result<KVCacheLayout> layout_of(const Problem& problem, ModeId mode) {
   KVCacheSpec spec;
@@ -285,6 +309,11 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
     QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
     row["layout_share"] = read_ms / ms;
   }
+  row["product_share"] = nullptr;
+  if (problem.device.is_cpu()) {
+    QUIRE_ASSIGN(info, mode_info(mode));
+    row["product_share"] = product_seconds(*info, flops / 2.0, ceilings.products) / (ms * 1e-3);
+  }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
   row["kernel"] = plan.describe();
   // On the CPU no sequence has a query, so that nothing is computed.
@@ -353,6 +382,7 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   row["cache_gbps"] = bytes / ms * 1e-6;
   row["bandwidth_share"] = bytes / (ms * 1e-3) / ceilings.copy;
   row["layout_share"] = nullptr;
+  row["product_share"] = nullptr;
   row["tflops"] = 0.0;
   row["kernel"] = "reshape_and_cache";
   // On the CPU every token is skipped, so that nothing is encoded.
@@ -442,6 +472,7 @@ std::vector<Problem> problems_of(const Options& options, const std::vector<ModeI
 
 Status run_bench(const Options& options) {
   const Device device = options.device;
+  if (options.threads > 0) omp_set_num_threads(options.threads);
   if (Status status = device_available(device); !status) return status;
   const Result<std::vector<ModeInfo>> modes = parse_modes(options.modes);
   if (!modes) return modes.status();
@@ -455,13 +486,19 @@ Status run_bench(const Options& options) {
   Ceilings ceilings;
   QUIRE_ASSIGN(read, bench::linear_read_bandwidth(device));
   QUIRE_ASSIGN(copy, bench::copy_bandwidth(device));
-  ceilings = {read, copy};
+  ceilings = {read, copy, {}};
+  if (device.is_cpu()) ceilings.products = bench::product_rates();
   Json rows = Json::array();
   if (!options.json) {
     fmt::print("linear read {:.0f} GB/s, copy {:.0f} GB/s (read + written)\n", read * 1e-9, copy * 1e-9);
-    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>8}{:>9}{:>9}\n", "op", "mode",
-               "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "TFLOP/s",
-               "host us", "+ plan");
+    if (device.is_cpu()) {
+      fmt::print("multiply-adds: fp32 {:.0f} G/s, bf16 pairs {:.0f} G/s, int16 pairs {:.0f} G/s; {} threads\n",
+                 ceilings.products.float32 * 1e-9, ceilings.products.bfloat16 * 1e-9, ceilings.products.int16 * 1e-9,
+                 num_threads());
+    }
+    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>8}{:>9}{:>9}\n", "op", "mode",
+               "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "products",
+               "TFLOP/s", "host us", "+ plan");
   }
   for (const Problem& problem : problems) {
     const Result<Json> row = options.op == "store" ? bench_store(problem, ceilings, options.budget_ms)
@@ -472,11 +509,11 @@ Status run_bench(const Options& options) {
       const auto share = [&](const char* name) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
-      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>8.1f}{:>9}{:>9}\n",
+      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>9}{:>8.2f}{:>9}{:>9}\n",
                  options.op, problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
                  fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
-                 r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));
+                 share("product_share"), r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));
       std::fflush(stdout);
     }
     rows.push_back(*row);
@@ -486,6 +523,10 @@ Status run_bench(const Options& options) {
                       {"driver", device.is_cuda() ? Json(driver_version()) : Json()},
                       {"linear_read_gbps", read * 1e-9},
                       {"copy_gbps", copy * 1e-9},
+                      {"fp32_gmacs", ceilings.products.float32 * 1e-9},
+                      {"bf16_gmacs", ceilings.products.bfloat16 * 1e-9},
+                      {"int16_gmacs", ceilings.products.int16 * 1e-9},
+                      {"threads", num_threads()},
                       {"rows", rows}};
     fmt::print("{}\n", report.dump(1));
   }
@@ -521,10 +562,12 @@ void add_bench(CLI::App& app, int& exit_status) {
   add_integer(*verb, "--head-size-v", options->head_size_v, "default: the head size", 1, kMost);
   add_integer(*verb, "--block-size", options->block_size, "token slots of a page", 1, kMost);
   add_number(*verb, "--budget-ms", options->budget_ms, "time spent measuring one row", 1e-3, 3.6e6);
+  add_integer(*verb, "--threads", options->threads, "threads on the CPU; default: OMP_NUM_THREADS", 1, 1024);
   verb->add_flag("--json", options->json, "JSON on stdout");
   verb->footer(
       "share: of the best linear read of 2 GiB (decode, prefill) or copy of 1 GiB (store) measured first, in the same "
-      "process. layout: of the time a kernel takes that only reads the same pages (cuda). "
+      "process. layout: of the time a kernel takes that only reads the same pages (cuda). products: what the "
+      "multiply-adds alone would take at the rates measured first, of the time (cpu). "
       "host us: microseconds of the host for a call, plan reused; + plan: planned in each call.");
   verb->callback([options, &exit_status] {
     if (Status status = run_bench(*options); !status) exit_status = report(status);

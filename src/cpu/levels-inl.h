@@ -1,0 +1,211 @@
+// Rows as fp32 levels, and the products of fp32 levels. Decoding is the format's own code, inlined here and vectorized
+// by the compiler under each target's flags; products are written with Highway.
+#if defined(QUIRE_CPU_LEVELS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_LEVELS_INL_H_
+#undef QUIRE_CPU_LEVELS_INL_H_
+#else
+#define QUIRE_CPU_LEVELS_INL_H_
+#endif
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/vector-inl.h"
+#include "format/row.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+// True where every float is finite: an OR over exponent tests, which vectorizes.
+bool all_finite(const float* x, int size) {
+  std::uint32_t bad = 0;
+  for (int i = 0; i < size; ++i) bad |= (exact::bits_of(x[i]) & 0x7f800000U) == 0x7f800000U ? 1U : 0U;
+  return bad == 0;
+}
+
+// Only the float casts and fp8 have codes that are not finite levels; a centre may hold anything.
+template <class F>
+constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing || F::kCentre != format::Centre::kNone;
+
+#if QUIRE_CPU_HAS_PAIRS
+// 8 codes of kBits in as many bytes, spread over 8 bytes.
+template <int kBits>
+HWY_INLINE std::uint64_t spread_codes(const std::uint8_t* data) {
+  constexpr auto mask = [](int bits, int every) {
+    std::uint64_t m = 0;
+    for (int i = 0; i < 64; i += every) m |= ((std::uint64_t{1} << bits) - 1) << i;
+    return m;
+  };
+  std::uint64_t x = 0;
+  std::memcpy(&x, data, kBits);
+  x = (x | x << (32 - 4 * kBits)) & mask(4 * kBits, 32);
+  x = (x | x << (16 - 2 * kBits)) & mask(2 * kBits, 16);
+  return (x | x << (8 - kBits)) & mask(kBits, 8);
+}
+
+// Levels of 16 codes of up to 4 bits.
+struct LevelTable {
+  alignas(64) float levels[16];
+  template <class F>
+  static const LevelTable& of() {
+    static const LevelTable table = [] {
+      LevelTable made{};
+      constexpr int kBits = 8 * F::kUnitBytes / F::kUnit;
+      for (int code = 0; code < 1 << kBits; ++code) {
+        const std::uint8_t bytes[F::kUnitBytes] = {static_cast<std::uint8_t>(code)};  // the first element's
+        float unpacked[F::kUnit];
+        F::unpack(bytes, unpacked);
+        made.levels[code] = unpacked[0];
+      }
+      return made;
+    }();
+    return table;
+  }
+  HWY_INLINE void operator()(const std::uint8_t* codes, float* out) const {
+#if QUIRE_CPU_WORDS_512
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(index, _mm512_load_ps(levels)));
+#else
+    for (int i = 0; i < 16; ++i) out[i] = levels[codes[i]];
+#endif
+  }
+};
+#endif
+
+// The levels of a row, and its affine map with any norm correction applied.
+template <class F>
+HWY_INLINE format::Affine load_levels(const std::uint8_t* data, const std::uint8_t* meta, format::RowShape shape,
+                                      float* levels) {
+#if QUIRE_CPU_HAS_PAIRS
+  constexpr int kBits = 8 * F::kUnitBytes / F::kUnit;
+  if constexpr (std::is_same_v<F, format::Float16>) {
+    // Of a NaN the payload may change.
+    const hn::Rebind<hwy::float16_t, F32> half;
+    const hn::Rebind<std::uint16_t, F32> words;
+    int i = 0;
+    for (; i + kFloats <= shape.head_size; i += kFloats) {
+      const auto codes = hn::LoadU(words, reinterpret_cast<const std::uint16_t*>(data) + i);
+      hn::StoreU(hn::PromoteTo(F32(), hn::BitCast(half, codes)), F32(), levels + i);
+    }
+    for (; i < shape.head_size; ++i) F::unpack(data + 2 * i, levels + i);
+    return {1.0F, 0.0F};
+  } else if constexpr (kBits <= 4 && F::kCentre == format::Centre::kNone && !F::kHistory && !F::kWholeRow) {
+    if (shape.head_size % 16 == 0) {
+      const LevelTable& table = LevelTable::of<F>();
+      auto squares = hn::Zero(F32());
+      for (int i = 0; i < shape.head_size; i += 16, data += 2 * kBits) {
+        const std::uint64_t words[2] = {spread_codes<kBits>(data), spread_codes<kBits>(data + kBits)};
+        std::uint8_t codes[16];
+        std::memcpy(codes, words, 16);
+        table(codes, levels + i);
+        if constexpr (!F::kLevelNorm) continue;
+        for (int j = i; j < i + 16; j += kFloats) {
+          const auto x = hn::LoadU(F32(), levels + j);
+          squares = hn::MulAdd(x, x, squares);
+        }
+      }
+      format::Affine affine = F::read_meta(meta, shape);
+      if constexpr (F::kLevelNorm) {
+        affine.scale = exact::divide(affine.scale, exact::sqrt(hn::GetLane(hn::SumOfLanes(F32(), squares))));
+      }
+      return affine;
+    }
+  }
+#endif
+  return format::decode_levels<F>(data, meta, shape, levels);
+}
+
+template <class F>
+void load_tile(const TileRows& rows, format::RowShape shape, const float* head_vector, LevelTile& tile) {
+  tile.any_offset = false;
+  tile.all_finite = true;
+  for (int n = 0; n < rows.num_rows; ++n) {
+    if (rows.prefetch != nullptr) rows.prefetch->step();
+    float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
+    format::Affine affine = load_levels<F>(rows.data(n), rows.meta(n), shape, levels);
+    format::add_centre<F>({.head_vector = head_vector, .page = rows.page(n)}, shape, levels, affine);
+    for (int i = shape.head_size; i < tile.stride; ++i) levels[i] = 0.0F;
+    tile.scale[n] = affine.scale;
+    tile.offset[n] = affine.offset;
+    tile.any_offset = tile.any_offset || affine.offset != 0.0F;
+    tile.all_finite = tile.all_finite && exact::is_finite(affine.scale) && exact::is_finite(affine.offset);
+    if constexpr (kLevelsMayBeNonFinite<F>) tile.all_finite = tile.all_finite && all_finite(levels, shape.head_size);
+  }
+  for (int n = rows.num_rows; n < padded(rows.num_rows); ++n) tile.scale[n] = tile.offset[n] = 0.0F;
+}
+
+// kQ x kKeys dot products at once.
+template <int kQ, int kKeys>
+HWY_INLINE void dot_block(const float* q, const LevelTile& tile, int first_key, float* scores) {
+  const F32 d;
+  hn::Vec<F32> sum[kQ][kKeys];
+  for (int m = 0; m < kQ; ++m) {
+    for (int n = 0; n < kKeys; ++n) sum[m][n] = hn::Zero(d);
+  }
+  const float* levels = tile.levels + static_cast<std::int64_t>(first_key) * tile.stride;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  for (int i = 0; i < tile.stride; i += lanes) {
+    hn::Vec<F32> key[kKeys];
+    for (int n = 0; n < kKeys; ++n) key[n] = hn::Load(d, levels + n * tile.stride + i);
+    for (int m = 0; m < kQ; ++m) {
+      const auto query = hn::Load(d, q + m * tile.stride + i);
+      for (int n = 0; n < kKeys; ++n) sum[m][n] = hn::MulAdd(query, key[n], sum[m][n]);
+    }
+  }
+  for (int m = 0; m < kQ; ++m) {
+    for (int n = 0; n < kKeys; ++n) scores[m * kKeyTile + first_key + n] = hn::GetLane(hn::SumOfLanes(d, sum[m][n]));
+  }
+}
+
+void dot_tile(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores) {
+  for (int n = 0; n < num_keys; n += 4) {
+    const int keys = num_keys - n < 4 ? num_keys - n : 4;
+    int m = 0;
+    for (; m + 4 <= num_q && keys == 4; m += 4) {
+      dot_block<4, 4>(q + static_cast<std::int64_t>(m) * tile.stride, tile, n, scores + m * kKeyTile);
+    }
+    for (; m < num_q; ++m) {
+      const float* row = q + static_cast<std::int64_t>(m) * tile.stride;
+      if (keys == 4) {
+        dot_block<1, 4>(row, tile, n, scores + m * kKeyTile);
+      } else {
+        for (int k = 0; k < keys; ++k) dot_block<1, 1>(row, tile, n + k, scores + m * kKeyTile);
+      }
+    }
+  }
+}
+
+template <int kQ>
+HWY_INLINE void accumulate_block(const float* p, const LevelTile& tile, int num_keys, float* acc, int acc_stride) {
+  const F32 d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  for (int i = 0; i < tile.stride; i += lanes) {
+    hn::Vec<F32> sum[kQ];
+    for (int m = 0; m < kQ; ++m) sum[m] = hn::Load(d, acc + m * acc_stride + i);
+    const float* levels = tile.levels + i;
+    for (int n = 0; n < num_keys; ++n, levels += tile.stride) {
+      const auto value = hn::Load(d, levels);
+      for (int m = 0; m < kQ; ++m) sum[m] = hn::MulAdd(hn::Set(d, p[m * kKeyTile + n]), value, sum[m]);
+    }
+    for (int m = 0; m < kQ; ++m) hn::Store(sum[m], d, acc + m * acc_stride + i);
+  }
+}
+
+void accumulate_tile(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc, int acc_stride) {
+  int m = 0;
+  for (; m + 8 <= num_q; m += 8) {
+    accumulate_block<8>(p + m * kKeyTile, tile, num_keys, acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride);
+  }
+  for (; m < num_q; ++m) {
+    accumulate_block<1>(p + m * kKeyTile, tile, num_keys, acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride);
+  }
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace quire::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // QUIRE_CPU_LEVELS_INL_H_

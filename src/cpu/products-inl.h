@@ -1,0 +1,324 @@
+// Products of 16-bit operands. Their forms are those of kernels.h; B is the number of 16-byte blocks of a vector.
+//
+// Q K': 8 elements of a key are loaded once into every block of a vector and multiplied by those of B query rows, one a
+// block. The sum of a key is a vector: 4 partial sums for each row. Four keys reduce to one vector by 6 shuffles.
+//
+// P V: a vector holds some positions of two tokens in turns; a row's two weights are in every pair of its other factor.
+#if defined(QUIRE_CPU_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_PRODUCTS_INL_H_
+#undef QUIRE_CPU_PRODUCTS_INL_H_
+#else
+#define QUIRE_CPU_PRODUCTS_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/vector-inl.h"
+#include "format/float_types.h"
+
+#if QUIRE_CPU_HAS_PAIRS
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+void make_queries(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
+                  float largest, QueryOperands& queries) {
+  const int positions = queries.positions;
+  std::fill_n(queries.data, static_cast<std::int64_t>(queries.num_sets) * queries.parts * positions * kBlocks, 0);
+  std::fill_n(queries.step, queries.num_sets * kBlocks * 4, 0.0F);
+  for (int m = 0; m < num_rows; ++m) {
+    const float* row = q + static_cast<std::int64_t>(m) * q_stride;
+    std::uint16_t* set =
+        queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
+    const auto put = [&](int part, int p, std::uint16_t code) {
+      set[(part * positions + p / 8 * 8) * kBlocks + p % 8] = code;
+    };
+    float step = 1.0F;
+    if (operand == Operand::kBFloat16) {
+      for (int p = 0; p < positions; ++p) {
+        if (element_of[p] < 0) continue;
+        const float x = row[element_of[p]];
+        const std::uint16_t high = format::float_to_bfloat16(x);
+        put(0, p, high);
+        if (queries.parts == 1) continue;
+        const float rest = x - format::bfloat16_to_float(high);
+        put(1, p, exact::is_finite(rest) ? format::float_to_bfloat16(rest) : std::uint16_t{0});
+      }
+    } else {
+      std::uint32_t top = 0;
+      for (int i = 0; i < q_stride; ++i) top = std::max(top, exact::bits_of(row[i]) & 0x7fffffffU);
+      const float most = exact::from_bits(top);
+      step = exact::is_finite(most) ? most / largest : NAN;
+      const float inverse = most > 1e-30F && exact::is_finite(most) ? largest / most : 0.0F;
+      for (int p = 0; p < positions; ++p) {
+        if (element_of[p] < 0 || inverse == 0.0F) continue;
+        put(0, p,
+            static_cast<std::uint16_t>(
+                static_cast<std::int32_t>(exact::round_half_even(row[element_of[p]] * inverse))));
+      }
+    }
+    std::fill_n(queries.step + 4 * m, 4, step);
+  }
+}
+
+// Blocks of partial sums of four keys to one vector: block = row, element = key.
+template <class Products>
+HWY_INLINE hn::Vec<typename Products::Sum> reduce4(hn::Vec<typename Products::Sum> a, hn::Vec<typename Products::Sum> b,
+                                                   hn::Vec<typename Products::Sum> c,
+                                                   hn::Vec<typename Products::Sum> d) {
+  const typename Products::Sum sum;
+  const U64 wide;
+  const auto ab = hn::Add(hn::InterleaveLower(sum, a, b), hn::InterleaveUpper(sum, a, b));
+  const auto cd = hn::Add(hn::InterleaveLower(sum, c, d), hn::InterleaveUpper(sum, c, d));
+  const auto lower = hn::InterleaveLower(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  const auto upper = hn::InterleaveUpper(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
+  return hn::Add(hn::BitCast(sum, lower), hn::BitCast(sum, upper));
+}
+
+// Block b of x to row b of scores.
+HWY_INLINE void store_blocks(hn::Vec<F32> x, float* scores) {
+#if QUIRE_CPU_WORDS_512
+  _mm_storeu_ps(scores, _mm512_castps512_ps128(x.raw));
+  _mm_storeu_ps(scores + kKeyTile, _mm512_extractf32x4_ps(x.raw, 1));
+  _mm_storeu_ps(scores + 2 * kKeyTile, _mm512_extractf32x4_ps(x.raw, 2));
+  _mm_storeu_ps(scores + 3 * kKeyTile, _mm512_extractf32x4_ps(x.raw, 3));
+#else
+  HWY_ALIGN float blocks[kFloats];
+  hn::Store(x, F32(), blocks);
+  for (int b = 0; b < kBlocks; ++b) std::memcpy(scores + b * kKeyTile, blocks + 4 * b, 16);
+#endif
+}
+
+// kSets sets of rows by kKeys keys.
+template <class Products, int kSets, int kKeys>
+HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, const std::uint8_t* const* keys,
+                               float* scores, Prefetch& prefetch) {
+  const typename Products::Sum sum;
+  const typename Products::Factor factor;
+  // Two sums of each where there are few, which wait for each other less.
+  constexpr int kChains = kSets == 1 ? 2 : 1;
+  hn::Vec<typename Products::Sum> acc[kChains][kSets][kKeys];
+  HWY_UNROLL(2)
+  for (int c = 0; c < kChains; ++c) {
+    HWY_UNROLL(4)
+    for (int s = 0; s < kSets; ++s) {
+      HWY_UNROLL(8)
+      for (int k = 0; k < kKeys; ++k) acc[c][s][k] = hn::Zero(sum);
+    }
+  }
+  const std::uint8_t* rows[kKeys];
+  HWY_UNROLL(8)
+  for (int k = 0; k < kKeys; ++k) rows[k] = keys[k];
+  const int part_words = queries.positions * kBlocks;
+  const std::int64_t set_words = static_cast<std::int64_t>(queries.parts) * part_words;
+  const std::uint16_t* q = queries.data + first_set * set_words;
+  const int bytes = queries.positions * 2;
+  const auto eight = [&]<int kChain>(const std::uint16_t* at, int i) HWY_ATTR {
+    hn::Vec<typename Products::Factor> query[kSets];
+    HWY_UNROLL(4)
+    for (int s = 0; s < kSets; ++s) query[s] = hn::BitCast(factor, hn::LoadU(U16(), at + s * set_words));
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; ++k) {
+      const auto key = hn::BitCast(factor, hn::LoadDup128(U8(), rows[k] + i));
+      HWY_UNROLL(4)
+      for (int s = 0; s < kSets; ++s) add_dot(acc[kChain][s][k], query[s], key);
+    }
+  };
+  for (int part = 0; part < queries.parts; ++part, q += part_words) {
+    for (int i = 0; i < bytes;) {
+      prefetch.step();
+      const int end = i + 128 < bytes ? i + 128 : bytes;
+      for (; i + 32 <= end; i += 32) {
+        eight.template operator()<0>(q + i / 2 * kBlocks, i);
+        eight.template operator()<kChains - 1>(q + (i / 2 + 8) * kBlocks, i + 16);
+      }
+      if (i < end) {
+        eight.template operator()<0>(q + i / 2 * kBlocks, i);
+        i += 16;
+      }
+    }
+  }
+  if constexpr (kChains == 2) {
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; ++k) acc[0][0][k] = hn::Add(acc[0][0][k], acc[1][0][k]);
+  }
+  HWY_UNROLL(4)
+  for (int s = 0; s < kSets; ++s) {
+    const auto step = hn::LoadU(F32(), queries.step + (first_set + s) * kBlocks * 4);
+    float* out = scores + static_cast<std::int64_t>(first_set + s) * kBlocks * kKeyTile;
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; k += 4) {
+      const auto four = reduce4<Products>(acc[0][s][k], acc[0][s][k + 1], acc[0][s][k + 2], acc[0][s][k + 3]);
+      store_blocks(hn::Mul(Products::to_float(four), step), out + k);
+    }
+  }
+}
+
+// scale[n] /= the norm of the levels of key n. Rows up to the next multiple of 4 are readable.
+void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, float* scale) {
+  for (int n = 0; n < num_keys; n += 4) {
+    hn::Vec<I32> squares[4] = {hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32())};
+    for (int i = 0; i < positions; i += kWords) {
+      HWY_UNROLL(4)
+      for (int k = 0; k < 4; ++k) {
+        const auto x = hn::BitCast(I16(), hn::LoadU(U16(), keys + (n + k) * positions + i));
+        add_dot(squares[k], x, x);
+      }
+    }
+    HWY_ALIGN float blocks[kFloats];
+    hn::Store(hn::ConvertTo(F32(), reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3])), F32(),
+              blocks);
+    for (int k = 0; k < 4 && n + k < num_keys; ++k) {
+      float sum = 0.0F;
+      for (int b = 0; b < kBlocks; ++b) sum += blocks[4 * b + k];
+      scale[n + k] /= std::sqrt(sum);
+    }
+  }
+}
+
+template <class Products>
+void dot_keys_of(const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys, float* scores,
+                 Prefetch& prefetch) {
+  int set = 0;
+  for (; set + 4 <= queries.num_sets; set += 4) {
+    for (int k = 0; k < num_keys; k += 4) {
+      dot_keys_block<Products, 4, 4>(queries, set, keys + k, scores + k, prefetch);
+    }
+  }
+  for (; set + 2 <= queries.num_sets; set += 2) {
+    for (int k = 0; k < num_keys; k += 4) {
+      dot_keys_block<Products, 2, 4>(queries, set, keys + k, scores + k, prefetch);
+    }
+  }
+  for (; set < queries.num_sets; ++set) {
+    for (int k = 0; k < num_keys; k += 8) {
+      dot_keys_block<Products, 1, 8>(queries, set, keys + k, scores + k, prefetch);
+    }
+  }
+}
+void dot_keys(Operand operand, const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys,
+              float* scores, Prefetch& prefetch) {
+  if (operand == Operand::kBFloat16) return dot_keys_of<BFloat16Products>(queries, keys, num_keys, scores, prefetch);
+  dot_keys_of<Int16Products>(queries, keys, num_keys, scores, prefetch);
+}
+
+// The weights of two tokens.
+HWY_INLINE std::int32_t weight_pair(const std::uint16_t* weights) {
+  std::int32_t pair;
+  std::memcpy(&pair, weights, sizeof(pair));
+  return pair;
+}
+
+// kRows rows by kVectors vectors of positions.
+template <class Products, int kRows, int kVectors, int kParts>
+HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t part_stride, int num_pairs,
+                                        const std::uint16_t* values, std::int64_t pair_stride, const float* unit,
+                                        float* acc, int acc_stride, Prefetch& prefetch) {
+  const typename Products::Sum sum;
+  const typename Products::Factor factor;
+  constexpr bool kInteger = std::is_same_v<Products, Int16Products>;
+  hn::Vec<typename Products::Sum> a[kRows][kVectors];
+  HWY_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kInteger) {
+        a[r][v] = hn::Zero(sum);
+      } else {
+        a[r][v] = hn::LoadU(sum, acc + static_cast<std::int64_t>(r) * acc_stride + v * kFloats);
+      }
+    }
+  }
+  for (int pair = 0; pair < num_pairs;) {
+    prefetch.step();
+    const int end = pair + 4 < num_pairs ? pair + 4 : num_pairs;
+    for (; pair < end; ++pair, values += pair_stride, weights += 2) {
+      hn::Vec<typename Products::Factor> x[kVectors];
+      HWY_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) x[v] = hn::BitCast(factor, hn::LoadU(U16(), values + v * kWords));
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) {
+        HWY_UNROLL(2)
+        for (int part = 0; part < kParts; ++part) {
+          const std::int32_t w = weight_pair(weights + part * part_stride + r * kKeyTile);
+          const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
+          HWY_UNROLL(4)
+          for (int v = 0; v < kVectors; ++v) add_dot(a[r][v], x[v], weight);
+        }
+      }
+    }
+  }
+  HWY_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    HWY_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = acc + static_cast<std::int64_t>(r) * acc_stride + v * kFloats;
+      if constexpr (kInteger) {
+        hn::StoreU(hn::MulAdd(hn::ConvertTo(F32(), a[r][v]), hn::Set(F32(), unit[r]), hn::LoadU(F32(), to)), F32(), to);
+      } else {
+        hn::StoreU(a[r][v], F32(), to);
+      }
+    }
+  }
+}
+
+template <class Products, int kVectors, int kParts>
+void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pairs, const std::uint16_t* values,
+                        std::int64_t pair_stride, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
+  const std::int64_t part_stride = static_cast<std::int64_t>(num_rows) * kKeyTile;
+  for (int m = 0; m < num_rows;) {
+    const std::uint16_t* w = weights + static_cast<std::int64_t>(m) * kKeyTile;
+    float* to = acc + static_cast<std::int64_t>(m) * acc_stride;
+    const auto rows = [&]<int kRows>() {
+      accumulate_values_block<Products, kRows, kVectors, kParts>(w, part_stride, num_pairs, values, pair_stride,
+                                                                 unit + m, to, acc_stride, prefetch);
+      m += kRows;
+    };
+    switch (num_rows - m) {
+      case 1:
+        rows.template operator()<1>();
+        break;
+      case 2:
+        rows.template operator()<2>();
+        break;
+      case 3:
+        rows.template operator()<3>();
+        break;
+      default:
+        rows.template operator()<4>();
+    }
+  }
+}
+
+template <class Products, int kParts>
+void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_keys, const std::uint16_t* values,
+                          int positions, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
+  const int vectors = positions / kFloats;
+  const int num_pairs = (num_keys + 1) / 2;
+  const std::int64_t pair_stride = static_cast<std::int64_t>(positions) * 2;
+  int v = 0;
+  const auto columns = [&]<int kVectors>() {
+    accumulate_columns<Products, kVectors, kParts>(weights, num_rows, num_pairs, values + v * kWords, pair_stride, unit,
+                                                   acc + v * kFloats, acc_stride, prefetch);
+    v += kVectors;
+  };
+  while (v + 4 <= vectors) columns.template operator()<4>();
+  while (v < vectors) columns.template operator()<1>();
+}
+void accumulate_values(Operand operand, const std::uint16_t* weights, int num_rows, int num_keys,
+                       const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
+                       Prefetch& prefetch) {
+  const auto run =
+      operand == Operand::kInt16 ? &accumulate_values_of<Int16Products, 1> : &accumulate_values_of<BFloat16Products, 2>;
+  run(weights, num_rows, num_keys, values, positions, unit, acc, acc_stride, prefetch);
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace quire::cpu
+HWY_AFTER_NAMESPACE();
+#endif  // QUIRE_CPU_HAS_PAIRS
+
+#endif  // QUIRE_CPU_PRODUCTS_INL_H_

@@ -1,0 +1,145 @@
+// What happens between the two products, for all rows of a tile at once: scores to logits, logits to weights under a
+// running maximum, weights to operands. Masks and biases come in between (attention_tile.cc), row by row.
+#if defined(QUIRE_CPU_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_SOFTMAX_INL_H_
+#undef QUIRE_CPU_SOFTMAX_INL_H_
+#else
+#define QUIRE_CPU_SOFTMAX_INL_H_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+
+#include <cmath>
+
+#include "cpu/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+void make_logits(float* scores, int num_rows, int num_keys, const float* scale, const float* offset, float factor,
+                 const float* q_sum) {
+  const F32 d;
+  const auto factors = hn::Set(d, factor);
+  const auto zero = hn::Zero(d);
+  for (int m = 0; m < num_rows; ++m, scores += kKeyTile) {
+    const auto sum = hn::Set(d, factor * q_sum[m]);
+    for (int n = 0; n < num_keys; n += kFloats) {
+      auto x = hn::Mul(factors, hn::Mul(hn::LoadU(d, scale + n), hn::LoadU(d, scores + n)));
+      if (offset != nullptr) x = hn::MulAdd(hn::LoadU(d, offset + n), sum, x);
+      // From here on -inf means "not seen": an infinite product must not pass for that.
+      hn::StoreU(hn::MulAdd(x, zero, x), d, scores + n);
+    }
+    for (int n = num_keys; n < padded(num_keys); ++n) scores[n] = -INFINITY;
+  }
+}
+
+void softmax_tile(float* scores, int num_rows, int num_keys, attention::SoftmaxState* state, float* acc, int acc_stride,
+                  float* offset_sum) {
+  const F32 d;
+  const auto none = hn::Set(d, -INFINITY);
+  // Some rows at a time, so that their maxima and sums do not wait for each other.
+  constexpr int kRows = 8;
+  for (int first = 0; first < num_rows; first += kRows) {
+    const int rows = num_rows - first < kRows ? num_rows - first : kRows;
+    float* tile = scores + static_cast<std::int64_t>(first) * kKeyTile;
+    float max[kRows], sum[kRows];
+    for (int m = 0; m < rows; ++m) {
+      auto top = none;
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto x = hn::LoadU(d, tile + m * kKeyTile + n);
+        top = hn::Max(hn::IfThenElse(hn::IsNaN(x), none, x), top);
+      }
+      max[m] = hn::GetLane(hn::MaxOfLanes(d, top));
+    }
+    for (int m = 0; m < rows; ++m) max[m] = exact::max(max[m], state[first + m].max);
+    for (int m = 0; m < rows; ++m) {
+      const auto maximum = hn::Set(d, max[m] == -INFINITY ? 0.0F : max[m]);
+      auto total = hn::Zero(d);
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto x = hn::Sub(hn::LoadU(d, tile + m * kKeyTile + n), maximum);
+        // Exp returns 0 for very negative arguments, -inf included; a NaN must survive it.
+        const auto e = hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+        hn::StoreU(e, d, tile + m * kKeyTile + n);
+        total = hn::Add(total, e);
+      }
+      sum[m] = hn::GetLane(hn::SumOfLanes(d, total));
+    }
+    for (int m = 0; m < rows; ++m) {
+      attention::SoftmaxState& own = state[first + m];
+      if (max[m] != own.max) {
+        const float factor = attention::rescale(own.max, max[m]);
+        float* row = acc + static_cast<std::int64_t>(first + m) * acc_stride;
+        for (int i = 0; i < acc_stride; ++i) row[i] *= factor;
+        offset_sum[first + m] *= factor;
+        own.sum *= factor;
+        own.max = max[m];
+      }
+      own.sum += sum[m];
+    }
+  }
+}
+
+// The nearest bf16, ties to even; a NaN's payload may change.
+HWY_INLINE hn::Vec<U32> to_bfloat16(hn::Vec<F32> x) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
+  return hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7fff))));
+}
+HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
+  const hn::Rebind<std::uint16_t, I32> half;
+  hn::StoreU(hn::DemoteTo(half, hn::BitCast(I32(), x)), half, to);
+}
+
+void make_weights(Operand operand, float* scores, int num_rows, int num_keys, const float* scale, const float* offset,
+                  std::uint16_t* weights, float* unit, float* offset_sum) {
+  const F32 d;
+  for (int m = 0; m < num_rows; ++m, scores += kKeyTile, weights += kKeyTile) {
+    if (offset != nullptr) {
+      auto sum = hn::Zero(d);
+      for (int n = 0; n < num_keys; n += kFloats) {
+        sum = hn::MulAdd(hn::LoadU(d, scores + n), hn::LoadU(d, offset + n), sum);
+      }
+      offset_sum[m] += hn::GetLane(hn::SumOfLanes(d, sum));
+    }
+    auto top = hn::Zero(d);
+    for (int n = 0; n < num_keys; n += kFloats) {
+      const auto w = hn::Mul(hn::LoadU(d, scores + n), hn::LoadU(d, scale + n));
+      hn::StoreU(w, d, scores + n);
+      top = hn::Max(hn::Abs(w), top);  // a NaN is in the row's sum already
+    }
+    if (operand == Operand::kFloat32) continue;
+    if (operand == Operand::kInt16) {
+      const float most = hn::GetLane(hn::MaxOfLanes(d, top));
+      const bool some = most > 1e-30F;
+      unit[m] = some ? most * (1.0F / 32767.0F) : 0.0F;
+      const auto inverse = hn::Set(d, some ? 32767.0F / most : 0.0F);
+      const hn::Rebind<std::int16_t, I32> half;
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto code = hn::NearestInt(hn::Mul(hn::LoadU(d, scores + n), inverse));
+        hn::StoreU(hn::DemoteTo(half, code), half, reinterpret_cast<std::int16_t*>(weights + n));
+      }
+    } else {
+      for (int n = 0; n < num_keys; n += kFloats) {
+        const auto w = hn::LoadU(d, scores + n);
+        const auto high = to_bfloat16(w);
+        store_words(high, weights + n);
+        const auto rest = hn::Sub(w, hn::BitCast(d, hn::ShiftLeft<16>(high)));
+        store_words(to_bfloat16(rest), weights + static_cast<std::int64_t>(num_rows) * kKeyTile + n);
+      }
+    }
+    for (int n = num_keys; n < padded(num_keys); ++n) {
+      for (int part = 0; part < weight_parts(operand); ++part)
+        weights[static_cast<std::int64_t>(part) * num_rows * kKeyTile + n] = 0;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace quire::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // QUIRE_CPU_SOFTMAX_INL_H_

@@ -1,0 +1,111 @@
+#include "cpu/team.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace quire::cpu {
+namespace {
+
+using Part = void (*)(void* context, int index);
+
+class Team {
+ public:
+  // False where the team is at work already.
+  bool run(int num_parts, Part part, void* context) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    grow(num_parts - 1);
+    next_.store(0, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      num_parts_ = num_parts;
+      part_ = part;
+      context_ = context;
+      vacancies_ = std::min(num_parts - 1, num_workers_);
+      ++call_;
+    }
+    wake_.notify_all();
+    work(num_parts, part, context);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      vacancies_ = 0;  // whoever has not begun by now need not
+      done_.wait(lock, [&] { return active_ == 0; });
+    }
+    busy_.store(false, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  void work(int num_parts, Part part, void* context) {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_parts;) part(context, i);
+  }
+
+  void grow(int num_workers) {
+    while (num_workers_ < num_workers) {
+      try {
+        std::thread([this] { serve(); }).detach();
+      } catch (...) {
+        return;  // fewer threads are enough
+      }
+      ++num_workers_;
+    }
+  }
+
+  void serve() {
+    std::uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return vacancies_ > 0 && call_ != seen; });
+      seen = call_;
+      --vacancies_;
+      ++active_;
+      const int num_parts = num_parts_;
+      const Part part = part_;
+      void* const context = context_;
+      lock.unlock();
+      work(num_parts, part, context);
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::atomic<bool> busy_{false};  // a call is being served; a part of it may call again
+  int num_workers_ = 0;
+
+  std::mutex mutex_;  // of what follows
+  std::condition_variable wake_, done_;
+  std::uint64_t call_ = 0;
+  int vacancies_ = 0;  // workers that may still join the call
+  int active_ = 0;
+  int num_parts_ = 0;
+  Part part_ = nullptr;
+  void* context_ = nullptr;
+
+  alignas(64) std::atomic<int> next_{0};
+};
+
+// Never destroyed: its workers may outlive everything else. A child's is a new one in the same place; the parent's
+// workers do not exist there, and its locks may be held by threads that do not either.
+alignas(Team) unsigned char team_memory[sizeof(Team)];
+Team& team() {
+  static Team* const made = [] {
+    pthread_atfork(nullptr, nullptr, [] { new (team_memory) Team; });
+    return new (team_memory) Team;
+  }();
+  return *made;
+}
+
+}  // namespace
+
+void run_on_team(int num_parts, Part part, void* context) {
+  if (num_parts > 1 && team().run(num_parts, part, context)) return;
+  for (int i = 0; i < num_parts; ++i) part(context, i);
+}
+
+}  // namespace quire::cpu

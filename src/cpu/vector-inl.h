@@ -1,0 +1,170 @@
+// What the kernels of src/cpu use besides Highway: products of pairs of 16-bit operands, look-ups in tables of 16
+// words, and bytes at the end of a row. Where a target has an instruction that Highway 1.0.3 lacks, it is here.
+//
+// Included once per target. QUIRE_CPU_ZEN4 is defined in zen4.cc: AVX3 with VNNI, BF16 and VBMI.
+#if defined(QUIRE_CPU_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_VECTOR_INL_H_
+#undef QUIRE_CPU_VECTOR_INL_H_
+#else
+#define QUIRE_CPU_VECTOR_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace quire::cpu {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using U8 = hn::CappedTag<std::uint8_t, 4 * kLaneAlign>;
+using U16 = hn::CappedTag<std::uint16_t, 2 * kLaneAlign>;
+using I16 = hn::CappedTag<std::int16_t, 2 * kLaneAlign>;
+using U32 = hn::CappedTag<std::uint32_t, kLaneAlign>;
+using I32 = hn::CappedTag<std::int32_t, kLaneAlign>;
+using U64 = hn::CappedTag<std::uint64_t, kLaneAlign / 2>;
+using F32 = hn::CappedTag<float, kLaneAlign>;
+using VU16 = hn::Vec<U16>;
+
+constexpr int kFloats = HWY_LANES(float) < kLaneAlign ? HWY_LANES(float) : kLaneAlign;  // in a vector
+constexpr int kBlocks = kFloats / 4;                                                    // of 16 bytes
+constexpr int kWords = 2 * kFloats;
+
+// Whether the target has vectors, and so 16-bit operands.
+#undef QUIRE_CPU_HAS_PAIRS
+#define QUIRE_CPU_HAS_PAIRS (HWY_TARGET != HWY_SCALAR)
+#undef QUIRE_CPU_WORDS_512
+#if HWY_TARGET == HWY_AVX3
+#define QUIRE_CPU_WORDS_512 1
+#else
+#define QUIRE_CPU_WORDS_512 0
+#endif
+
+#if QUIRE_CPU_HAS_PAIRS
+// On AVX-512 an instruction by name: around its intrinsics GCC 12 copies every accumulator, in and out, in each turn of
+// a loop.
+//
+// acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1], int16 or bf16.
+HWY_INLINE void add_dot(hn::Vec<I32>& acc, hn::Vec<I16> a, hn::Vec<I16> b) {
+#ifdef QUIRE_CPU_ZEN4
+  __m512i sum = acc.raw;
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a.raw), "v"(b.raw));
+  acc.raw = sum;
+#elif HWY_ARCH_ARM
+  const int32x4_t low = vmull_s16(vget_low_s16(a.raw), vget_low_s16(b.raw));
+  const int32x4_t high = vmull_s16(vget_high_s16(a.raw), vget_high_s16(b.raw));
+  acc = hn::Add(acc, hn::Vec<I32>(vcombine_s32(vpadd_s32(vget_low_s32(low), vget_high_s32(low)),
+                                               vpadd_s32(vget_low_s32(high), vget_high_s32(high)))));
+#else
+  hn::Vec<I32> unused = hn::Zero(I32());
+  acc = hn::ReorderWidenMulAccumulate(I32(), a, b, acc, unused);
+#endif
+}
+
+HWY_INLINE void add_dot(hn::Vec<F32>& acc, hn::Vec<U16> a, hn::Vec<U16> b) {
+#ifdef QUIRE_CPU_ZEN4
+  __m512 sum = acc.raw;
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a.raw), "v"(b.raw));
+  acc.raw = sum;
+#else
+  const F32 d;
+  const auto high = hn::Set(U32(), 0xffff0000U);
+  const auto a32 = hn::BitCast(U32(), a);
+  const auto b32 = hn::BitCast(U32(), b);
+  acc = hn::MulAdd(hn::BitCast(d, hn::And(a32, high)), hn::BitCast(d, hn::And(b32, high)), acc);
+  acc = hn::MulAdd(hn::BitCast(d, hn::ShiftLeft<16>(a32)), hn::BitCast(d, hn::ShiftLeft<16>(b32)), acc);
+#endif
+}
+
+// The two operand types as template arguments.
+struct Int16Products {
+  using Sum = I32;
+  using Factor = I16;
+  static HWY_INLINE hn::Vec<F32> to_float(hn::Vec<I32> sum) { return hn::ConvertTo(F32(), sum); }
+};
+struct BFloat16Products {
+  using Sum = F32;
+  using Factor = U16;
+  static HWY_INLINE hn::Vec<F32> to_float(hn::Vec<F32> sum) { return sum; }
+};
+
+// A table of 16 words, looked up by the low 4 bits of each word; the other bits may be anything.
+struct WordTable {
+#if QUIRE_CPU_WORDS_512
+  VU16 words;
+  explicit WordTable(const std::uint16_t* entries) {
+    const auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
+    words = VU16{_mm512_broadcast_i64x4(half)};
+  }
+  HWY_INLINE VU16 operator()(VU16 x) const { return VU16{_mm512_permutexvar_epi16(x.raw, words.raw)}; }
+#else
+  hn::Vec<U8> low, high;
+  explicit WordTable(const std::uint16_t* entries) {
+    HWY_ALIGN std::uint8_t bytes[2][16];
+    for (int i = 0; i < 16; ++i) {
+      bytes[0][i] = static_cast<std::uint8_t>(entries[i]);
+      bytes[1][i] = static_cast<std::uint8_t>(entries[i] >> 8);
+    }
+    low = hn::LoadDup128(U8(), bytes[0]);
+    high = hn::LoadDup128(U8(), bytes[1]);
+  }
+  HWY_INLINE VU16 operator()(VU16 x) const {
+    const VU16 index = hn::And(x, hn::Set(U16(), 15));
+    const auto twice = hn::BitCast(U8(), hn::Or(index, hn::ShiftLeft<8>(index)));
+    const VU16 from_low = hn::BitCast(U16(), hn::TableLookupBytes(low, twice));
+    const VU16 from_high = hn::BitCast(U16(), hn::TableLookupBytes(high, twice));
+    const VU16 low_byte = hn::Set(U16(), 0x00ff);
+    return hn::Or(hn::And(from_low, low_byte), hn::AndNot(low_byte, from_high));
+  }
+#endif
+};
+
+// The first `bytes` < 2 * kWords bytes at p, then zeros; nothing after them is read.
+HWY_INLINE VU16 load_partial(const std::uint8_t* p, int bytes) {
+#if QUIRE_CPU_WORDS_512
+  return VU16{_mm512_maskz_loadu_epi8((std::uint64_t{1} << bytes) - 1, p)};
+#else
+  HWY_ALIGN std::uint8_t copy[2 * kWords] = {};
+  std::memcpy(copy, p, static_cast<std::size_t>(bytes));
+  return hn::BitCast(U16(), hn::Load(U8(), copy));
+#endif
+}
+HWY_INLINE VU16 load_words(const std::uint8_t* p, int bytes) {
+  if (bytes >= 2 * kWords) return hn::BitCast(U16(), hn::LoadU(U8(), p));
+  return load_partial(p, bytes);
+}
+
+// a[0] b[0] a[1] b[1] and so on: the first and the second half.
+HWY_INLINE void interleave(VU16 a, VU16 b, VU16& first, VU16& second) {
+#if QUIRE_CPU_WORDS_512
+  alignas(64) static constexpr std::uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                           37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                           11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i index = _mm512_load_si512(kFirst);
+  first = VU16{_mm512_permutex2var_epi16(a.raw, index, b.raw)};
+  second = VU16{_mm512_permutex2var_epi16(a.raw, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b.raw)};
+#else
+  const VU16 lower = hn::InterleaveLower(U16(), a, b);
+  const VU16 upper = hn::InterleaveUpper(U16(), a, b);
+  if constexpr (kBlocks == 1) {
+    first = lower;
+    second = upper;
+  } else {
+    first = hn::ConcatLowerLower(U16(), upper, lower);
+    second = hn::ConcatUpperUpper(U16(), upper, lower);
+  }
+#endif
+}
+#endif  // QUIRE_CPU_HAS_PAIRS
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace quire::cpu
+HWY_AFTER_NAMESPACE();
+
+#endif  // QUIRE_CPU_VECTOR_INL_H_
