@@ -1,4 +1,4 @@
-// What measure.cc asks of measure.cu; no_cuda.cc answers in a build without CUDA.
+// What measure.cc asks of measure.cu. In a build without CUDA, no_cuda.cc answers.
 #pragma once
 
 #include "measure.h"

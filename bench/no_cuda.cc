@@ -1,4 +1,4 @@
-// measure_cuda.h in a build without CUDA.
+// Answers the calls of measure_cuda.h in a build without CUDA: each is refused in a sentence.
 #include "cuda/device_memory.h"
 #include "measure_cuda.h"
 
