@@ -104,9 +104,9 @@ void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* f
 
 // The milliseconds of the best launch of the list.
 template <bool kCopy>
-Result<double> best_linear_ms(std::size_t bytes) {
+Result<double> best_linear_ms(Device device, std::size_t bytes) {
   using quire::cuda::DeviceBuffer;
-  const Result<Arch> arch = device_arch(Device::cuda());
+  const Result<Arch> arch = device_arch(device);
   if (!arch) return arch.status();
   Result<DeviceBuffer> from = DeviceBuffer::allocate(bytes);
   if (!from) return from.status();
@@ -236,22 +236,22 @@ Result<double> median_ms(const Call& call, int num_calls, double budget_ms) {
   return median(times);
 }
 
-Result<double> linear_read_bandwidth() {
+Result<double> linear_read_bandwidth(Device device) {
   constexpr std::size_t kBytes = std::size_t{2} << 30;
-  const Result<double> ms = best_linear_ms<false>(kBytes);
+  const Result<double> ms = best_linear_ms<false>(device, kBytes);
   if (!ms) return ms;
   return kBytes / (*ms * 1e-3);
 }
 
-Result<double> copy_bandwidth() {
+Result<double> copy_bandwidth(Device device) {
   constexpr std::size_t kBytes = std::size_t{1} << 30;
-  const Result<double> ms = best_linear_ms<true>(kBytes);
+  const Result<double> ms = best_linear_ms<true>(device, kBytes);
   if (!ms) return ms;
   return 2.0 * kBytes / (*ms * 1e-3);
 }
 
-Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
-  const Result<Arch> arch = device_arch(Device::cuda());
+Result<double> page_read_ms(Device device, const std::vector<PageRead>& reads, const PageTable& table) {
+  const Result<Arch> arch = device_arch(device);
   if (!arch) return arch.status();
   Result<quire::cuda::DeviceBuffer> sink = quire::cuda::DeviceBuffer::allocate(16);
   if (!sink) return sink.status();

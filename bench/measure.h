@@ -45,6 +45,6 @@ struct PageTable {
 // head, as attention does) and by whole pages where nothing lies between rows. Rows may start at any address. What is
 // read is their 16-byte aligned cover, so up to 15 bytes before and after a tensor's rows must be readable. Calls
 // rotate among the copies. Only CUDA has it.
-Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table);
+Result<double> page_read_ms(Device device, const std::vector<PageRead>& reads, const PageTable& table);
 
 }  // namespace quire::bench

@@ -89,17 +89,18 @@ void KVCache::fill_in(const Layer& layer, Args& args) {
 Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
   const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a, nullptr); };
-  return device_.is_cpu() ? store(args) : cuda::run_on_device(args, store);
+  return device_.is_cpu() ? store(args) : cuda::run_on_device(args, store, device_);
 }
 
 Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
 
   if (device_.is_cpu()) return attend(args);
-  return cuda::run_on_device(args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); });
+  return cuda::run_on_device(
+      args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); }, device_);
 }
 
-// Every tensor is on the cache's device.
+// Here every tensor is on the cache's device.
 Status KVCache::attend(const UnifiedAttentionArgs& args) {
   Result<AttentionProblem> problem = problem_of(args);
   if (!problem.ok()) return problem.status();

@@ -1,6 +1,6 @@
 // The two halves of a paged KV cache, as an engine keeps them.
 //
-//   KVCache         the memory, on either device: per layer, pages of `block_size` token slots in that layer's mode,
+//   KVCache         the memory, on any device: per layer, pages of `block_size` token slots in that layer's mode,
 //                   written and read only by quire's two ops. A block id names the same page of every layer.
 //   BlockAllocator  the bookkeeping: which block ids are free, how many sequences use each one, and which hold a prefix
 //                   that a new sequence can share instead of computing it again.
@@ -39,7 +39,7 @@ class KVCache {
  public:
   static Result<KVCache> create(const ModelConfig& config, const KVCacheOptions& options);
 
-  // Fills in the caches and the mode of `layer` and runs the op. All other tensors live on the host; for a cache on the
+  // Fills in the caches and the mode of `layer` and runs the op. All other tensors live on the host; for a cache on a
   // CUDA device they are copied there and the output back, in each call.
   Status reshape_and_cache(int layer, ReshapeAndCacheArgs args) const;
   Status unified_attention(int layer, UnifiedAttentionArgs args);

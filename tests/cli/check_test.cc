@@ -510,5 +510,12 @@ TEST(CheckFiles, OnCudaOrRefused) {
   EXPECT_TRUE(result.one_sentence()) << result.err;
 }
 
+// The number of a GPU that no machine has: how many this one has, or why it has none.
+TEST(CheckFiles, OnAGpuThatIsNotThere) {
+  const bool has_cuda = run_cli({"check", "--device", "CUDA:0", golden_path("write")}).exit_status == 0;
+  expect_refusal({"check", "--device", "cuda:4096", golden_path("write")},
+                 has_cuda ? "device is cuda:4096; this process sees" : "CUDA");
+}
+
 }  // namespace
 }  // namespace quire::test

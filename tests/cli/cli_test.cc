@@ -67,8 +67,12 @@ TEST(Cli, ValuesAreTakenAsWritten) {
   layout("--packing", "2", "--packing is '2', supported are separate, kv_in_block, kv_in_row");
   layout("--scales", "0", "--scales is '0', supported are separate, inline");
   layout("--model-dtype", "fp16", "--model-dtype is 'fp16', supported are float32, float16, bfloat16");
-  expect_refusal({"check", "--device", "0", "x"}, "--device is '0', supported are cpu, cuda");
-  expect_refusal({"check", "--device", "tpu", "x"}, "--device is 'tpu', supported are cpu, cuda");
+  for (const char* value : {"0", "tpu", "", "cuda:", "cuda:-1", "cuda:01", "cuda:+1", "cuda: 1", "cuda:1 ", "cuda:x",
+                            "cuda1", "cpu:0", "cuda:0x1", "cuda:99999999999"}) {
+    expect_refusal(
+        {"check", "--device", value, "x"},
+        std::string("--device is '") + value + "', supported are cpu, cuda and cuda:N, N the number of a GPU");
+  }
   expect_refusal({"layout", "--mode", "auto", "--order", "n\nhd\t"}, "--order is 'n?hd?', supported");
   expect_refusal({"layout", "--mode", "auto", "--order", std::string(1000, 'n')},
                  "--order is '" + std::string(80, 'n') + "...', supported");

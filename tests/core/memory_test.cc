@@ -125,6 +125,9 @@ TEST(Memory, OpsThatSucceedAllocateNothing) {
       ASSERT_TRUE(read().ok());
       EXPECT_EQ(allocations_of(write), 0) << mode;
       EXPECT_EQ(allocations_of(read), 0) << mode;
+      // The one call of ops.h: its workspace, where its plan has one.
+      const auto all_in_one = [&] { return unified_attention(problem.args, nullptr); };
+      EXPECT_EQ(allocations_of(all_in_one), plan.workspace_bytes() > 0 ? 1 : 0) << mode;
       EXPECT_EQ(allocations_of([&] { return problem_of(problem.args).status(); }), 0) << mode;
       EXPECT_EQ(allocations_of([&] { return supports(planned).status(); }), 0) << mode;
       EXPECT_LE(allocations_of([&] { return plan_unified_attention(planned).status(); }), 1) << mode;

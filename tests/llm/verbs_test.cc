@@ -193,8 +193,12 @@ TEST_F(Verbs, OnCudaOrRefused) {
     const auto on_cpu = run_cli(call);
     ASSERT_EQ(on_cpu.exit_status, 0) << on_cpu.err;
     auto with_device = call;
-    with_device.insert(with_device.end(), {"--device", "cuda"});
+    with_device.insert(with_device.end(), {"--device", "cuda:4096"});
+    const std::string there_is_none = run_cli(with_device).err;
+    with_device.back() = "cuda";
     const auto on_cuda = run_cli(with_device);
+    const char* words = on_cuda.exit_status == 0 ? "device is cuda:4096; this process sees" : "CUDA";
+    EXPECT_NE(there_is_none.find(words), std::string::npos) << there_is_none;
     if (on_cuda.exit_status != 0) {
       expect_refusal(on_cuda, "CUDA");
       continue;

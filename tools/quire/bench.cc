@@ -306,7 +306,7 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   if (problem.device.is_cuda()) {
     const bench::PageTable pages{static_cast<const std::int32_t*>(tables.data()), blocks_per_sequence,
                                  static_cast<int>(problem.batch), copies};
-    QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
+    QUIRE_ASSIGN(read_ms, bench::page_read_ms(problem.device, page_reads(args), pages));
     row["layout_share"] = read_ms / ms;
   }
   row["product_share"] = nullptr;

@@ -22,7 +22,8 @@ inline constexpr const char* kSkipLayersHelp = "Layers that keep the model's own
 
 // What --device means where a model runs.
 inline constexpr const char* kDeviceFooter =
-    "--device cuda: the pages of the cache are in device memory and both ops run there; the rest of the model runs on "
+    "--device cuda, or cuda:1 for another GPU: the pages of the cache are in device memory and both ops run there; the "
+    "rest of the model runs on "
     "the CPU, and q, k, v and the output are copied in every layer: that shows what the kernels compute, not their "
     "speed.";
 

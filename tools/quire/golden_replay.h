@@ -21,7 +21,8 @@ namespace quire::cli {
 template <class Args>
 Status run_on(Device device, const Args& args, Status (*op)(const Args& args, void* stream)) {
   if (device.is_cpu()) return op(args, nullptr);
-  return cuda::run_on_device(args, [&](const Args& on_device) { return op(on_device, nullptr); });
+  return cuda::run_on_device(
+      args, [&](const Args& on_device) { return op(on_device, nullptr); }, device);
 }
 
 // Host buffers that live as long as a case's replay.

@@ -89,7 +89,7 @@ CLI::Option* add_choice(CLI::App& verb, const std::string& names, T& field, cons
                     [&field, choices](std::size_t place) { field = choices[place].second; });
 }
 
-// --device cpu|cuda into `device`.
+// --device cpu, cuda or cuda:N into `device`; cuda is cuda:0. Whether there is such a device is for the verb to ask.
 CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description);
 
 }  // namespace quire::cli
