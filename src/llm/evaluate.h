@@ -36,10 +36,10 @@ namespace quire::llm {
 
 struct EvalPrompt {
   std::vector<std::int32_t> prompt, answer;
-  std::int64_t context = 0;  // nominal length, the key that recall is reported under; 0 where the file has none
+  std::int64_t context = 0;  // the nominal length that recall is reported under; 0 where the file has none
 };
 
-// One JSON object {"prompt": [ids], "answer": [ids], "context": n} per line; "context" may be missing.
+// Reads one JSON object {"prompt": [ids], "answer": [ids], "context": n} per line; "context" may be missing.
 Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config);
 
 struct EvalSets {

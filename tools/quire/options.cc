@@ -8,7 +8,7 @@
 namespace quire::cli {
 namespace {
 
-// Text from the command line, made fit for a message.
+// Text from the command line as it appears in a message.
 std::string in_quotes(const std::string& text) {
   constexpr std::size_t kShown = 80;
   std::string out = "'";
