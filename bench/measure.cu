@@ -64,7 +64,7 @@ constexpr Launch kLinearLaunches[] = {{2, 256, 4},  {2, 512, 4},  {2, 1024, 4}, 
                                       {16, 256, 4}, {32, 128, 4}, {0, 128, 4},  {0, 256, 1},  {0, 256, 4},
                                       {0, 256, 8},  {0, 512, 4},  {0, 1024, 4}, {0, 512, 1},  {0, 1024, 1}};
 
-// never the sum of bytes that are all 1, so that the compiler keeps the loads
+// The sum of bytes that are all 1 is never this, but the compiler cannot know it and keeps the loads.
 constexpr unsigned kUnlikely = 0x12345678U;
 
 // Reads `count` words, and writes them to `to` where kCopy is set.

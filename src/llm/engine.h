@@ -55,7 +55,7 @@ class Engine {
   void keep_logits(bool keep) { keep_logits_ = keep; }
   const KVCache& cache() const { return cache_; }
   const BlockAllocator& allocator() const { return allocator_; }
-  // of prompts and new tokens; shared ones are not computed
+  // Tokens of prompts and new ones; shared ones are not computed.
   std::int64_t tokens_computed() const { return tokens_computed_; }
 
  private:

@@ -226,7 +226,7 @@ class PageSoftmax {
   float unit_, inverse_;
   bool fresh_;  // whether unit_ has yet to be chosen
   float acc_[kTiles][kOutTiles][4];
-  // sums of weights since center(), rounded as the products' weights are; used where kCentered
+  // Sums of weights since center(), rounded as the products' weights are; they are used where kCentered.
   float weights_[kTiles][4];
 };
 
