@@ -148,7 +148,7 @@ class CurrentDevice {
 
  private:
   Status status_;
-  int before_ = -1;  // -1: nothing to put back
+  [[maybe_unused]] int before_ = -1;  // -1: nothing to put back; unused without CUDA
 };
 
 // Ok where the device can be used in this build on this machine.
