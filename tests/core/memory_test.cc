@@ -52,6 +52,12 @@ QUIRE_NOINLINE void* operator new(std::size_t size, const std::nothrow_t&) noexc
 QUIRE_NOINLINE void operator delete(void* memory) noexcept { std::free(memory); }
 QUIRE_NOINLINE void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 QUIRE_NOINLINE void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+// The forms for arrays call those above, but a sanitizer's library has its own.
+QUIRE_NOINLINE void* operator new[](std::size_t size) { return operator new(size); }
+QUIRE_NOINLINE void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return allocate(size); }
+QUIRE_NOINLINE void operator delete[](void* memory) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 
 namespace quire::testing {
 namespace {
