@@ -1,0 +1,45 @@
+"""quire: a paged KV cache in 2 to 16 bits, and attention that reads it directly, on CPUs and NVIDIA GPUs.
+
+Arrays are those of your library (PyTorch, NumPy, CuPy, JAX), and are never copied. docs/python.md begins with an example.
+"""
+
+from . import errors
+from ._quire import (
+    KVCacheViews,
+    Tensor,
+    hadamard,
+    make_views,
+    merge_attn_states,
+    num_threads,
+    register_mode,
+    reshape_and_cache,
+    run_unified_attention,
+    set_num_threads,
+    unified_attention,
+    version,
+)
+from .errors import (
+    AlreadyExistsError,
+    Error,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    UnsupportedError,
+)
+from .layout import KVCacheBytes, KVCacheLayout, KVCacheSpec, allocate_cache, cache_bytes, make_layout
+from .modes import KVQuantMode, ModeInfo, get_kv_quant_mode, mode_from_kv_quant_mode, mode_info, modes
+from .plan import (
+    Arch,
+    AttentionPlan,
+    AttentionProblem,
+    AttentionSupport,
+    device_arch,
+    device_count,
+    plan_unified_attention,
+    problem_of,
+    supports,
+)
+
+__version__ = version()
+__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("errors", "layout", "plan"))
