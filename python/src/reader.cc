@@ -24,6 +24,16 @@ constexpr DTypeRow kDTypeRows[] = {
     {DType::kInt64, dlpack::kInt, 64},           {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
 };
 
+// Libraries say what they like of the strides of an array without elements; quire wants to see dense ones.
+void settle_strides(Tensor* tensor) {
+  if (tensor->numel() != 0) return;
+  std::int64_t dense = 1;
+  for (int i = tensor->ndim - 1; i >= 0; --i) {
+    tensor->strides[i] = dense;
+    dense *= tensor->shape[i] > 0 ? tensor->shape[i] : 1;
+  }
+}
+
 bool refuse_dtype(const char* name, const std::string& dtype) {
   return refuse(std::string(name) + " is " + dtype + "; quire knows " + kDTypes);
 }
@@ -88,6 +98,7 @@ bool convert(const char* name, const dlpack::Tensor& from, Tensor* to) {
     to->strides[i] = from.strides == nullptr ? dense : from.strides[i];
     dense *= from.shape[i];
   }
+  settle_strides(to);
   return true;
 }
 
@@ -178,6 +189,7 @@ bool take_strided(const char* name, DType dtype, int ndim, const Py_ssize_t* sha
     tensor->shape[i] = shape[i];
     tensor->strides[i] = byte_strides[i] / bytes;
   }
+  settle_strides(tensor);
   return true;
 }
 
