@@ -18,6 +18,7 @@ from ._quire import (
     unified_attention,
     version,
 )
+from .backend import QuantKVBackend, get_backend, has_backend, register_backend
 from .errors import (
     AlreadyExistsError,
     Error,
@@ -42,4 +43,4 @@ from .plan import (
 )
 
 __version__ = version()
-__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("errors", "layout", "plan"))
+__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("backend", "errors", "layout", "plan"))

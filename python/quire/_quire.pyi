@@ -89,6 +89,31 @@ def num_threads() -> int:
 def version() -> str:
     """The version of libquire."""
 
+def register_backend(mode: str, backend_class: type) -> None:
+    """quire.register_backend, of any class that has the methods of QuantKVBackend."""
+
+def backend_object(mode: str) -> Any:
+    """The object of a mode whose backend is written in Python, None for the library's own. Raises what quire.get_backend
+    does."""
+
+def has_backend(mode: str) -> bool:
+    """Whether the mode has a backend, constructed or not."""
+
+def backend_needs_scale_caches(mode: str) -> bool:
+    """QuantKVBackend.needs_scale_caches of a mode's backend."""
+
+def backend_packing_factor(mode: str) -> int:
+    """QuantKVBackend.packing_factor of a mode's backend."""
+
+def backend_packed_head_size(mode: str, head_size: int) -> int:
+    """QuantKVBackend.packed_head_size of a mode's backend."""
+
+def backend_row_bytes(mode: str, head_size: int, is_value: bool) -> int:
+    """QuantKVBackend.row_bytes of a mode's backend."""
+
+def backend_scale_caches(mode: str, num_blocks: int, block_size: int, num_kv_heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """QuantKVBackend.allocate_scale_caches of a mode's backend."""
+
 def make_layout(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """quire.make_layout, as dicts: what it resolved of the spec, and the layout's fields."""
 
@@ -144,6 +169,8 @@ class KVCacheViews:
     @property
     def mode(self) -> str | None:
         """The kv_cache_dtype, where the views know it."""
+    def with_mode(self, mode: str) -> KVCacheViews:
+        """The same arrays, of another mode."""
 
 def make_views(spec: Any, num_blocks: int, base: Array, v_base: Array | None = None, k_scale_base: Array | None = None,
                v_scale_base: Array | None = None) -> KVCacheViews:

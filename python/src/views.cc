@@ -183,6 +183,13 @@ void bind_views(nb::module_& module) {
           .def_prop_ro("v_page_meta", &array<5>, docs::KVCacheViews_v_page_meta)
           .def_prop_ro("k_head_vector", &array<6>, docs::KVCacheViews_k_head_vector)
           .def_prop_ro("v_head_vector", &array<7>, docs::KVCacheViews_v_head_vector)
+          .def("with_mode", [](const PyViews& self, nb::handle mode) {
+            PyViews copy = self;
+            ModeId id{};
+            if (!mode_of(mode.ptr(), &id)) throw nb::python_error();
+            copy.mode = id;
+            return copy;
+          }, nb::arg("mode"), docs::KVCacheViews_with_mode)
           .def_prop_ro("mode", [](const PyViews& self) -> nb::object {
             return self.mode ? nb::cast(mode_name(*self.mode)) : nb::none();
           }, docs::KVCacheViews_mode);
