@@ -7,6 +7,7 @@ from . import errors
 from ._quire import (
     KVCacheViews,
     Tensor,
+    boundary_skip_layers,
     hadamard,
     make_views,
     merge_attn_states,
@@ -15,6 +16,11 @@ from ._quire import (
     reshape_and_cache,
     run_unified_attention,
     set_num_threads,
+    turboquant_decode_attention,
+    turboquant_mode,
+    turboquant_store,
+    turboquant_uses_e4b15,
+    turboquant_views,
     unified_attention,
     version,
 )

@@ -20,5 +20,6 @@ NB_MODULE(_quire, module) {
   bind_views(module);
   bind_plan(module);
   bind_backend(module);
+  bind_turboquant(module);
   if (!add_ops(module.ptr())) throw nanobind::python_error();
 }

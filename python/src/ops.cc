@@ -14,10 +14,7 @@ namespace {
 
 // ---- reshape_and_cache ----------------------------------------------------------------------------------------------
 
-struct StoreCall {
-  ReshapeAndCacheArgs args;
-  StreamArgument stream;
-};
+using StoreCall = Call<ReshapeAndCacheArgs>;
 
 template <auto member>
 constexpr Parameter store(const char* name) {
@@ -188,12 +185,6 @@ PyObject* call_read_arrays(PyObject*, PyObject* const* given, Py_ssize_t count, 
 
 // ---- merge_attn_states, hadamard ------------------------------------------------------------------------------------
 
-template <class Args>
-struct Call {
-  Args args;
-  StreamArgument stream;
-};
-
 template <class Args, auto member>
 constexpr Parameter of(const char* name) {
   return parameter<Call<Args>, &Call<Args>::args, member>(name);
@@ -252,6 +243,8 @@ bool add_ops(PyObject* module) {
       method("problem_of", call_problem_of, docs::problem_of),
       method("merge_attn_states", call_merge_attn_states, docs::merge_attn_states),
       method("hadamard", call_hadamard, docs::hadamard),
+      method("turboquant_store", call_turboquant_store, docs::turboquant_store),
+      method("turboquant_decode_attention", call_turboquant_decode_attention, docs::turboquant_decode_attention),
       method("_time_unified_attention", call_time_unified_attention, nullptr),
       method("_read_arrays", call_read_arrays, nullptr),
       {nullptr, nullptr, 0, nullptr},

@@ -167,6 +167,19 @@ const PyViews* views_of(PyObject* object) {
   return nullptr;
 }
 
+nb::object make_views_object(const KVCacheViews& views, ModeId mode, const nb::object& keep) {
+  PyViews made;
+  made.views = views;
+  made.mode = mode;
+  const Tensor parts[] = {views.key_cache, views.value_cache, views.k_scale_cache, views.v_scale_cache};
+  for (std::size_t i = 0; i < std::size(parts); ++i) {
+    if (!parts[i].defined()) continue;
+    made.keep[i] = keep;
+    made.arrays[i] = make_tensor(parts[i], keep);
+  }
+  return nb::cast(std::move(made));
+}
+
 void bind_views(nb::module_& module) {
   auto type =
       nb::class_<PyViews>(module, "KVCacheViews", nb::type_slots(slots), docs::KVCacheViews)
