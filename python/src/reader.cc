@@ -65,10 +65,11 @@ bool refuse_type(const char* name, PyObject* object) {
   return false;
 }
 
-bool convert(const char* name, const dlpack::Tensor& from, Tensor* to) {
+// `as`, where it is not null, takes the place of the array's own dtype.
+bool convert(const char* name, const dlpack::Tensor& from, const DType* as, Tensor* to) {
   const DTypeRow* found = nullptr;
   for (const DTypeRow& row : kDTypeRows) {
-    if (row.code == from.dtype.code && row.bits == from.dtype.bits) {
+    if (row.bits == from.dtype.bits && (as == nullptr ? row.code == from.dtype.code : row.dtype == *as)) {
       found = &row;
       break;
     }
@@ -225,6 +226,10 @@ bool Reader::read(const char* name, PyObject* array, bool written, Tensor* tenso
     if (written && own->read_only) return refuse_read_only(name);
     last_read_only_ = own->read_only;
     *tensor = own->tensor;
+    if (as_ != nullptr && dtype_bytes(*as_) != dtype_bytes(tensor->dtype)) {
+      return refuse_dtype(name, std::string(dtype_name(tensor->dtype)));
+    }
+    if (as_ != nullptr) tensor->dtype = *as_;
     if (keep != nullptr) *keep = Py_NewRef(array);
     return true;
   }
@@ -289,7 +294,7 @@ bool Reader::decide_stream() {
 bool Reader::read_exchange(const Deferred& argument, const dlpack::ExchangeApi& api) {
   dlpack::Tensor view;
   if (api.tensor_from_object(argument.array, &view) != 0) return false;
-  if (!convert(argument.name, view, argument.tensor)) return false;
+  if (!convert(argument.name, view, as_, argument.tensor)) return false;
   if (argument.keep != nullptr) *argument.keep = Py_NewRef(argument.array);
   const bool ask = view.device.type == dlpack::kCuda && !stream_known_ &&
                    (stream_argument_ == nullptr || stream_argument_ == Py_None) && api.current_work_stream != nullptr;
@@ -315,7 +320,7 @@ int Reader::read_buffer(const Deferred& argument) {
     return read_array_interface(argument);
   }
   ++num_buffers_;
-  const int dtype = dtype_of_format(buffer.format, buffer.itemsize);
+  const int dtype = as_ == nullptr ? dtype_of_format(buffer.format, buffer.itemsize) : static_cast<int>(*as_);
   if (dtype < 0 || static_cast<Py_ssize_t>(dtype_bytes(static_cast<DType>(dtype))) != buffer.itemsize) {
     PyBuffer_Release(&buffers_[static_cast<std::size_t>(--num_buffers_)]);
     if (argument.keep != nullptr) Py_CLEAR(*argument.keep);
@@ -336,7 +341,7 @@ int Reader::read_array_interface(const Deferred& argument) {
   if (dtype == nullptr) return 0;
   const std::string dtype_text = text_of(dtype);
   Py_DECREF(dtype);
-  const int known = dtype_of_name(dtype_text);
+  const int known = as_ == nullptr ? dtype_of_name(dtype_text) : -1;
   PyObject* interface = PyObject_GetAttrString(argument.array, "__array_interface__");
   PyErr_Clear();
   if (interface == nullptr) return 0;
@@ -422,12 +427,12 @@ bool Reader::take_capsule(const Deferred& argument, PyObject* capsule) {
     }
     last_read_only_ = (managed->flags & dlpack::kReadOnly) != 0;
     if (argument.written && (managed->flags & dlpack::kReadOnly) != 0) return refuse_read_only(argument.name);
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return convert(argument.name, managed->tensor, as_, argument.tensor);
   }
   if (PyCapsule_IsValid(capsule, dlpack::kLegacyCapsule) != 0) {
     const auto* managed =
         static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kLegacyCapsule));
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return convert(argument.name, managed->tensor, as_, argument.tensor);
   }
   PyErr_Clear();
   return refuse_type(argument.name, argument.array);

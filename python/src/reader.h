@@ -22,7 +22,8 @@ namespace quire::python {
 class Reader {
  public:
   // `stream` is the call's argument of that name; null or None: the current stream of the arrays' library.
-  explicit Reader(PyObject* stream) : stream_argument_(stream) {}
+  // `as`, where it is not null, is the dtype of every array, whatever the array says, of the same bytes.
+  explicit Reader(PyObject* stream, const DType* as = nullptr) : stream_argument_(stream), as_(as) {}
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
   ~Reader();
@@ -57,6 +58,7 @@ class Reader {
   bool decide_stream();
 
   PyObject* stream_argument_;
+  const DType* as_;
   void* stream_ = nullptr;
   bool stream_known_ = false, last_read_only_ = false;
   int num_buffers_ = 0, num_held_ = 0, num_deferred_ = 0;
