@@ -8,7 +8,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-
 import quire
 
 # The dtypes that NumPy has no name for travel as integers of as many bytes.
