@@ -13,7 +13,7 @@ Reading 12 arrays, in microseconds a call:
 A whole call of unified_attention with 12 arrays besides the cache, over one sequence of one token: from Python, and the
 same call from C++; the difference is what Python costs. The arrays are PyTorch's where it is installed, and NumPy's.
 
-Each figure is the least of several rounds that take turns, so that a busy machine disturbs all alike.
+Each figure is the least of 300 short rounds that take turns, so that a busy machine disturbs all alike.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 import quire
 from quire import _quire
 
-ROUNDS = 15
+ROUNDS = 300
 NANOBIND = """
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -174,7 +174,7 @@ def measure(name, array, calls):
 def main():
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=5000, help="calls of a round")
+    parser.add_argument("--calls", type=int, default=200, help="calls of a round")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda:0 and so on, where PyTorch's arrays are")
     parser.add_argument("--json", help="write the figures to this file too")
     options = parser.parse_args()

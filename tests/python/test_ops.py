@@ -25,7 +25,7 @@ def softmax_attention(query, key, value, scale):
 @pytest.mark.parametrize("mode", MODES)
 def test_store_and_read(library, rng, mode):
     spec = quire.KVCacheSpec(mode, head_size=64, num_kv_heads=2, block_size=16, model_dtype="float32")
-    cache = quire.allocate_cache(spec, num_blocks=4)
+    cache = quire.allocate_cache(spec, num_blocks=4, device=library.device)
     key, value = (rng.standard_normal((40, 2, 64), dtype=np.float32) for _ in range(2))
     query = rng.standard_normal((3, 4, 64), dtype=np.float32)
     quire.reshape_and_cache(library.array(key), library.array(value), cache, library.array(np.arange(16, 56)))
@@ -38,6 +38,8 @@ def test_store_and_read(library, rng, mode):
         library.array(np.array([40], np.int32)),
         library.array(np.array([[1, 2, 3]], np.int32)),
         softmax_scale=0.125,
+        max_query_len=3,
+        max_seq_len=40,
     )
     expected = softmax_attention(query, key, value, 0.125)
     error = np.linalg.norm(library.numpy(out) - expected) / np.linalg.norm(expected)

@@ -102,6 +102,21 @@ def test_a_capsule_tells_what_is_read_only():
         quire.hadamard(np.ones(4, np.float32), OnlyDlpack(array))
 
 
+def test_a_gpus_array_is_told_the_stream():
+    class OnGpu(OnlyDlpack):  # as far as it says
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self, stream, **options):
+            self.streams.append(stream)
+            return self.array.__dlpack__(**options)
+
+    for stream, told in ((None, 1), (0, 1), (4096, 4096)):
+        x = OnGpu(np.ones(4, np.float32))
+        quire.hadamard(x, np.empty(4, np.float32), stream=stream)
+        assert x.streams == [told]  # 1 is DLPack's number of CUDA's default stream
+
+
 def test_a_capsule_is_dropped_after_the_call():
     array = np.zeros(4, np.float32)
     count = sys.getrefcount(array)
