@@ -216,6 +216,7 @@ void set_operands(AttentionCall& call, CallMemory& memory) {
     memory.k_order.resize(static_cast<std::size_t>(call.k_positions));
     format.key_order(call.key.shape, memory.k_order.data());
     call.k_order = memory.k_order.data();
+    call.key_bytes = format.takes_key_bytes(call.key.shape);
     // bf16 holds a query of bf16 or fp8; the rest of fp16, and of what a rotation makes, is a second part.
     const bool one = call.args.query.dtype != DType::kFloat16 && call.key.rotation == format::Rotation::kNone;
     if (format.operand == Operand::kBFloat16 && !one) call.query_parts = 2;
@@ -226,6 +227,7 @@ void set_operands(AttentionCall& call, CallMemory& memory) {
     memory.v_order.resize(static_cast<std::size_t>(call.v_positions));
     format.value_order(call.value.shape, memory.v_order.data());
     call.v_order = memory.v_order.data();
+    call.few_values = format.takes_few_rows(call.value.shape);
   }
   call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
 }
@@ -306,6 +308,8 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       .v_order = nullptr,
       .query_parts = 1,
       .acc_stride = 0,
+      .key_bytes = false,
+      .few_values = false,
   };
   TakenMemory taken;
   CallMemory& memory = *taken;

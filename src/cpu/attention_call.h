@@ -28,6 +28,8 @@ struct AttentionCall {
   const std::int16_t *k_order, *v_order;  // elements at the positions
   int query_parts;
   int acc_stride;  // v_stride and v_positions fit
+  bool key_bytes;  // tiles of few rows multiply bytes of keys
+  bool few_values; // and make operands of values in registers
 
   bool k_in_pairs() const { return key.operands.operand != Operand::kFloat32; }
   bool v_in_pairs() const { return value.operands.operand != Operand::kFloat32; }

@@ -32,6 +32,7 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
       head.queries.positions = call.k_positions;
       take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
       take(head.queries.step, std::int64_t{4} * set_rows);
+      take(head.queries.centre, std::int64_t{4} * call.k.blocks);
     }
     take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
     take(head.offset_sum, rows);
@@ -55,9 +56,9 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
 }
 
 namespace {
-// Of int16 queries: so that sums of their products fit 32 bits.
+// Of int16 queries: so that sums of their products fit 32 bits, and the high byte of a query, rounded, 8.
 float largest_query(const AttentionCall& call) {
-  constexpr std::int64_t kMost = 32767;
+  constexpr std::int64_t kMost = 127 * 256 + 127;
   const std::int64_t products = std::int64_t{call.shape.head_size} * std::max(1, call.key.operands.max_level);
   return static_cast<float>(std::min(kMost, std::numeric_limits<std::int32_t>::max() / products));
 }
@@ -83,6 +84,11 @@ void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange he
     }
     if (!call.k_in_pairs()) continue;
     head.queries.num_sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+    if (call.key_bytes && head.queries.num_sets == 1) {
+      call.key.operands.make_byte_queries(head.q, num_rows, call.k_stride, call.key.shape, largest_query(call),
+                                          head.queries);
+      continue;
+    }
     call.k.make_queries(call.key.operands.operand, head.q, num_rows, call.k_stride, call.k_order, largest_query(call),
                         head.queries);
   }
@@ -168,6 +174,37 @@ void apply_mask(const AttentionCall& call, const QueryTile& tile, const Sequence
   }
 }
 
+// Scores of a tile: products of 16-bit operands, in scratch.scores.
+void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperands& queries, bool in_place,
+              Scratch& scratch, Prefetch& prefetch) {
+  const OperandFormat& format = call.key.operands;
+  // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
+  // their way to memory.
+  const auto group_size = [&](int first) { return std::min(kKeyGroup, rows.num_rows - first); };
+  const auto operands = [&](int first) {
+    return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
+  };
+  const auto load = [&](int first) {
+    if (in_place || first >= rows.num_rows) return;
+    format.load_keys(rows.from(first, group_size(first)), call.key.shape, operands(first));
+  };
+  load(0);
+  for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
+    load(first + kKeyGroup);
+    const int count = group_size(first);
+    if (format.divide_by_norms != nullptr) {
+      format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
+    }
+    const std::uint8_t* addresses[kKeyGroup];
+    for (int n = 0; n < kKeyGroup; ++n) {
+      const int key = std::min(n, count - 1);
+      addresses[n] = in_place ? rows.data(first + key)
+                              : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
+    }
+    call.k.dot_keys(format.operand, queries, addresses, count, scratch.scores + first, prefetch);
+  }
+}
+
 // The logits of a tile, in scratch.scores.
 void tile_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
                  const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
@@ -185,30 +222,10 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
     const OperandFormat& format = call.key.operands;
     const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
     format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
-    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
-    // their way to memory.
-    const auto group_size = [&](int first) { return std::min(kKeyGroup, keys.count - first); };
-    const auto operands = [&](int first) {
-      return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
-    };
-    const auto load = [&](int first) {
-      if (in_place || first >= keys.count) return;
-      format.load_keys(k_rows.from(first, group_size(first)), call.key.shape, operands(first));
-    };
-    load(0);
-    for (int first = 0; first < keys.count; first += kKeyGroup) {
-      load(first + kKeyGroup);
-      const int count = group_size(first);
-      if (format.divide_by_norms != nullptr) {
-        format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
-      }
-      const std::uint8_t* addresses[kKeyGroup];
-      for (int n = 0; n < kKeyGroup; ++n) {
-        const int key = std::min(n, count - 1);
-        addresses[n] = in_place ? k_rows.data(first + key)
-                                : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
-      }
-      call.k.dot_keys(format.operand, head.queries, addresses, count, scratch.scores + first, prefetch);
+    if (call.key_bytes && num_rows <= call.k.blocks) {
+      format.dot_key_bytes(k_rows, call.key.shape, head.queries, scratch.scores, prefetch);
+    } else {
+      dot_keys(call, k_rows, head.queries, in_place, scratch, prefetch);
     }
     call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale,
                        format.has_offset ? scratch.offset : nullptr, factor, head.q_sum);
@@ -254,13 +271,20 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
     // Numbers that are not finite: of a bf16, only in the way of rows that do not see them; a scale's always, as int16
     // weights cannot hold its product.
     bool finite = format.load_affines(v_rows, call.value.shape, scratch.scale, scratch.offset);
-    if (finite) format.load_values(v_rows, call.value.shape, scratch.values);
-    if (finite && !see_all && format.values_finite != nullptr) {
+    // bf16 values that some row must not see are looked at first.
+    const bool look = !see_all && format.values_finite != nullptr;
+    const bool few = call.few_values && num_rows <= call.k.blocks && !look;
+    if (finite && !few) format.load_values(v_rows, call.value.shape, scratch.values);
+    if (finite && look) {
       finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
     }
     if (finite) {
       call.k.make_weights(format.operand, scratch.scores, num_rows, keys.count, scratch.scale,
                           format.has_offset ? scratch.offset : nullptr, scratch.weights, scratch.unit, head.offset_sum);
+      if (few) {
+        return format.accumulate_few(v_rows, call.value.shape, scratch.weights, num_rows, scratch.unit, head.acc,
+                                     call.acc_stride, prefetch);
+      }
       return call.k.accumulate_values(format.operand, scratch.weights, num_rows, keys.count, scratch.values,
                                       call.v_positions, scratch.unit, head.acc, call.acc_stride, prefetch);
     }

@@ -6,6 +6,7 @@
 #define QUIRE_CPU_KERNELS_INL_H_
 #endif
 
+#include "cpu/few_rows-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/operands-inl.h"
 #include "cpu/products-inl.h"

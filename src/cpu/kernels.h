@@ -51,8 +51,9 @@ struct Prefetch {
       ++run;
     }
     // The last step of a run may go past its end, to where the next often begins.
-    const std::uint8_t* last = at + std::int64_t{64} * lines_a_step;
-    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
+    const std::uint8_t* line = at;
+    for (int i = 0; i < lines_a_step; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+    at = line;
   }
 };
 
@@ -84,6 +85,15 @@ struct LevelTile {
   bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
 };
 
+// Queries of one KV head as 16-bit operands.
+struct QueryOperands {
+  std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
+  float* step;          // [sets * B][4]: the query is step * operand, four times
+  std::int32_t* centre; // [B][4]: what the products of bytes have too much
+  int num_sets, parts, positions;
+  int part_elements(int blocks) const { return positions * blocks; }
+};
+
 // The 16-bit operands of a format's rows on this target.
 struct OperandFormat {
   Operand operand = Operand::kFloat32;  // kFloat32: the format has none
@@ -107,20 +117,25 @@ struct OperandFormat {
   void (*divide_by_norms)(const std::uint16_t* keys, int num_keys, int positions, float* scale) = nullptr;
   // Operands of up to kKeyTile values, in pairs.
   void (*load_values)(const TileRows& rows, format::RowShape shape, std::uint16_t* values) = nullptr;
+
+  // Tiles of no more rows than a vector has blocks (few_rows-inl.h). Keys as bytes, where the target and the shape allow
+  // it: queries for them, and scores as of Kernels::dot_keys for all keys of a tile.
+  bool (*takes_key_bytes)(format::RowShape shape) = nullptr;
+  void (*make_byte_queries)(const float* q, int num_rows, int q_stride, format::RowShape shape, float largest,
+                            QueryOperands& queries) = nullptr;
+  void (*dot_key_bytes)(const TileRows& rows, format::RowShape shape, const QueryOperands& queries, float* scores,
+                        Prefetch& prefetch) = nullptr;
+  // accumulate_values from codes, where the shape allows it.
+  bool (*takes_few_rows)(format::RowShape shape) = nullptr;
+  void (*accumulate_few)(const TileRows& rows, format::RowShape shape, const std::uint16_t* weights, int num_rows,
+                         const float* unit, float* acc, int acc_stride, Prefetch& prefetch) = nullptr;
+
   // kBFloat16: whether all operands of the pairs are finite numbers.
   bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
 };
 
 // Softmax weights have 16 bits: an int16, or two bf16 whose sum they are.
 constexpr int weight_parts(Operand operand) { return operand == Operand::kBFloat16 ? 2 : 1; }
-
-// Queries of one KV head as 16-bit operands.
-struct QueryOperands {
-  std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
-  float* step;          // [sets * B][4]: the query is step * operand, four times
-  int num_sets, parts, positions;
-  int part_elements(int blocks) const { return positions * blocks; }
-};
 
 struct Kernels {
   const char* target = nullptr;

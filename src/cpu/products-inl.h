@@ -23,6 +23,19 @@ namespace quire::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
+// The step of a row as int16, and what it is multiplied by to be in steps: 0 where the row is 0 or not finite, when the
+// step is NaN.
+struct QueryStep {
+  float step, inverse;
+};
+HWY_INLINE QueryStep query_step(const float* row, int size, float largest) {
+  std::uint32_t top = 0;
+  for (int i = 0; i < size; ++i) top = std::max(top, exact::bits_of(row[i]) & 0x7fffffffU);
+  const float most = exact::from_bits(top);
+  if (!exact::is_finite(most)) return {NAN, 0.0F};
+  return {most / largest, most > 1e-30F ? largest / most : 0.0F};
+}
+
 void make_queries(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
                   float largest, QueryOperands& queries) {
   const int positions = queries.positions;
@@ -47,11 +60,9 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
         put(1, p, exact::is_finite(rest) ? format::float_to_bfloat16(rest) : std::uint16_t{0});
       }
     } else {
-      std::uint32_t top = 0;
-      for (int i = 0; i < q_stride; ++i) top = std::max(top, exact::bits_of(row[i]) & 0x7fffffffU);
-      const float most = exact::from_bits(top);
-      step = exact::is_finite(most) ? most / largest : NAN;
-      const float inverse = most > 1e-30F && exact::is_finite(most) ? largest / most : 0.0F;
+      const QueryStep steps = query_step(row, q_stride, largest);
+      step = steps.step;
+      const float inverse = steps.inverse;
       for (int p = 0; p < positions; ++p) {
         if (element_of[p] < 0 || inverse == 0.0F) continue;
         put(0, p,
