@@ -48,10 +48,13 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
   take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
   take(scale, kKeyTile);
   take(offset, kKeyTile);
+  take(k_scales, call.key.scales_side_by_side() ? num_heads : 0);
+  take(v_scales, call.value.scales_side_by_side() ? num_heads : 0);
   take(k_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.k_stride);
   take(v_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.v_stride);
   k_tile.stride = call.k_stride;
   v_tile.stride = call.v_stride;
+  loaded = nullptr;
   return bytes;
 }
 
@@ -65,6 +68,9 @@ float largest_query(const AttentionCall& call) {
 }  // namespace
 
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
+  if (scratch.loaded == &tile && scratch.loaded_head == heads.first) return;
+  scratch.loaded = &tile;
+  scratch.loaded_head = heads.first;
   const ConstTensor& query = call.args.query;
   const std::int64_t first = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int h = 0; h < heads.count; ++h) {
@@ -207,11 +213,13 @@ void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperan
 
 // The logits of a tile, in scratch.scores.
 void tile_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+                 const TileKeys& keys, bool see_all, int head_index, Scratch& scratch, Prefetch& prefetch) {
+  const Scratch::Head& head = scratch.heads[head_index];
   const int num_rows = tile.num_tokens * rows.group;
   const float factor = call.args.softmax_scale * call.q_scale.at(tile.batch, rows.kv_head) *
                        call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
-  const TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
+  TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
+  if (call.key.scales_side_by_side()) k_rows.scales = scratch.k_scales[head_index];
   if (!call.k_in_pairs()) {
     LevelTile& k = scratch.k_tile;
     call.key.load_tile(k_rows, rows.kv_head, k);
@@ -263,9 +271,11 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
 
 // acc += P V; scratch.scores holds the softmax weights.
 void tile_output(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+                 const TileKeys& keys, bool see_all, int head_index, Scratch& scratch, Prefetch& prefetch) {
+  const Scratch::Head& head = scratch.heads[head_index];
   const int num_rows = tile.num_tokens * rows.group;
-  const TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
+  TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
+  if (call.value.scales_side_by_side()) v_rows.scales = scratch.v_scales[head_index];
   const OperandFormat& format = call.value.operands;
   if (call.v_in_pairs()) {
     // Numbers that are not finite: of a bf16, only in the way of rows that do not see them; a scale's always, as int16
@@ -327,18 +337,22 @@ int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange hea
     }
   };
   const int size = call.shape.block_size;
+  // Rows of V right behind those of K are read with them.
+  const std::int64_t apart = reinterpret_cast<std::intptr_t>(keys.v[0].data) - reinterpret_cast<std::intptr_t>(keys.k[0].data);
+  const bool in_one = apart >= 0 && apart <= call.key.row_bytes + 64 && call.key.block_stride == call.value.block_stride &&
+                      call.key.slot_stride == call.value.slot_stride && call.key.head_stride == call.value.head_stride;
   for (int side = 0; side < 2; ++side) {
     const CacheReader& reader = side == 0 ? call.key : call.value;
     const RowAddress* rows = side == 0 ? keys.k : keys.v;
-    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + reader.row_bytes;
-    const bool whole = bytes <= 2 * heads.count * reader.row_bytes;  // heads lie side by side
+    const std::int64_t row_bytes = in_one ? apart + call.value.row_bytes : reader.row_bytes;
+    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + row_bytes;
+    const bool whole = bytes <= 2 * heads.count * row_bytes;  // heads lie side by side
     const std::int64_t scale_bytes = (heads.count - 1) * reader.scale_head_stride + 4;
     const bool scales = reader.scales != nullptr && scale_bytes <= 64;  // neither among the rows nor heads apart
     for (int n = 0; n < keys.count;) {
       const int num = std::min(keys.count - n, size - (keys.first + n) % size);  // in one block
-      for (int h = 0; h < (whole ? 1 : heads.count); ++h) {
-        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : reader.row_bytes, num,
-            reader.slot_stride);
+      for (int h = 0; h < (whole ? 1 : heads.count) && !(in_one && side == 1); ++h) {
+        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : row_bytes, num, reader.slot_stride);
       }
       if (scales) {
         add(rows[n].meta + heads.first * reader.scale_head_stride, scale_bytes, num, reader.scale_slot_stride);
@@ -386,12 +400,18 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
     next_keys(call, tile.batch, span, next, ahead);
     const bool see_all = all_visible(call, tile, sequence, keys);
     Prefetch prefetch = next_lines(call, tile, heads, ahead, scratch);
+    const auto collect = [&](const CacheReader& reader, const RowAddress* rows, Scratch::Scales scales) {
+      if (!reader.scales_side_by_side()) return;
+      call.k.collect_scales(reader.tile_rows(rows, keys.count, heads.first, nullptr), heads.count, scales);
+    };
+    collect(call.key, keys.k, scratch.k_scales);
+    collect(call.value, keys.v, scratch.v_scales);
     for (int h = 0; h < heads.count; ++h) {
       const RowOf rows{call.shape.group_size(), heads.first + h};
       const Scratch::Head& head = scratch.heads[h];
-      tile_logits(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+      tile_logits(call, tile, sequence, rows, keys, see_all, h, scratch, prefetch);
       call.k.softmax_tile(scratch.scores, num_rows, keys.count, head.state, head.acc, call.acc_stride, head.offset_sum);
-      tile_output(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+      tile_output(call, tile, sequence, rows, keys, see_all, h, scratch, prefetch);
     }
   }
   for (int h = 0; h < heads.count; ++h) finish_rows(call, num_rows, scratch.heads[h], scratch);

@@ -54,14 +54,19 @@ struct Scratch {
   std::uint16_t* values;   // [kKeyTile / 2, v_positions, 2]
   float* scale;            // [kKeyTile] each
   float* offset;
+  // Collected scales of the tile at hand, [heads]; null where the rows do not lie as that takes.
+  using Scales = float (*)[kKeyTile];
+  Scales k_scales, v_scales;
   LevelTile k_tile, v_tile;
   Prefetch::Run runs[kMaxRuns];
+  const QueryTile* loaded;  // whose queries it holds, of the KV heads from loaded_head on
+  int loaded_head;
 
   // Lays the pointers out from `base` on, which may be null, and returns how many bytes that takes.
   std::size_t lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base);
 };
 
-// Fills the queries of the scratch, rotated as the keys are.
+// Fills the queries of the scratch, rotated as the keys are; nothing is done where they are there already.
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch);
 
 // Attention of a query tile over keys: leaves acc [rows, acc_stride] and state of each head; the first head_size_v

@@ -69,16 +69,6 @@ void make_byte_queries(const float* q, int num_rows, int q_stride, format::RowSh
   }
 }
 
-// 16-byte blocks of four vectors, transposed.
-HWY_INLINE void transpose_blocks(__m512 (&r)[4]) {
-  const __m512 a = _mm512_shuffle_f32x4(r[0], r[1], 0x44), b = _mm512_shuffle_f32x4(r[0], r[1], 0xee);
-  const __m512 c = _mm512_shuffle_f32x4(r[2], r[3], 0x44), d = _mm512_shuffle_f32x4(r[2], r[3], 0xee);
-  r[0] = _mm512_shuffle_f32x4(a, c, 0x88);
-  r[1] = _mm512_shuffle_f32x4(a, c, 0xdd);
-  r[2] = _mm512_shuffle_f32x4(b, d, 0x88);
-  r[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
-}
-
 template <class F>
 void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOperands& queries, float* scores,
                    Prefetch& prefetch) {
@@ -88,7 +78,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
   const __m512i centre = _mm512_loadu_si512(queries.centre);
   const __m512 step = _mm512_loadu_ps(queries.step);
   for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
-    __m512 four[kKeyGroup / 4];
+    __m512i four[kKeyGroup / 4];
     for (int part = 0; part < kKeyGroup; part += kKeys) {
       const std::uint8_t* key[kKeys];
       HWY_UNROLL(8)
@@ -136,11 +126,12 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
       for (int k = 0; k < kKeys; k += 4) {
         const auto sum = reduce4<Int16Products>(hn::Vec<I32>{high[k]}, hn::Vec<I32>{high[k + 1]},
                                                 hn::Vec<I32>{high[k + 2]}, hn::Vec<I32>{high[k + 3]});
-        four[(part + k) / 4] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
+        const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
+        four[(part + k) / 4] = _mm512_castps_si512(score);
       }
     }
     transpose_blocks(four);
-    for (int m = 0; m < 4; ++m) _mm512_storeu_ps(scores + m * kKeyTile + first, four[m]);
+    for (int m = 0; m < 4; ++m) _mm512_storeu_si512(scores + m * kKeyTile + first, four[m]);
   }
 }
 #endif  // QUIRE_CPU_ZEN4

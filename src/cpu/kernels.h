@@ -63,6 +63,8 @@ struct TileRows {
   int num_rows;
   std::int64_t data_step, meta_step, page_step;
   Prefetch* prefetch = nullptr;  // steps with every row that is decoded to fp32
+  // Copies of the rows' metadata, 4 bytes each, where they have been collected (Kernels::collect_scales).
+  const float* scales = nullptr;
 
   const std::uint8_t* data(int n) const { return rows[n].data + data_step; }
   const std::uint8_t* meta(int n) const { return rows[n].meta == nullptr ? nullptr : rows[n].meta + meta_step; }
@@ -113,7 +115,8 @@ struct OperandFormat {
   // Affine maps of up to kKeyTile rows to operands; 0 from there to the next multiple of kLaneAlign. False where one is
   // NaN or infinite.
   bool (*load_affines)(const TileRows& rows, format::RowShape shape, float* scale, float* offset) = nullptr;
-  // scale[n] /= the norm of the levels of the keys of a group; null where the format has no norm correction.
+  // scale[n] /= the norm of the levels of the keys of a group, all of whose rows are readable; null where the format
+  // has no norm correction.
   void (*divide_by_norms)(const std::uint16_t* keys, int num_keys, int positions, float* scale) = nullptr;
   // Operands of up to kKeyTile values, in pairs.
   void (*load_values)(const TileRows& rows, format::RowShape shape, std::uint16_t* values) = nullptr;
@@ -148,6 +151,9 @@ struct Kernels {
   using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
                              std::uint8_t* meta);
   std::array<EncodeRow, format::AllFormats::kSize> encode_row{};
+
+  // scales[h][n] = the fp32 at rows[n].meta + 4 * h bytes, which is that of KV head h.
+  void (*collect_scales)(const TileRows& rows, int num_heads, float (*scales)[kKeyTile]) = nullptr;
 
   // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be
   // null.

@@ -354,9 +354,14 @@ bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, fl
       offset[i] = 0.0F;
     }
   } else {
-    std::uint8_t meta[kKeyTile * F::kMetaBytes];
-    for (int i = 0; i < n; ++i) {
-      std::memcpy(meta + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
+    std::uint8_t copies[kKeyTile * F::kMetaBytes];
+    const std::uint8_t* meta = copies;
+    if (F::kMetaBytes == 4 && rows.scales != nullptr) {
+      meta = reinterpret_cast<const std::uint8_t*>(rows.scales);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        std::memcpy(copies + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
+      }
     }
     const float unit = F::kLevelNorm ? 1.0F : OperandOf<F>::kUnit;
     for (int i = 0; i < n; ++i) {

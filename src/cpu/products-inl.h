@@ -167,9 +167,24 @@ HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, cons
   }
 }
 
-// scale[n] /= the norm of the levels of key n. Rows up to the next multiple of 4 are readable.
+#if QUIRE_CPU_WORDS_512
+// 16-byte blocks of four vectors, transposed.
+HWY_INLINE void transpose_blocks(__m512i (&r)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+  const __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+#endif
+
+// scale[n] /= the norm of the levels of key n, of a group. Its rows are readable to the end.
 void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, float* scale) {
-  for (int n = 0; n < num_keys; n += 4) {
+  HWY_ALIGN std::int32_t norms[kKeyGroup];
+  hn::Vec<I32> four[kKeyGroup / 4];
+  HWY_UNROLL(4)
+  for (int n = 0; n < kKeyGroup; n += 4) {
     hn::Vec<I32> squares[4] = {hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32())};
     for (int i = 0; i < positions; i += kWords) {
       HWY_UNROLL(4)
@@ -178,14 +193,27 @@ void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, flo
         add_dot(squares[k], x, x);
       }
     }
-    HWY_ALIGN float blocks[kFloats];
-    hn::Store(hn::ConvertTo(F32(), reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3])), F32(),
-              blocks);
-    for (int k = 0; k < 4 && n + k < num_keys; ++k) {
-      float sum = 0.0F;
-      for (int b = 0; b < kBlocks; ++b) sum += blocks[4 * b + k];
-      scale[n + k] /= std::sqrt(sum);
+    four[n / 4] = reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3]);
+  }
+#if QUIRE_CPU_WORDS_512
+  __m512i sums[4] = {four[0].raw, four[1].raw, four[2].raw, four[3].raw};
+  transpose_blocks(sums);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+  _mm512_store_si512(norms, sum);
+#else
+  for (int n = 0; n < kKeyGroup; n += 4) {
+    HWY_ALIGN std::int32_t blocks[kFloats];
+    hn::Store(four[n / 4], I32(), blocks);
+    for (int k = 0; k < 4; ++k) {
+      norms[n + k] = 0;
+      for (int b = 0; b < kBlocks; ++b) norms[n + k] += blocks[4 * b + k];
     }
+  }
+#endif
+  if (num_keys < kKeyGroup) std::fill(norms + num_keys, norms + kKeyGroup, 1);
+  for (int n = 0; n < kKeyGroup; n += kFloats) {
+    const auto norm = hn::Sqrt(hn::ConvertTo(F32(), hn::Load(I32(), norms + n)));
+    hn::StoreU(hn::Div(hn::LoadU(F32(), scale + n), norm), F32(), scale + n);
   }
 }
 
