@@ -363,27 +363,34 @@ int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange hea
   return count;
 }
 
-// What to ask for while the tile at hand is computed.
+// What to ask for while a tile of `heads` is computed.
 Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange heads, const TileKeys& ahead,
-                    Scratch& scratch) {
+                    HeadRange ahead_heads, Scratch& scratch) {
   Prefetch prefetch;
   if (ahead.count == 0 || call.key.row_bytes == 0 || call.value.row_bytes == 0) return prefetch;
-  const int num_runs = prefetch_runs(call, ahead, heads, scratch.runs);
+  const int num_runs = prefetch_runs(call, ahead, ahead_heads, scratch.runs);
   prefetch.run = scratch.runs;
   prefetch.end_of_runs = scratch.runs + num_runs;
   std::int64_t lines = 0;
   for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
   const int num_rows = tile.num_tokens * call.shape.group_size();
-  const std::int64_t steps = std::int64_t{heads.count} * ((num_rows + 3) / 4) * (kKeyTile / 8) *
-                             std::max(1, (call.k_stride + call.v_stride) / 64);
-  prefetch.lines_a_step = static_cast<int>((lines + steps - 1) / steps);
+  const std::int64_t sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+  const std::int64_t k_products =
+      call.k_in_pairs() ? sets * call.query_parts * (call.k_positions / 8) * kKeyTile : kProductsOfRow * kKeyTile;
+  const std::int64_t v_products =
+      call.v_in_pairs() ? std::int64_t{num_rows} * weight_parts(call.value.operands.operand) *
+                              (call.v_positions / (4 * call.k.blocks)) * (kKeyTile / 2)
+                        : kProductsOfRow * kKeyTile;
+  // All of them by the time that most of the products have been made.
+  const std::int64_t products = heads.count * (k_products + v_products) * 15 / 16;
+  prefetch.pace = static_cast<int>(std::min<std::int64_t>(lines * Prefetch::kUnit / products + 1, 4 * Prefetch::kUnit));
   return prefetch;
 }
 
 }  // namespace
 
 void attend_split(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, HeadRange heads,
-                  const KeySpan& span, Scratch& scratch) {
+                  const KeySpan& span, const NextKeysSource& source, Scratch& scratch) {
   const int num_rows = tile.num_tokens * call.shape.group_size();
   for (int h = 0; h < heads.count; ++h) {
     const Scratch::Head& head = scratch.heads[h];
@@ -391,7 +398,7 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
     std::fill_n(head.offset_sum, num_rows, 0.0F);
     std::fill_n(head.state, num_rows, SoftmaxState{});
   }
-  TileKeys tiles[2];
+  TileKeys tiles[3];  // at hand and ahead in turns, and the first of what comes after
   std::int64_t next = span.first;
   next_keys(call, tile.batch, span, next, tiles[0]);
   for (int turn = 0; tiles[turn].count > 0; turn = 1 - turn) {
@@ -399,7 +406,14 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
     TileKeys& ahead = tiles[1 - turn];
     next_keys(call, tile.batch, span, next, ahead);
     const bool see_all = all_visible(call, tile, sequence, keys);
-    Prefetch prefetch = next_lines(call, tile, heads, ahead, scratch);
+    HeadRange ahead_heads = heads;
+    if (ahead.count == 0) {
+      const NextKeys after = source.find(source.context);
+      std::int64_t first = after.keys.first;
+      if (after.tile != nullptr) next_keys(call, after.tile->batch, after.keys, first, tiles[2]);
+      ahead_heads = after.heads;
+    }
+    Prefetch prefetch = next_lines(call, tile, heads, ahead.count > 0 ? ahead : tiles[2], ahead_heads, scratch);
     const auto collect = [&](const CacheReader& reader, const RowAddress* rows, Scratch::Scales scales) {
       if (!reader.scales_side_by_side()) return;
       call.k.collect_scales(reader.tile_rows(rows, keys.count, heads.first, nullptr), heads.count, scales);

@@ -69,10 +69,22 @@ struct Scratch {
 // Fills the queries of the scratch, rotated as the keys are; nothing is done where they are there already.
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch);
 
+// Keys that a thread probably attends to next: it asks for their first cache lines while it computes its last ones.
+struct NextKeys {
+  const QueryTile* tile = nullptr;  // none: null
+  HeadRange heads{};
+  attention::KeySpan keys{};
+};
+// Asked when the time has come: which task is next is not known before.
+struct NextKeysSource {
+  NextKeys (*find)(const void* context);
+  const void* context;
+};
+
 // Attention of a query tile over keys: leaves acc [rows, acc_stride] and state of each head; the first head_size_v
 // elements of a row of acc are complete and in order.
 void attend_split(const AttentionCall& call, const QueryTile& tile, const attention::SequenceMask& sequence,
-                  HeadRange heads, const attention::KeySpan& keys, Scratch& scratch);
+                  HeadRange heads, const attention::KeySpan& keys, const NextKeysSource& source, Scratch& scratch);
 
 // Folds one more part into a row's running state.
 void fold(const float* part, const attention::SoftmaxState& part_state, int size, float* total,

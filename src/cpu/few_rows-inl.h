@@ -72,30 +72,32 @@ void make_byte_queries(const float* q, int num_rows, int q_stride, format::RowSh
 template <class F>
 void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOperands& queries, float* scores,
                    Prefetch& prefetch) {
-  constexpr int kKeys = 8;
+  Prefetch ahead = prefetch;
+  constexpr int kKeys = 4;
   const int chunks = static_cast<int>(format::code_bytes<F>(shape.head_size)) / 16;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80)), low_half = _mm512_set1_epi8(15);
   const __m512i centre = _mm512_loadu_si512(queries.centre);
   const __m512 step = _mm512_loadu_ps(queries.step);
   for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
     __m512i four[kKeyGroup / 4];
+    HWY_UNROLL(4)
     for (int part = 0; part < kKeyGroup; part += kKeys) {
       const std::uint8_t* key[kKeys];
-      HWY_UNROLL(8)
+      HWY_UNROLL(4)
       for (int k = 0; k < kKeys; ++k) {
         const int n = first + part + k;
         key[k] = rows.data(n < rows.num_rows ? n : rows.num_rows - 1);
       }
       __m512i high[kKeys], low[kKeys];
-      HWY_UNROLL(8)
+      HWY_UNROLL(4)
       for (int k = 0; k < kKeys; ++k) high[k] = low[k] = _mm512_setzero_si512();
-      prefetch.step();
+      ahead.after(kKeys * 2 * (8 / kCodeBits<F>) * chunks);
       const std::uint16_t* q = queries.data;
       for (int c = 0; c < chunks; ++c) {
         const auto query = [&](int i) HWY_ATTR { return _mm512_loadu_si512(q + i * kWords); };
         if constexpr (kCodeBits<F> == 8) {
           const __m512i q_high = query(0), q_low = query(1);
-          HWY_UNROLL(8)
+          HWY_UNROLL(4)
           for (int k = 0; k < kKeys; ++k) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[k] + 16 * c));
             const __m512i x = _mm512_xor_si512(_mm512_broadcast_i32x4(codes), flip);
@@ -105,7 +107,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
           q += 2 * kWords;
         } else {
           const __m512i q_high = query(0), q_low = query(1), odd_high = query(2), odd_low = query(3);
-          HWY_UNROLL(8)
+          HWY_UNROLL(4)
           for (int k = 0; k < kKeys; ++k) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[k] + 16 * c));
             const __m512i x = _mm512_broadcast_i32x4(codes);
@@ -119,20 +121,17 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
           q += 4 * kWords;
         }
       }
-      prefetch.step();
-      HWY_UNROLL(8)
+      HWY_UNROLL(4)
       for (int k = 0; k < kKeys; ++k) high[k] = _mm512_add_epi32(_mm512_slli_epi32(high[k], 8), low[k]);
-      HWY_UNROLL(2)
-      for (int k = 0; k < kKeys; k += 4) {
-        const auto sum = reduce4<Int16Products>(hn::Vec<I32>{high[k]}, hn::Vec<I32>{high[k + 1]},
-                                                hn::Vec<I32>{high[k + 2]}, hn::Vec<I32>{high[k + 3]});
-        const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
-        four[(part + k) / 4] = _mm512_castps_si512(score);
-      }
+      const auto sum = reduce4<Int16Products>(hn::Vec<I32>{high[0]}, hn::Vec<I32>{high[1]}, hn::Vec<I32>{high[2]},
+                                              hn::Vec<I32>{high[3]});
+      const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
+      four[part / 4] = _mm512_castps_si512(score);
     }
     transpose_blocks(four);
     for (int m = 0; m < 4; ++m) _mm512_storeu_si512(scores + m * kKeyTile + first, four[m]);
   }
+  prefetch = ahead;
 }
 #endif  // QUIRE_CPU_ZEN4
 
@@ -220,24 +219,23 @@ HWY_INLINE void accumulate_pass(const TileRows& rows, const ValuePair<F>& pair, 
   // Stands in for the second row of a pair that has none: its weight is 0.
   alignas(64) static constexpr std::uint8_t kZeros[format::kMaxHeadSize * 2] = {};
   const int num_keys = rows.num_rows;
-  for (int n = 0; n < num_keys;) {
-    prefetch.step();
-    const int end = n + 8 < num_keys ? n + 8 : num_keys;
-    for (; n < end; n += 2) {
-      VU16 x[4];
-      pair.template operator()<kOdd>(rows.data(n), n + 1 < num_keys ? rows.data(n + 1) : kZeros, pass, x);
-      HWY_UNROLL(4)
-      for (int r = 0; r < kRows; ++r) {
-        HWY_UNROLL(2)
-        for (int part = 0; part < kParts; ++part) {
-          const std::int32_t w = weight_pair(weights + (part * kRows + r) * kKeyTile + n);
-          const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
-          HWY_UNROLL(4)
-          for (int v = 0; v < 4; ++v) add_dot(a[r][v], hn::BitCast(factor, x[v]), weight);
-        }
+  Prefetch ahead = prefetch;
+  for (int n = 0; n < num_keys; n += 2) {
+    if (n % 8 == 0) ahead.after(4 * kRows * 4 * kParts);
+    VU16 x[4];
+    pair.template operator()<kOdd>(rows.data(n), n + 1 < num_keys ? rows.data(n + 1) : kZeros, pass, x);
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(2)
+      for (int part = 0; part < kParts; ++part) {
+        const std::int32_t w = weight_pair(weights + (part * kRows + r) * kKeyTile + n);
+        const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
+        HWY_UNROLL(4)
+        for (int v = 0; v < 4; ++v) add_dot(a[r][v], hn::BitCast(factor, x[v]), weight);
       }
     }
   }
+  prefetch = ahead;
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)

@@ -30,30 +30,34 @@ struct RowAddress {
   const std::uint8_t* page;  // metadata of the page and KV head; null where there is none
 };
 
-// The cache lines of the next keys, asked for a few at a time between products: runs of bytes, one after the other.
+// The cache lines of the next keys, asked for between products at an even pace: many at once are dropped, or keep the
+// loads of the keys at hand waiting. Runs of bytes, one after the other.
 struct Prefetch {
   struct Run {
     const std::uint8_t* begin;
     const std::uint8_t* end;
   };
+  static constexpr int kUnit = 1 << 16;
+
   const Run* run = nullptr;  // the one after that of `at`
   const Run* end_of_runs = nullptr;
   const std::uint8_t* at = nullptr;
   const std::uint8_t* end = nullptr;
-  int lines_a_step = 0;  // of a step of about 64 products of vectors
+  int pace = 0;  // lines a product of vectors, in 1 / kUnit
+  int due = 0;
 
-  // Not for innermost loops, where its branches would cost registers.
-  void step() {
-    if (at >= end) {
-      if (run == end_of_runs) return;
-      at = run->begin;
-      end = run->end;
-      ++run;
+  // So many products of vectors have been made.
+  void after(int products) {
+    for (due += pace * products; due >= kUnit; due -= kUnit) {
+      if (at >= end) {
+        if (run == end_of_runs) return;
+        at = run->begin;
+        end = run->end;
+        ++run;
+      }
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
     }
-    // The last step of a run may go past its end, to where the next often begins.
-    const std::uint8_t* line = at;
-    for (int i = 0; i < lines_a_step; ++i, line += 64) __builtin_prefetch(line, 0, 2);
-    at = line;
   }
 };
 
@@ -62,7 +66,7 @@ struct TileRows {
   const RowAddress* rows;
   int num_rows;
   std::int64_t data_step, meta_step, page_step;
-  Prefetch* prefetch = nullptr;  // steps with every row that is decoded to fp32
+  Prefetch* prefetch = nullptr;  // moves on with every row that is decoded to fp32
   // Copies of the rows' metadata, 4 bytes each, where they have been collected (Kernels::collect_scales).
   const float* scales = nullptr;
 
@@ -71,6 +75,9 @@ struct TileRows {
   const std::uint8_t* page(int n) const { return rows[n].page == nullptr ? nullptr : rows[n].page + page_step; }
   TileRows from(int first, int count) const { return {rows + first, count, data_step, meta_step, page_step, prefetch}; }
 };
+
+// What decoding a row to fp32 counts for in Prefetch::after.
+inline constexpr int kProductsOfRow = 16;
 
 // Keys (or values) handled together.
 inline constexpr int kKeyTile = 64;

@@ -162,7 +162,7 @@ void load_tile(const TileRows& rows, format::RowShape shape, const float* head_v
   tile.any_offset = false;
   tile.all_finite = true;
   for (int n = 0; n < rows.num_rows; ++n) {
-    if (rows.prefetch != nullptr) rows.prefetch->step();
+    if (rows.prefetch != nullptr) rows.prefetch->after(kProductsOfRow);
     float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
     format::Affine affine = load_levels<F>(rows.data(n), rows.meta(n), shape, levels);
     format::add_centre<F>({.head_vector = head_vector, .page = rows.page(n)}, shape, levels, affine);

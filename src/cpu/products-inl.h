@@ -138,9 +138,10 @@ HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, cons
     }
   };
   for (int part = 0; part < queries.parts; ++part, q += part_words) {
+    constexpr int kStep = 128;  // in the inner loop its branches would cost registers
     for (int i = 0; i < bytes;) {
-      prefetch.step();
-      const int end = i + 128 < bytes ? i + 128 : bytes;
+      prefetch.after(kSets * kKeys * kStep / 16);
+      const int end = i + kStep < bytes ? i + kStep : bytes;
       for (; i + 32 <= end; i += 32) {
         eight.template operator()<0>(q + i / 2 * kBlocks, i);
         eight.template operator()<kChains - 1>(q + (i / 2 + 8) * kBlocks, i + 16);
@@ -271,7 +272,7 @@ HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64
     }
   }
   for (int pair = 0; pair < num_pairs;) {
-    prefetch.step();
+    prefetch.after(4 * kRows * kVectors * kParts);
     const int end = pair + 4 < num_pairs ? pair + 4 : num_pairs;
     for (; pair < end; ++pair, values += pair_stride, weights += 2) {
       hn::Vec<typename Products::Factor> x[kVectors];
