@@ -202,11 +202,9 @@ void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperan
       format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
     }
     const std::uint8_t* addresses[kKeyGroup];
-    for (int n = 0; n < kKeyGroup; ++n) {
-      const int key = std::min(n, count - 1);
-      addresses[n] = in_place ? rows.data(first + key)
-                              : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
-    }
+    const auto* at = reinterpret_cast<const std::uint8_t*>(operands(first));
+    for (int n = 0; n < count; ++n, at += call.k_positions * 2) addresses[n] = in_place ? rows.data(first + n) : at;
+    for (int n = count; n < kKeyGroup; ++n) addresses[n] = addresses[0];
     call.k.dot_keys(format.operand, queries, addresses, count, scratch.scores + first, prefetch);
   }
 }

@@ -73,7 +73,7 @@ template <class F>
 void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOperands& queries, float* scores,
                    Prefetch& prefetch) {
   Prefetch ahead = prefetch;
-  constexpr int kKeys = 4;
+  constexpr int kKeys = 8;
   const int chunks = static_cast<int>(format::code_bytes<F>(shape.head_size)) / 16;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80)), low_half = _mm512_set1_epi8(15);
   const __m512i centre = _mm512_loadu_si512(queries.centre);
@@ -83,13 +83,13 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
     HWY_UNROLL(4)
     for (int part = 0; part < kKeyGroup; part += kKeys) {
       const std::uint8_t* key[kKeys];
-      HWY_UNROLL(4)
+      HWY_UNROLL(8)
       for (int k = 0; k < kKeys; ++k) {
         const int n = first + part + k;
         key[k] = rows.data(n < rows.num_rows ? n : rows.num_rows - 1);
       }
       __m512i high[kKeys], low[kKeys];
-      HWY_UNROLL(4)
+      HWY_UNROLL(8)
       for (int k = 0; k < kKeys; ++k) high[k] = low[k] = _mm512_setzero_si512();
       ahead.after(kKeys * 2 * (8 / kCodeBits<F>) * chunks);
       const std::uint16_t* q = queries.data;
@@ -97,7 +97,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
         const auto query = [&](int i) HWY_ATTR { return _mm512_loadu_si512(q + i * kWords); };
         if constexpr (kCodeBits<F> == 8) {
           const __m512i q_high = query(0), q_low = query(1);
-          HWY_UNROLL(4)
+          HWY_UNROLL(8)
           for (int k = 0; k < kKeys; ++k) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[k] + 16 * c));
             const __m512i x = _mm512_xor_si512(_mm512_broadcast_i32x4(codes), flip);
@@ -107,7 +107,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
           q += 2 * kWords;
         } else {
           const __m512i q_high = query(0), q_low = query(1), odd_high = query(2), odd_low = query(3);
-          HWY_UNROLL(4)
+          HWY_UNROLL(8)
           for (int k = 0; k < kKeys; ++k) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(key[k] + 16 * c));
             const __m512i x = _mm512_broadcast_i32x4(codes);
@@ -121,12 +121,15 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
           q += 4 * kWords;
         }
       }
-      HWY_UNROLL(4)
+      HWY_UNROLL(8)
       for (int k = 0; k < kKeys; ++k) high[k] = _mm512_add_epi32(_mm512_slli_epi32(high[k], 8), low[k]);
-      const auto sum = reduce4<Int16Products>(hn::Vec<I32>{high[0]}, hn::Vec<I32>{high[1]}, hn::Vec<I32>{high[2]},
-                                              hn::Vec<I32>{high[3]});
-      const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
-      four[part / 4] = _mm512_castps_si512(score);
+      HWY_UNROLL(2)
+      for (int k = 0; k < kKeys; k += 4) {
+        const auto sum = reduce4<Int16Products>(hn::Vec<I32>{high[k]}, hn::Vec<I32>{high[k + 1]},
+                                                hn::Vec<I32>{high[k + 2]}, hn::Vec<I32>{high[k + 3]});
+        const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.raw, centre)), step);
+        four[(part + k) / 4] = _mm512_castps_si512(score);
+      }
     }
     transpose_blocks(four);
     for (int m = 0; m < 4; ++m) _mm512_storeu_si512(scores + m * kKeyTile + first, four[m]);
