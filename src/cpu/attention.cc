@@ -180,7 +180,7 @@ struct CallMemory {
   struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };
-  std::vector<std::int16_t> k_order, v_order;
+  std::vector<std::int16_t> k_order, v_order, v_position;
   std::vector<QueryTile> tiles;
   std::vector<Task> tasks;
   std::vector<int> open_tasks;  // of each group: splits not attended yet
@@ -232,6 +232,12 @@ void set_operands(AttentionCall& call, CallMemory& memory) {
     memory.v_order.resize(static_cast<std::size_t>(call.v_positions));
     format.value_order(call.value.shape, memory.v_order.data());
     call.v_order = memory.v_order.data();
+    memory.v_position.resize(static_cast<std::size_t>(call.shape.head_size_v));
+    for (int i = 0; i < call.v_positions; ++i) {
+      const int element = memory.v_order[static_cast<std::size_t>(i)];
+      if (element >= 0) memory.v_position[static_cast<std::size_t>(element)] = static_cast<std::int16_t>(i);
+    }
+    call.v_position = memory.v_position.data();
     call.few_values = format.takes_few_rows(call.value.shape);
   }
   call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
@@ -311,6 +317,7 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       .v_positions = 0,
       .k_order = nullptr,
       .v_order = nullptr,
+      .v_position = nullptr,
       .query_parts = 1,
       .acc_stride = 0,
       .key_bytes = false,

@@ -309,17 +309,17 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
 
 // The elements of a row of acc in order, offsets added.
 void finish_rows(const AttentionCall& call, int num_rows, const Scratch::Head& head, Scratch& scratch) {
+  const int size = call.shape.head_size_v;
   for (int m = 0; m < num_rows; ++m) {
     float* acc = head.acc + static_cast<std::int64_t>(m) * call.acc_stride;
+    const float offset = head.offset_sum[m];
     if (call.v_in_pairs()) {
       std::copy_n(acc, call.v_positions, scratch.row);
-      std::fill_n(acc, call.v_stride, 0.0F);
-      for (int i = 0; i < call.v_positions; ++i) {
-        const int element = call.v_order[i];
-        if (element >= 0) acc[element] = scratch.row[i];
-      }
+      std::fill(acc + size, acc + call.v_stride, 0.0F);
+      for (int i = 0; i < size; ++i) acc[i] = scratch.row[call.v_position[i]] + offset;
+    } else {
+      for (int i = 0; i < size; ++i) acc[i] += offset;
     }
-    for (int i = 0; i < call.shape.head_size_v; ++i) acc[i] += head.offset_sum[m];
   }
 }
 

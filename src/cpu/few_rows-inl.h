@@ -53,17 +53,18 @@ void make_byte_queries(const float* q, int num_rows, int q_stride, format::RowSh
   std::fill_n(queries.centre, kBlocks * 4, 0);
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
-    const QueryStep step = query_step(row, q_stride, largest);
+    HWY_ALIGN std::uint16_t codes[format::kMaxHeadSize + kLaneAlign];
+    const float step = make_codes(Operand::kInt16, row, q_stride, largest, codes, nullptr);
     std::int32_t sum = 0;
-    for (int i = 0; i < size && step.inverse != 0.0F; ++i) {
-      const auto code = static_cast<std::int32_t>(exact::round_half_even(row[i] * step.inverse));
+    for (int i = 0; i < size; ++i) {
+      const std::int32_t code = static_cast<std::int16_t>(codes[i]);
       const int high = (code + 128) >> 8;
       std::int8_t* at = bytes + ((i / (16 * kCodes) * kCodes + i % kCodes) * 2 * kBlocks + m) * 16 + i / kCodes % 16;
       at[0] = static_cast<std::int8_t>(high);
       at[16 * kBlocks] = static_cast<std::int8_t>(code - 256 * high);
       sum += code;
     }
-    std::fill_n(queries.step + 4 * m, 4, step.step);
+    std::fill_n(queries.step + 4 * m, 4, step);
     // Beyond 32 bits it wraps around as the sums of products do; their difference fits.
     std::fill_n(queries.centre + 4 * m, 4, static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) * kByteCentre<F>));
   }

@@ -36,38 +36,51 @@ HWY_INLINE QueryStep query_step(const float* row, int size, float largest) {
   return {most / largest, most > 1e-30F ? largest / most : 0.0F};
 }
 
+// The operands of a row in the order of its elements, padded with zeros to q_stride.
+HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, float largest, std::uint16_t* codes,
+                            std::uint16_t* second) {
+  const F32 d;
+  if (operand == Operand::kInt16) {
+    const QueryStep steps = query_step(row, q_stride, largest);
+    const hn::Rebind<std::int16_t, I32> half;
+    const auto inverse = hn::Set(d, steps.inverse);
+    const bool some = steps.inverse != 0.0F;
+    for (int i = 0; i < q_stride; i += kFloats) {
+      const auto x = some ? hn::Mul(hn::LoadU(d, row + i), inverse) : hn::Zero(d);
+      hn::StoreU(hn::DemoteTo(half, hn::NearestInt(x)), half, reinterpret_cast<std::int16_t*>(codes + i));
+    }
+    return steps.step;
+  }
+  const auto nan = hn::Set(U32(), 0x7fc0);
+  for (int i = 0; i < q_stride; i += kFloats) {
+    const auto x = hn::LoadU(d, row + i);
+    const auto high = hn::IfThenElse(hn::RebindMask(U32(), hn::IsNaN(x)), nan, to_bfloat16(x));
+    store_words(high, codes + i);
+    const auto rest = hn::Sub(x, hn::BitCast(d, hn::ShiftLeft<16>(high)));
+    // Of what is not finite there is no rest: the difference is a NaN.
+    if (second != nullptr) store_words(to_bfloat16(hn::IfThenElseZero(hn::Eq(rest, rest), rest)), second + i);
+  }
+  return 1.0F;
+}
+
 void make_queries(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
                   float largest, QueryOperands& queries) {
   const int positions = queries.positions;
   std::fill_n(queries.data, static_cast<std::int64_t>(queries.num_sets) * queries.parts * positions * kBlocks, 0);
   std::fill_n(queries.step, queries.num_sets * kBlocks * 4, 0.0F);
+  HWY_ALIGN std::uint16_t codes[2][format::kMaxHeadSize + kLaneAlign];
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
+    const float step =
+        make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
     std::uint16_t* set =
         queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
-    const auto put = [&](int part, int p, std::uint16_t code) {
-      set[(part * positions + p / 8 * 8) * kBlocks + p % 8] = code;
-    };
-    float step = 1.0F;
-    if (operand == Operand::kBFloat16) {
-      for (int p = 0; p < positions; ++p) {
-        if (element_of[p] < 0) continue;
-        const float x = row[element_of[p]];
-        const std::uint16_t high = format::float_to_bfloat16(x);
-        put(0, p, high);
-        if (queries.parts == 1) continue;
-        const float rest = x - format::bfloat16_to_float(high);
-        put(1, p, exact::is_finite(rest) ? format::float_to_bfloat16(rest) : std::uint16_t{0});
-      }
-    } else {
-      const QueryStep steps = query_step(row, q_stride, largest);
-      step = steps.step;
-      const float inverse = steps.inverse;
-      for (int p = 0; p < positions; ++p) {
-        if (element_of[p] < 0 || inverse == 0.0F) continue;
-        put(0, p,
-            static_cast<std::uint16_t>(
-                static_cast<std::int32_t>(exact::round_half_even(row[element_of[p]] * inverse))));
+    for (int part = 0; part < queries.parts; ++part) {
+      for (int p = 0; p < positions; p += 8, set += 8 * kBlocks) {
+        for (int i = 0; i < 8; ++i) {
+          const int element = element_of[p + i];
+          if (element >= 0) set[i] = codes[part][element];
+        }
       }
     }
     std::fill_n(queries.step + 4 * m, 4, step);

@@ -105,18 +105,6 @@ void softmax_tile(float* scores, int num_rows, int num_keys, attention::SoftmaxS
   }
 }
 
-// The nearest bf16, ties to even; a NaN's payload may change.
-HWY_INLINE hn::Vec<U32> to_bfloat16(hn::Vec<F32> x) {
-  const U32 u;
-  const auto bits = hn::BitCast(u, x);
-  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
-  return hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7fff))));
-}
-HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
-  const hn::Rebind<std::uint16_t, I32> half;
-  hn::StoreU(hn::DemoteTo(half, hn::BitCast(I32(), x)), half, to);
-}
-
 void make_weights(Operand operand, float* scores, int num_rows, int num_keys, const float* scale, const float* offset,
                   std::uint16_t* weights, float* unit, float* offset_sum) {
   const F32 d;

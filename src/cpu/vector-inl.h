@@ -45,6 +45,18 @@ constexpr int kWords = 2 * kFloats;
 #define QUIRE_CPU_WORDS_512 0
 #endif
 
+// The nearest bf16 to a number, ties to even.
+HWY_INLINE hn::Vec<U32> to_bfloat16(hn::Vec<F32> x) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
+  return hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7fff))));
+}
+HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
+  const hn::Rebind<std::uint16_t, I32> half;
+  hn::StoreU(hn::DemoteTo(half, hn::BitCast(I32(), x)), half, to);
+}
+
 #if QUIRE_CPU_HAS_PAIRS
 // On AVX-512 an instruction by name: around its intrinsics GCC 12 copies every accumulator, in and out, in each turn of
 // a loop.
