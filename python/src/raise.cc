@@ -1,6 +1,7 @@
 #include "raise.h"
 
 #include <array>
+#include <utility>
 
 namespace quire::python {
 namespace {
@@ -10,14 +11,18 @@ struct ErrorClass {
   const char* name;
 };
 constexpr ErrorClass kClasses[] = {
-    {StatusCode::kInvalidArgument, "InvalidArgumentError"}, {StatusCode::kOutOfRange, "OutOfRangeError"},
-    {StatusCode::kNotFound, "NotFoundError"},               {StatusCode::kUnsupported, "UnsupportedError"},
-    {StatusCode::kAlreadyExists, "AlreadyExistsError"},     {StatusCode::kInternal, "InternalError"},
+    {StatusCode::kInvalidArgument, "InvalidArgumentError"},
+    {StatusCode::kOutOfRange, "OutOfRangeError"},
+    {StatusCode::kNotFound, "NotFoundError"},
+    {StatusCode::kUnsupported, "UnsupportedError"},
+    {StatusCode::kAlreadyExists, "AlreadyExistsError"},
+    {StatusCode::kInternal, "InternalError"},
 };
 std::array<PyObject*, std::size(kClasses)> classes{};
 
 // The exception of a backend written in Python, until the op that it ended has come back.
 thread_local PyObject* cause = nullptr;
+PyObject* cause_elsewhere = nullptr;  // of one of quire's own threads; guarded by the GIL
 
 PyObject* take_exception() {
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
@@ -49,6 +54,7 @@ PyObject* raise(const Status& status) {
     if (kClasses[i].code == status.code()) error_class = classes[i];
   }
   PyErr_SetString(error_class, status.message().c_str());
+  if (cause == nullptr) cause = std::exchange(cause_elsewhere, nullptr);
   if (cause != nullptr) {
     PyObject* raised = take_exception();
     PyException_SetCause(raised, cause);
@@ -80,11 +86,20 @@ Status status_of_exception(const std::string& where) {
   }
   PyObject* name = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(exception)), "__name__");
   const char* class_name = name == nullptr ? nullptr : PyUnicode_AsUTF8AndSize(name, nullptr);
-  Status status = internal_error(where + " raised " + (class_name == nullptr ? "an exception" : class_name) + ": " + message);
+  Status status =
+      internal_error(where + " raised " + (class_name == nullptr ? "an exception" : class_name) + ": " + message);
   PyErr_Clear();
   Py_XDECREF(name);
   Py_XDECREF(cause);
   cause = exception;
+  return status;
+}
+
+Status keep_as_cause(const std::string& where) {
+  PyObject* const before = std::exchange(cause, nullptr);
+  Status status = status_of_exception(where);
+  PyObject* exception = std::exchange(cause, before);
+  if (exception != nullptr) Py_XDECREF(std::exchange(cause_elsewhere, exception));
   return status;
 }
 

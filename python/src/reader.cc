@@ -17,12 +17,27 @@ struct DTypeRow {
   std::uint8_t code, bits;
 };
 constexpr DTypeRow kDTypeRows[] = {
-    {DType::kFloat32, dlpack::kFloat, 32},       {DType::kFloat16, dlpack::kFloat, 16},
-    {DType::kBFloat16, dlpack::kBFloat, 16},     {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
-    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8}, {DType::kInt8, dlpack::kInt, 8},
-    {DType::kUInt8, dlpack::kUInt, 8},           {DType::kInt32, dlpack::kInt, 32},
-    {DType::kInt64, dlpack::kInt, 64},           {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
+    {DType::kFloat32, dlpack::kFloat, 32},
+    {DType::kFloat16, dlpack::kFloat, 16},
+    {DType::kBFloat16, dlpack::kBFloat, 16},
+    {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
+    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8},
+    {DType::kInt8, dlpack::kInt, 8},
+    {DType::kUInt8, dlpack::kUInt, 8},
+    {DType::kInt32, dlpack::kInt, 32},
+    {DType::kInt64, dlpack::kInt, 64},
+    {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
 };
+
+// Libraries say what they like of the strides of an array without elements; quire wants to see dense ones.
+void settle_strides(Tensor* tensor) {
+  if (tensor->numel() != 0) return;
+  std::int64_t dense = 1;
+  for (int i = tensor->ndim - 1; i >= 0; --i) {
+    tensor->strides[i] = dense;
+    dense *= tensor->shape[i] > 0 ? tensor->shape[i] : 1;
+  }
+}
 
 bool refuse_dtype(const char* name, const std::string& dtype) {
   return refuse(std::string(name) + " is " + dtype + "; quire knows " + kDTypes);
@@ -55,10 +70,11 @@ bool refuse_type(const char* name, PyObject* object) {
   return false;
 }
 
-bool convert(const char* name, const dlpack::Tensor& from, Tensor* to) {
+// `as`, where it is not null, takes the place of the array's own dtype.
+bool convert(const char* name, const dlpack::Tensor& from, const DType* as, Tensor* to) {
   const DTypeRow* found = nullptr;
   for (const DTypeRow& row : kDTypeRows) {
-    if (row.code == from.dtype.code && row.bits == from.dtype.bits) {
+    if (row.bits == from.dtype.bits && (as == nullptr ? row.code == from.dtype.code : row.dtype == *as)) {
       found = &row;
       break;
     }
@@ -88,6 +104,7 @@ bool convert(const char* name, const dlpack::Tensor& from, Tensor* to) {
     to->strides[i] = from.strides == nullptr ? dense : from.strides[i];
     dense *= from.shape[i];
   }
+  settle_strides(to);
   return true;
 }
 
@@ -124,14 +141,15 @@ const KnownClass& known_class(PyTypeObject* type) {
   return place = found;
 }
 
-// 1: yes, 0: no, -1: a Python exception is set.
-int requires_grad(PyObject* array) {
-  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  PyObject* value = PyObject_GetAttr(array, name);
-  if (value == nullptr) return -1;
-  const int result = value == Py_False ? 0 : PyObject_IsTrue(value);
+// Refuses an array that requires grad.
+bool check_no_grad(const char* name, PyObject* array) {
+  static PyObject* const attribute = PyUnicode_InternFromString("requires_grad");
+  PyObject* value = PyObject_GetAttr(array, attribute);
+  if (value == nullptr) return false;
+  const int required = value == Py_False ? 0 : PyObject_IsTrue(value);
   Py_DECREF(value);
-  return result;
+  if (required <= 0) return required == 0;
+  return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name + ".detach()");
 }
 
 // The dtype of a format of the struct module, native or little-endian; -1: none of ours.
@@ -178,6 +196,7 @@ bool take_strided(const char* name, DType dtype, int ndim, const Py_ssize_t* sha
     tensor->shape[i] = shape[i];
     tensor->strides[i] = byte_strides[i] / bytes;
   }
+  settle_strides(tensor);
   return true;
 }
 
@@ -206,26 +225,25 @@ Reader::~Reader() {
   for (int i = 0; i < num_held_; ++i) Py_DECREF(held_[static_cast<std::size_t>(i)]);
 }
 
-bool Reader::read(const char* name, PyObject* array, bool written, Tensor* tensor, PyObject** keep) {
-  const Deferred argument{name, array, written, tensor, keep};
+bool Reader::read(const Argument& argument) {
+  const char* const name = argument.name;
+  PyObject* const array = argument.array;
   last_read_only_ = false;
   if (const PyTensor* own = own_tensor(array)) {
-    if (written && own->read_only) return refuse_read_only(name);
+    if (argument.written && own->read_only) return refuse_read_only(name);
     last_read_only_ = own->read_only;
-    *tensor = own->tensor;
-    if (keep != nullptr) *keep = Py_NewRef(array);
+    Tensor tensor = own->tensor;
+    if (as_ != nullptr && dtype_bytes(*as_) != dtype_bytes(tensor.dtype)) {
+      return refuse_dtype(name, std::string(dtype_name(tensor.dtype)));
+    }
+    if (as_ != nullptr) tensor.dtype = *as_;
+    argument.give(tensor);
+    if (argument.keep != nullptr) *argument.keep = Py_NewRef(array);
     return true;
   }
   const KnownClass& known = known_class(Py_TYPE(array));
-  if (known.has_requires_grad) {
-    const int yes = requires_grad(array);
-    if (yes < 0) return false;
-    if (yes > 0) {
-      return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name +
-                    ".detach()");
-    }
-  }
-  if (known.api != nullptr) return read_exchange(argument, *known.api);
+  if (known.api != nullptr) return read_exchange(argument, *known.api, known.has_requires_grad);
+  if (known.has_requires_grad && !check_no_grad(name, array)) return false;
   if (PyObject_CheckBuffer(array) != 0) {
     const int done = read_buffer(argument);
     if (done != 0) return done > 0;
@@ -262,9 +280,10 @@ bool Reader::decide_stream() {
   } else if (PyObject_HasAttrString(stream_argument_, "ptr") != 0) {
     number = PyObject_GetAttrString(stream_argument_, "ptr");
   } else {
-    PyErr_SetString(PyExc_TypeError, ("stream is of type " + type_name(stream_argument_) +
-                                      "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
-                                         .c_str());
+    PyErr_SetString(PyExc_TypeError,
+                    ("stream is of type " + type_name(stream_argument_) +
+                     "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
+                        .c_str());
     return false;
   }
   if (number == nullptr) return false;
@@ -274,10 +293,14 @@ bool Reader::decide_stream() {
   return PyErr_Occurred() == nullptr;
 }
 
-bool Reader::read_exchange(const Deferred& argument, const dlpack::ExchangeApi& api) {
+bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api, bool has_requires_grad) {
   dlpack::Tensor view;
   if (api.tensor_from_object(argument.array, &view) != 0) return false;
-  if (!convert(argument.name, view, argument.tensor)) return false;
+  const bool differentiable = view.dtype.code == dlpack::kFloat || view.dtype.code == dlpack::kBFloat;
+  if (has_requires_grad && differentiable && !check_no_grad(argument.name, argument.array)) return false;
+  Tensor tensor;
+  if (!convert(argument.name, view, as_, &tensor)) return false;
+  argument.give(tensor);
   if (argument.keep != nullptr) *argument.keep = Py_NewRef(argument.array);
   const bool ask = view.device.type == dlpack::kCuda && !stream_known_ &&
                    (stream_argument_ == nullptr || stream_argument_ == Py_None) && api.current_work_stream != nullptr;
@@ -286,7 +309,7 @@ bool Reader::read_exchange(const Deferred& argument, const dlpack::ExchangeApi& 
   return api.current_work_stream(view.device.type, view.device.index, &stream_) == 0;
 }
 
-int Reader::read_buffer(const Deferred& argument) {
+int Reader::read_buffer(const Argument& argument) {
   if (num_buffers_ == kMost) return refuse("too many arrays in one call") ? 1 : -1;
   // An array for longer than this call is held as a memoryview, which holds the buffer.
   PyObject* source = argument.keep == nullptr ? argument.array : PyMemoryView_FromObject(argument.array);
@@ -303,7 +326,7 @@ int Reader::read_buffer(const Deferred& argument) {
     return read_array_interface(argument);
   }
   ++num_buffers_;
-  const int dtype = dtype_of_format(buffer.format, buffer.itemsize);
+  const int dtype = as_ == nullptr ? dtype_of_format(buffer.format, buffer.itemsize) : static_cast<int>(*as_);
   if (dtype < 0 || static_cast<Py_ssize_t>(dtype_bytes(static_cast<DType>(dtype))) != buffer.itemsize) {
     PyBuffer_Release(&buffers_[static_cast<std::size_t>(--num_buffers_)]);
     if (argument.keep != nullptr) Py_CLEAR(*argument.keep);
@@ -311,20 +334,23 @@ int Reader::read_buffer(const Deferred& argument) {
   }
   last_read_only_ = buffer.readonly != 0;
   if (argument.written && buffer.readonly != 0) return refuse_read_only(argument.name) ? 1 : -1;
-  return take_strided(argument.name, static_cast<DType>(dtype), buffer.ndim, buffer.shape, buffer.strides, buffer.buf,
-                      argument.tensor)
-             ? 1
-             : -1;
+  Tensor tensor;
+  if (!take_strided(argument.name, static_cast<DType>(dtype), buffer.ndim, buffer.shape, buffer.strides, buffer.buf,
+                    &tensor)) {
+    return -1;
+  }
+  argument.give(tensor);
+  return 1;
 }
 
 // NumPy knows ml_dtypes' bfloat16 and float8 as opaque bytes; their names are in the array's dtype.
-int Reader::read_array_interface(const Deferred& argument) {
+int Reader::read_array_interface(const Argument& argument) {
   PyObject* dtype = PyObject_GetAttrString(argument.array, "dtype");
   PyErr_Clear();
   if (dtype == nullptr) return 0;
   const std::string dtype_text = text_of(dtype);
   Py_DECREF(dtype);
-  const int known = dtype_of_name(dtype_text);
+  const int known = as_ == nullptr ? dtype_of_name(dtype_text) : -1;
   PyObject* interface = PyObject_GetAttrString(argument.array, "__array_interface__");
   PyErr_Clear();
   if (interface == nullptr) return 0;
@@ -341,6 +367,7 @@ int Reader::read_array_interface(const Deferred& argument) {
       extents[i] = PyLong_AsSsize_t(PyTuple_GetItem(shape, i));
       steps[i] = strides == nullptr ? 0 : PyLong_AsSsize_t(PyTuple_GetItem(strides, i));
     }
+    Tensor tensor;
     void* pointer = data == nullptr ? nullptr : PyLong_AsVoidPtr(PyTuple_GetItem(data, 0));
     const bool read_only = data != nullptr && PyObject_IsTrue(PyTuple_GetItem(data, 1)) != 0;
     last_read_only_ = read_only;
@@ -350,7 +377,8 @@ int Reader::read_array_interface(const Deferred& argument) {
     } else if (argument.written && read_only) {
       refuse_read_only(argument.name);
     } else if (take_strided(argument.name, static_cast<DType>(known), static_cast<int>(ndim), extents, steps, pointer,
-                            argument.tensor)) {
+                            &tensor)) {
+      argument.give(tensor);
       if (argument.keep != nullptr) *argument.keep = Py_NewRef(argument.array);
       result = 1;
     }
@@ -360,7 +388,7 @@ int Reader::read_array_interface(const Deferred& argument) {
 }
 
 // The library that made the array is told which stream will use it, and makes that wait for what it has under way.
-bool Reader::read_dlpack(const Deferred& argument) {
+bool Reader::read_dlpack(const Argument& argument) {
   PyObject* device = PyObject_CallMethod(argument.array, "__dlpack_device__", nullptr);
   if (device == nullptr) return false;
   PyObject* type = PySequence_GetItem(device, 0);
@@ -377,9 +405,8 @@ bool Reader::read_dlpack(const Deferred& argument) {
   PyObject* none = PyTuple_New(0);
   PyObject* keywords = Py_BuildValue("{s:O,s:(ii)}", "stream", stream, "max_version",
                                      static_cast<int>(dlpack::kMajorVersion), static_cast<int>(dlpack::kMinorVersion));
-  PyObject* capsule = method == nullptr || none == nullptr || keywords == nullptr
-                          ? nullptr
-                          : PyObject_Call(method, none, keywords);
+  PyObject* capsule =
+      method == nullptr || none == nullptr || keywords == nullptr ? nullptr : PyObject_Call(method, none, keywords);
   if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {  // from before max_version
     PyErr_Clear();
     PyDict_DelItemString(keywords, "max_version");
@@ -400,22 +427,28 @@ bool Reader::read_dlpack(const Deferred& argument) {
 }
 
 // The capsule stays whole: it frees its tensor itself when it is dropped.
-bool Reader::take_capsule(const Deferred& argument, PyObject* capsule) {
+bool Reader::take_capsule(const Argument& argument, PyObject* capsule) {
+  const auto take = [&](const dlpack::Tensor& found) {
+    Tensor tensor;
+    if (!convert(argument.name, found, as_, &tensor)) return false;
+    argument.give(tensor);
+    return true;
+  };
   if (PyCapsule_IsValid(capsule, dlpack::kVersionedCapsule) != 0) {
-    const auto* managed = static_cast<const dlpack::ManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
+    const auto* managed =
+        static_cast<const dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
     if (managed->version.major != dlpack::kMajorVersion) {
       return refuse(std::string(argument.name) + " speaks DLPack " + std::to_string(managed->version.major) + "." +
                     std::to_string(managed->version.minor) + "; quire speaks 1.x and the unversioned form");
     }
     last_read_only_ = (managed->flags & dlpack::kReadOnly) != 0;
     if (argument.written && (managed->flags & dlpack::kReadOnly) != 0) return refuse_read_only(argument.name);
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return take(managed->tensor);
   }
   if (PyCapsule_IsValid(capsule, dlpack::kLegacyCapsule) != 0) {
     const auto* managed =
         static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kLegacyCapsule));
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return take(managed->tensor);
   }
   PyErr_Clear();
   return refuse_type(argument.name, argument.array);

@@ -1,4 +1,5 @@
-// quire.Tensor: a view of memory that another object owns, for arrays whose dtype their own library has no name for, and
+// quire.Tensor: a view of memory that another object owns, for arrays whose dtype their own library has no name for,
+// and
 // for the caches that quire allocates. It goes back out through DLPack and, where the dtype has a format there, through
 // the buffer protocol.
 #pragma once
@@ -13,6 +14,7 @@ struct PyTensor {
   Tensor tensor;
   nanobind::object keep;  // what keeps the memory alive
   bool read_only = false;
+  bool bits = false;  // its buffer shows unsigned integers of as many bytes
 };
 
 // The PyTensor of a Python object; null where it is none.
