@@ -88,7 +88,7 @@ def compare(reference, tokens):
         for place, (a, b) in enumerate(zip(wanted, got, strict=True)):
             if a != b:
                 if gaps[place] > NEAR:
-                    return near, f"sequence {index}, token {place}: {b} for {a}, whose logit is ahead by {gaps[place]:.3g}"
+                    return near, f"sequence {index}, token {place}: {b} for {a}, ahead by {gaps[place]:.3g}"
                 near += 1
                 break
     return near, None

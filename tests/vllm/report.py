@@ -33,14 +33,15 @@ def main():
     with open(stem + ".json", "w") as file:
         json.dump({"machine": f"{os.cpu_count()} cores, {processor()}", "rows": rows}, file, indent=1)
     lines = ["# vLLM's engine on a CPU, with quire's plugin", "",
-             f"vLLM 0.33.0 from its Python files, Python {platform.python_version()}, {os.cpu_count()} cores of {processor()}; "
-             "made by `scripts/vllm-engine`.",
+             f"vLLM 0.33.0 from its Python files, Python {platform.python_version()}, {os.cpu_count()} cores of "
+             f"{processor()}; made by `scripts/vllm-engine`.",
              "The model is models/tiny-lm with float32 weights on both sides, 16 prompts, greedy.",
              "`plain` is compared with `quire generate`, the other steps with `plain` "
              "([tests/vllm/engine.py](../../tests/vllm/engine.py) says what each does).",
-             "A number of places is \"near\" where the two best logits differ by less than 1e-2, so that either is right.",
+             "Places are \"near\" where the two best logits differ by less than 1e-2, so that either is right.",
              "`skip` keeps the first layer in the model's dtype, and counts the sequences that this changes.", "",
-             "| mode | " + " | ".join(STEPS) + " | tokens/s, one by one | batch of 16 |", "|" + "---|" * (len(STEPS) + 3)]
+             "| mode | " + " | ".join(STEPS) + " | tokens/s, one by one | batch of 16 |",
+             "|" + "---|" * (len(STEPS) + 3)]
     for mode in modes:
         cells = [cell(find.get((mode, step))) for step in STEPS]
         speeds = [str(find[mode, step]["tokens_per_s"]) if (mode, step) in find else "-" for step in ("plain", "batch")]

@@ -68,7 +68,8 @@ def main():
     kinds = {type(layer.impl) for layer in layers.values() if hasattr(layer, "impl")}
     for kind in kinds:
         without_prompt_attention(kind)
-    prompts = [{"prompt_token_ids": [(7 * i + 13 * j) % 1021 + 3 for j in range(arguments.context - arguments.steps // 2)]}
+    length = arguments.context - arguments.steps // 2
+    prompts = [{"prompt_token_ids": [(7 * i + 13 * j) % 1021 + 3 for j in range(length)]}
                for i in range(arguments.batch)]
     sampling = SamplingParams(max_tokens=arguments.steps, temperature=0, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine

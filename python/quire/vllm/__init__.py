@@ -1,6 +1,7 @@
 """The vLLM plugin: quire serves vLLM's attention layers. docs/vllm_plugin.md says how it is used and how it is built.
 
-vLLM finds ``register`` by its entry point (group ``vllm.general_plugins``, name ``quire``) and calls it in every process.
+vLLM finds ``register`` by its entry point (group ``vllm.general_plugins``, name ``quire``) and calls it in every
+process.
 ``VLLM_PLUGINS`` without ``quire``, or ``QUIRE_VLLM=off``, leaves vLLM as it was.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-# The releases whose interfaces quire.vllm was tested with, by their first two numbers; docs/vllm_plugin.md has the table.
+# The releases whose interfaces quire.vllm was tested with, by their first two numbers, as in docs/vllm_plugin.md.
 SUPPORTED_VERSIONS = ("0.33",)
 # vLLM's backends whose place quire takes under their own names, so that no flag is needed, and the one it adds.
 OVERRIDDEN = {"TRITON_ATTN": "TritonAttention", "TURBOQUANT": "TurboQuant", "CPU_ATTN": "CPUAttention"}

@@ -81,26 +81,27 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
                     batch_invariant=batch_invariant)
                 workspaces.get(device, plan_bytes(problem))
 
-    def cache_of(self, kv_cache: torch.Tensor) -> quire.KVCacheViews:
+    def cache_of(self, kv_cache: torch.Tensor, head_size_v: int) -> quire.KVCacheViews:
         """The views of the layer's cache, made once for as long as it stays where it is."""
         at = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self.views is None or at != self.views_at:
-            self.views = modes.views_of(kv_cache, self.mode, self.head_size, getattr(self, "head_size_v", self.head_size))
+            self.views = modes.views_of(kv_cache, self.mode, self.head_size, head_size_v)
             self.views_at = at
         return self.views
 
     def do_kv_cache_update(self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
                            slot_mapping: torch.Tensor) -> None:
         """Encodes the new tokens' keys and values into their slots; a negative slot is skipped."""
+        cache = self.cache_of(kv_cache, value.shape[2])
         if self.per_tensor:
-            quire.reshape_and_cache(key, value, self.cache_of(kv_cache), slot_mapping, k_scale=layer._k_scale,
-                                    v_scale=layer._v_scale)
+            quire.reshape_and_cache(key, value, cache, slot_mapping, k_scale=layer._k_scale, v_scale=layer._v_scale)
         else:
-            quire.reshape_and_cache(key, value, self.cache_of(kv_cache), slot_mapping)
+            quire.reshape_and_cache(key, value, cache, slot_mapping)
 
     def forward(self, layer: Any, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None,
                 kv_cache: torch.Tensor, attn_metadata: QuireMetadata | None, output: torch.Tensor,
-                output_scale: torch.Tensor | None = None, output_block_scale: torch.Tensor | None = None) -> torch.Tensor:
+                output_scale: torch.Tensor | None = None,
+                output_block_scale: torch.Tensor | None = None) -> torch.Tensor:
         """query [T, Hq, d], output [T, Hq, dv]; rows past the batch's tokens are not touched."""
         if output_block_scale is not None:
             raise NotImplementedError("output_block_scale is given; quire writes fp8 output with one scale")
@@ -126,20 +127,22 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
             if self.alibi_slopes.device != query.device:
                 self.alibi_slopes = self.alibi_slopes.to(query.device)
             options["alibi_slopes"] = self.alibi_slopes
-        self.attend(query, output, self.cache_of(kv_cache), attn_metadata.query_start_loc, attn_metadata.seq_lens,
-                    attn_metadata, causal=attn_metadata.causal, causal_per_seq=attn_metadata.causal_per_seq,
-                    output_scale=output_scale, **options)
+        options["causal"] = attn_metadata.causal
+        options["causal_per_seq"] = attn_metadata.causal_per_seq
+        options["output_scale"] = output_scale
+        self.attend(query, output, self.cache_of(kv_cache, output.shape[2]), attn_metadata, options)
         return output
 
-    def attend(self, query: torch.Tensor, output: torch.Tensor, cache: quire.KVCacheViews, cu_seqlens_q: torch.Tensor,
-               seq_lens: torch.Tensor, metadata: QuireMetadata, **options: Any) -> None:
+    def attend(self, query: torch.Tensor, output: torch.Tensor, cache: quire.KVCacheViews, metadata: QuireMetadata,
+               options: dict[str, Any]) -> None:
         """quire.run_unified_attention with a plan that was made for such a batch before, or is made now."""
-        key = (query.shape[0], seq_lens.shape[0], metadata.max_query_len, metadata.max_seq_len, query.shape[1],
-               query.dtype, "lse" in options)
+        args = (query, output, cache, metadata.query_start_loc, metadata.seq_lens, metadata.block_table, self.scale)
+        key = (query.shape[0], metadata.seq_lens.shape[0], metadata.max_query_len, metadata.max_seq_len, query.dtype,
+               output.dtype)
         found = self.plans.get(key)
         if found is None:
-            problem = quire.problem_of(query, output, cache, cu_seqlens_q, seq_lens, metadata.block_table, self.scale,
-                                       max_query_len=metadata.max_query_len, max_seq_len=metadata.max_seq_len, **options)
+            problem = quire.problem_of(*args, max_query_len=metadata.max_query_len, max_seq_len=metadata.max_seq_len,
+                                       **options)
             # On the CPU the bounds would be this call's own lengths.
             problem = dataclasses.replace(problem, max_query_len=metadata.max_query_len,
                                           max_seq_len=metadata.max_seq_len, batch_invariant=_batch_invariant())
@@ -148,8 +151,7 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
                 self.plans.clear()
             found = self.plans[key] = (plan, workspaces.get(query.device, plan.workspace_bytes))
         plan, workspace = found
-        quire.run_unified_attention(plan, query, output, cache, cu_seqlens_q, seq_lens, metadata.block_table, self.scale,
-                                    workspace=workspace, **options)
+        quire.run_unified_attention(plan, *args, workspace=workspace, **options)
 
 
 @functools.cache

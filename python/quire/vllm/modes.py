@@ -1,4 +1,4 @@
-"""kv_cache_dtypes of vLLM and the modes of quire: which there are, what a page of theirs holds, and views of such pages.
+"""kv_cache_dtypes of vLLM and the modes of quire: which there are, what their pages hold, and views of such pages.
 
 The pages are vLLM's own: for each token and head ``[K | V]``, with an fp32 scale after K and after V in the
 ``*_per_token_head`` modes. That is quire's packing ``kv_in_row`` with inline scales, so make_layout knows every offset.
