@@ -1,4 +1,5 @@
-"""What only a GPU shows: streams, graphs, devices, memory. The other tests run with CUDA arrays too, where one is there."""
+"""What only a GPU shows: streams, graphs, devices, memory. The other tests run with CUDA arrays too, where one is
+there."""
 
 import threading
 
