@@ -294,9 +294,9 @@ def run_unified_attention(plan: AttentionPlan, query: Array, out: Array, cache: 
     """Runs a plan: unified_attention without planning and without allocating.
 
     workspace: a contiguous array of at least plan.workspace_bytes bytes, 16-byte aligned, on the plan's device; it
-    needs no initialisation, and None does where the plan needs 0 bytes. The call must lie inside the bounds of the plan, on
-    its device and in its dtypes. The other arguments are those of unified_attention; the plan's bounds take the place
-    of max_query_len and max_seq_len.
+    needs no initialisation, and None does where the plan needs 0 bytes. The call must lie inside the bounds of the
+    plan, on its device and in its dtypes. The other arguments are those of unified_attention; the plan's bounds take
+    the place of max_query_len and max_seq_len.
     """
 
 def problem_of(query: Array, out: Array, cache: KVCacheViews, cu_seqlens_q: Array, seq_lens: Array,
