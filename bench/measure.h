@@ -1,6 +1,7 @@
 // Timing on either device, and the ceilings that results are held against. No CUDA types.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -17,12 +18,17 @@ namespace quire::bench {
 using Call = std::function<Status(int index, void* stream)>;
 Result<double> median_ms(Device device, const Call& call, int num_calls, double budget_ms);
 
+// Asks the system for huge pages, where it gives them on request only: with pages of 4 KiB the look-up of addresses, and
+// not the memory, limits what is read in random order. Nothing happens elsewhere.
+void prefer_huge_pages(void* memory, std::size_t bytes);
+
 // Bytes a second of the best linear read of 2 GiB on the device, and of the best copy of 1 GiB (bytes read and
 // written). CUDA: kernels of 16-byte accesses over a fixed list of launches; CPU: all threads.
 Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
-// Multiply-adds a second of the CPU's threads, with nothing else to do: in fp32, and of bf16 and int16 products in pairs.
+// Multiply-adds a second of the CPU's threads, with nothing else to do: in fp32, and of products of bf16 and int16 in
+// pairs.
 struct ProductRates {
   double float32 = 0.0, bfloat16 = 0.0, int16 = 0.0;
 };
