@@ -378,8 +378,10 @@ HWY_INLINE void put_bytes(__m512i bytes, std::uint8_t* to) {
   // Neighbours joined: two codes to 2 * kBits bits of 16, four to 4 * kBits of 32.
   constexpr int kOfPair = kBits < 8 ? 1 | 1 << (8 + kBits) : 0;
   constexpr int kOfFour = kBits < 4 ? 1 | 1 << (16 + 2 * kBits) : 0;
-  const auto pairs = [&] { return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair))); };
-  const auto fours = [&] { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
+  const auto pairs = [&]() HWY_ATTR {
+    return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair)));
+  };
+  const auto fours = [&]() HWY_ATTR { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
   if constexpr (kBits == 8) {
     _mm512_storeu_si512(to, bytes);
   } else if constexpr (kBits == 4) {
