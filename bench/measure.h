@@ -12,7 +12,7 @@
 
 namespace quire::bench {
 
-// Milliseconds of one call: the median of many. On CUDA calls 0, 1, .. num_calls - 1 are captured into one graph (so
+// Milliseconds of one call: the median of many. On CUDA calls 0 to num_calls - 1 are captured into one graph (so
 // that `call` may rotate among buffers), which is replayed; on the CPU they are timed one by one. Every call must be
 // capturable.
 using Call = std::function<Status(int index, void* stream)>;

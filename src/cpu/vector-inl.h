@@ -94,7 +94,7 @@ HWY_INLINE void add_dot(hn::Vec<F32>& acc, hn::Vec<U16> a, hn::Vec<U16> b) {
 }
 
 #ifdef QUIRE_CPU_ZEN4
-// acc[i] += a[4i] b[4i] + .. + a[4i + 3] b[4i + 3], a of unsigned bytes, b of signed ones.
+// acc[i] += a[4i] b[4i] + ... + a[4i + 3] b[4i + 3], a of unsigned bytes, b of signed ones.
 HWY_INLINE void add_dot_bytes(__m512i& acc, __m512i a, __m512i b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
 }
