@@ -67,7 +67,8 @@ void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRan
   for (int s = 0; s < tile.num_splits; ++s) {
     const NextKeys own{&tile, heads, split_keys(call, tile, s + 1)};
     const NextKeysSource next{[](const void* keys) { return *static_cast<const NextKeys*>(keys); }, &own};
-    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), s + 1 < tile.num_splits ? next : source, scratch);
+    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), s + 1 < tile.num_splits ? next : source,
+                 scratch);
     for (int h = 0; h < heads.count; ++h) {
       const Scratch::Head& head = scratch.heads[h];
       for (int m = 0; m < num_rows; ++m) {
@@ -151,8 +152,8 @@ void cut_into_tiles(const AttentionCall& call, int query_tile, std::vector<Query
 struct Task {
   std::size_t tile;
   HeadRange heads;
-  int split;          // -1: all of them, one after the other
-  int group = 0;      // of the tasks whose results are folded together
+  int split;      // -1: all of them, one after the other
+  int group = 0;  // of the tasks whose results are folded together
 };
 
 // KV heads of a task: the more, the longer the runs of memory that it reads; fewer, where threads would be idle or the
@@ -183,7 +184,7 @@ struct CallMemory {
   std::vector<std::int16_t> k_order, v_order, v_position;
   std::vector<QueryTile> tiles;
   std::vector<Task> tasks;
-  std::vector<int> open_tasks;  // of each group: splits not attended yet
+  std::vector<int> open_tasks;   // of each group: splits not attended yet
   std::vector<Scratch> scratch;  // of each part, laid out in scratch_memory
   std::unique_ptr<std::uint8_t, Free> scratch_memory;
   std::size_t scratch_bytes = 0;
@@ -349,7 +350,8 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       if (tiles[t].partial < 0) {
         tasks.push_back({t, heads, -1});
       } else {
-        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, heads, s, static_cast<int>(open_tasks.size())});
+        for (int s = 0; s < tiles[t].num_splits; ++s)
+          tasks.push_back({t, heads, s, static_cast<int>(open_tasks.size())});
         open_tasks.push_back(tiles[t].num_splits);
       }
     }
@@ -382,8 +384,8 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       if (its_tile.num_splits == 0) return {};
       return {&its_tile, following.heads, split_keys(call, its_tile, std::max(0, following.split))};
     };
-    const NextKeysSource source{
-        [](const void* find) { return (*static_cast<const decltype(find_next)*>(find))(); }, &find_next};
+    const NextKeysSource source{[](const void* find) { return (*static_cast<const decltype(find_next)*>(find))(); },
+                                &find_next};
     if (task.split < 0) return attend_all_splits(call, tile, task.heads, source, own);
     attend_one_split(call, tile, task.heads, task.split, source, partials, own);
     // Whoever attends to the last split has the partial results of all.

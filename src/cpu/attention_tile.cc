@@ -187,9 +187,7 @@ void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperan
   // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
   // their way to memory.
   const auto group_size = [&](int first) { return std::min(kKeyGroup, rows.num_rows - first); };
-  const auto operands = [&](int first) {
-    return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
-  };
+  const auto operands = [&](int first) { return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions; };
   const auto load = [&](int first) {
     if (in_place || first >= rows.num_rows) return;
     format.load_keys(rows.from(first, group_size(first)), call.key.shape, operands(first));
@@ -336,8 +334,10 @@ int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange hea
   };
   const int size = call.shape.block_size;
   // Rows of V right behind those of K are read with them.
-  const std::int64_t apart = reinterpret_cast<std::intptr_t>(keys.v[0].data) - reinterpret_cast<std::intptr_t>(keys.k[0].data);
-  const bool in_one = apart >= 0 && apart <= call.key.row_bytes + 64 && call.key.block_stride == call.value.block_stride &&
+  const std::int64_t apart =
+      reinterpret_cast<std::intptr_t>(keys.v[0].data) - reinterpret_cast<std::intptr_t>(keys.k[0].data);
+  const bool in_one = apart >= 0 && apart <= call.key.row_bytes + 64 &&
+                      call.key.block_stride == call.value.block_stride &&
                       call.key.slot_stride == call.value.slot_stride && call.key.head_stride == call.value.head_stride;
   for (int side = 0; side < 2; ++side) {
     const CacheReader& reader = side == 0 ? call.key : call.value;
@@ -375,10 +375,10 @@ Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange 
   const std::int64_t sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
   const std::int64_t k_products =
       call.k_in_pairs() ? sets * call.query_parts * (call.k_positions / 8) * kKeyTile : kProductsOfRow * kKeyTile;
-  const std::int64_t v_products =
-      call.v_in_pairs() ? std::int64_t{num_rows} * weight_parts(call.value.operands.operand) *
-                              (call.v_positions / (4 * call.k.blocks)) * (kKeyTile / 2)
-                        : kProductsOfRow * kKeyTile;
+  const std::int64_t v_products = call.v_in_pairs()
+                                      ? std::int64_t{num_rows} * weight_parts(call.value.operands.operand) *
+                                            (call.v_positions / (4 * call.k.blocks)) * (kKeyTile / 2)
+                                      : kProductsOfRow * kKeyTile;
   // All of them by the time that most of the products have been made.
   const std::int64_t products = heads.count * (k_products + v_products) * 15 / 16;
   prefetch.pace = static_cast<int>(std::min<std::int64_t>(lines * Prefetch::kUnit / products + 1, 4 * Prefetch::kUnit));

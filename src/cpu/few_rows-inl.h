@@ -23,7 +23,8 @@ namespace {
 // ---- keys as bytes
 
 template <class F>
-constexpr bool kKeysAsBytes = std::is_same_v<F, format::Int8PerTokenHead> || std::is_same_v<F, format::Int4PerTokenHead>;
+constexpr bool kKeysAsBytes =
+    std::is_same_v<F, format::Int8PerTokenHead> || std::is_same_v<F, format::Int4PerTokenHead>;
 
 template <class F>
 bool takes_key_bytes(format::RowShape shape) {
@@ -92,7 +93,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
       __m512i high[kKeys], low[kKeys];
       HWY_UNROLL(8)
       for (int k = 0; k < kKeys; ++k) high[k] = low[k] = _mm512_setzero_si512();
-      ahead.after(kKeys * 2 * (8 / kCodeBits<F>) * chunks);
+      ahead.after(kKeys * 2 * (8 / kCodeBits<F>)*chunks);
       const std::uint16_t* q = queries.data;
       for (int c = 0; c < chunks; ++c) {
         const auto query = [&](int i) HWY_ATTR { return _mm512_loadu_si512(q + i * kWords); };
@@ -144,8 +145,8 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
 // Codes of levels that are the code and a number: no table is needed, and the number times the sum of the weights comes
 // in once.
 template <class F>
-constexpr bool kLinearCodes = std::is_same_v<F, format::Int4PerTokenHead> ||
-                              std::is_same_v<F, format::TurboQuantV4> || std::is_same_v<F, format::TurboQuantV3>;
+constexpr bool kLinearCodes = std::is_same_v<F, format::Int4PerTokenHead> || std::is_same_v<F, format::TurboQuantV4> ||
+                              std::is_same_v<F, format::TurboQuantV3>;
 
 template <class F>
 bool takes_few_rows(format::RowShape shape) {

@@ -96,9 +96,9 @@ struct LevelTile {
 
 // Queries of one KV head as 16-bit operands.
 struct QueryOperands {
-  std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
-  float* step;          // [sets * B][4]: the query is step * operand, four times
-  std::int32_t* centre; // [B][4]: what the products of bytes have too much
+  std::uint16_t* data;   // [sets][parts][positions / 8][B][8]
+  float* step;           // [sets * B][4]: the query is step * operand, four times
+  std::int32_t* centre;  // [B][4]: what the products of bytes have too much
   int num_sets, parts, positions;
   int part_elements(int blocks) const { return positions * blocks; }
 };

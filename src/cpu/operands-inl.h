@@ -260,7 +260,8 @@ void value_order(format::RowShape shape, std::int16_t* element_of) {
   const int whole_halves = num_row_words<F>(shape) / kWords * 2;
   for (int p = 0; p < positions; ++p) {
     const int half = p / (kLanes * kPerWord<F>), lane = p % kLanes;
-    const int word = half < whole_halves ? half / 2 * kWords + lane / 4 * 8 + half % 2 * 4 + lane % 4 : half * kLanes + lane;
+    const int word =
+        half < whole_halves ? half / 2 * kWords + lane / 4 * 8 + half % 2 * 4 + lane % 4 : half * kLanes + lane;
     element_of[p] = element<F>(shape, word, p / kLanes % kPerWord<F>);
   }
 }

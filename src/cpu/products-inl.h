@@ -71,8 +71,7 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
   HWY_ALIGN std::uint16_t codes[2][format::kMaxHeadSize + kLaneAlign];
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
-    const float step =
-        make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
+    const float step = make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
     std::uint16_t* set =
         queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
     for (int part = 0; part < queries.parts; ++part) {

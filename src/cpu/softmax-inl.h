@@ -36,8 +36,8 @@ void make_logits(float* scores, int num_rows, int num_keys, const float* scale, 
 }
 
 #if QUIRE_CPU_WORDS_512
-constexpr float kExp2Terms[7] = {0x1.4258d8p-13F, 0x1.5f44dcp-10F, 0x1.3b2cc4p-7F, 0x1.c6aed6p-5F,
-                                 0x1.ebfbdcp-3F,  0x1.62e43p-1F,   1.0F};
+constexpr float kExp2Terms[7] = {
+    0x1.4258d8p-13F, 0x1.5f44dcp-10F, 0x1.3b2cc4p-7F, 0x1.c6aed6p-5F, 0x1.ebfbdcp-3F, 0x1.62e43p-1F, 1.0F};
 #endif
 
 // exp(x) for x <= 0; a NaN stays one, -infinity gives 0.
@@ -47,8 +47,7 @@ HWY_INLINE hn::Vec<F32> exp_of_nonpositive(hn::Vec<F32> x) {
   // points, whose relative error is below 2^-25; all in all it is below 2^-23.
   const __m512 least = _mm512_max_ps(_mm512_set1_ps(-200.0F), x.raw);  // the second operand where it is a NaN
   const __m512 log2e = _mm512_set1_ps(0x1.715476p+0F);
-  const __m512 whole =
-      _mm512_roundscale_ps(_mm512_mul_ps(least, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(least, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 part = _mm512_fmsub_ps(least, log2e, whole);
   part = _mm512_fmadd_ps(least, _mm512_set1_ps(0x1.4ae0cp-26F), part);
   __m512 power = _mm512_set1_ps(kExp2Terms[0]);

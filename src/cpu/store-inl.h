@@ -218,9 +218,10 @@ struct VectorStats<format::SquareSum> {
     for (int i = 0; i < 4; ++i) pairs[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
     HWY_UNROLL(2)
     for (int i = 0; i < 2; ++i) fours[i] = add_neighbours(pairs[2 * i], pairs[2 * i + 1]);
-    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
-                               _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xb1));  // of 4 vectors in blocks 0 and 1, of 4 in the others
+    __m512 sum =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    sum =
+        _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xb1));  // of 4 vectors in blocks 0 and 1, of 4 in the others
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
     sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
     return _mm512_cvtss_f32(_mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e)));
@@ -287,9 +288,8 @@ struct VectorCodes<format::Int2PerTokenHead> {
     const auto z = hn::Mul(y, hn::Set(F32(), e.inverse));
 #if QUIRE_CPU_WORDS_512
     const __m512i one = _mm512_set1_epi32(1);
-    const auto reached = [&](float limit) HWY_ATTR {
-      return _mm512_cmp_ps_mask(z.raw, _mm512_set1_ps(limit), _CMP_GE_OQ);
-    };
+    const auto reached = [&](float limit)
+                             HWY_ATTR { return _mm512_cmp_ps_mask(z.raw, _mm512_set1_ps(limit), _CMP_GE_OQ); };
     __m512i code = _mm512_maskz_mov_epi32(reached(-kThreshold), one);
     code = _mm512_mask_add_epi32(code, reached(0.0F), code, one);
     return hn::Vec<I32>{_mm512_mask_add_epi32(code, reached(kThreshold), code, one)};
@@ -378,8 +378,10 @@ HWY_INLINE void put_bytes(__m512i bytes, std::uint8_t* to) {
   // Neighbours joined: two codes to 2 * kBits bits of 16, four to 4 * kBits of 32.
   constexpr int kOfPair = kBits < 8 ? 1 | 1 << (8 + kBits) : 0;
   constexpr int kOfFour = kBits < 4 ? 1 | 1 << (16 + 2 * kBits) : 0;
-  const auto pairs = [&] { return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair))); };
-  const auto fours = [&] { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
+  const auto pairs = [&]() HWY_ATTR {
+    return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair)));
+  };
+  const auto fours = [&]() HWY_ATTR { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
   if constexpr (kBits == 8) {
     _mm512_storeu_si512(to, bytes);
   } else if constexpr (kBits == 4) {

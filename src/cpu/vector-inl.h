@@ -167,8 +167,9 @@ HWY_INLINE void interleave(VU16 a, VU16 b, VU16& first, VU16& second) {
 // a[0] b[0] a[1] b[1] and so on, of as many words as fill a vector together.
 HWY_INLINE VU16 interleave_halves(const std::uint8_t* a, const std::uint8_t* b) {
 #if QUIRE_CPU_WORDS_512
-  alignas(64) static constexpr std::uint16_t kTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr std::uint16_t kTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
   const __m512i both = _mm512_inserti64x4(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
   return VU16{_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), both)};
