@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -86,6 +87,20 @@ class QuireLayer(CacheLayerMixin):
         pages = memory[: memory.numel() // self.page_bytes * self.page_bytes].view(-1, self.page_bytes)
         pages[target] = pages[source]
 
+    def copy(self, cache: QuireCache) -> QuireLayer:
+        """The same rows in memory of their own, as a layer of ``cache``."""
+        other = copy.copy(self)
+        other.cache, other._views, other._viewed, other._sinks = cache, None, None, None
+        if self.is_initialized:
+            other.pages = cache.pages_of(self.window, self.device)
+            other._offsets = list(self._offsets)
+            other._memory = GrowingMemory(self.device, capacity_of(self.device, len(cache.layers)))
+            used = self.pages.num_pages * self.page_bytes
+            other._memory.commit(used)
+            if used:
+                other._memory.tensor[:used] = self._memory.tensor[:used]
+        return other
+
     # ---- a forward pass ----------------------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Rows, Rows]:
@@ -102,42 +117,54 @@ class QuireLayer(CacheLayerMixin):
             raise InvalidArgumentError(
                 f"layer {self.index} attends with sliding_window {sliding_window}, and QuireCache was made for "
                 f"{self.window.size or 'none'}; give it the config of this model")
-        step = self._step_of(key, batch, num_columns, mask)
-        views = self._views_of(step.num_pages)
+        scale = head_size**-0.5 if scaling is None else float(scaling)
+        steps = self._steps_of(key, batch, num_columns, mask)
+        options = {**self.window.mask, "softcap": softcap or 0.0, "sinks": self._float_sinks(sinks)}
+        outs, begin = [], 0
+        for step in steps:
+            columns = slice(begin, begin + step.num_columns)
+            views = self._views_of(step.num_pages)
+            if not key.stored:
+                if step.copies is not None:
+                    self._copy_pages(*step.copies)
+                _quire.reshape_and_cache(_rows(key.tensor[:, :, columns]), _rows(value.tensor[:, :, columns]), views, step.slots)
+                self.columns = step.end
+            outs.append(self._read(query[:, :, columns], step, views, scale, options))
+            begin = columns.stop
         if not key.stored:
-            if step.copies is not None:
-                self._copy_pages(*step.copies)
-            _quire.reshape_and_cache(_rows(key.tensor), _rows(value.tensor), views, step.slots)
-            key.stored = True
-            key.tensor = value.tensor = None
-            self.columns = step.end
+            key.stored, key.tensor, value.tensor = True, None, None
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _read(self, query: torch.Tensor, step: Step, views: _quire.KVCacheViews, scale: float,
+              options: dict[str, Any]) -> torch.Tensor:
+        """Attends from the columns of one step: [B, Hq, L, d] to [B, L, Hq, dv]."""
+        batch, num_heads, num_columns, _ = query.shape
         rows = _rows(query)
-        out = torch.empty(batch * num_columns, num_heads, self.spec.head_size_v, dtype=query.dtype, device=query.device)
+        out = torch.empty(len(rows), num_heads, self.spec.head_size_v, dtype=query.dtype, device=query.device)
         if step.rows is not None:
             rows, whole = rows.index_select(0, step.rows), out.zero_()
-            out = torch.empty(len(step.rows), *whole.shape[1:], dtype=out.dtype, device=out.device)
-        arguments = (rows, out, views, step.cu_seqlens_q, step.seq_lens, step.block_table,
-                     head_size**-0.5 if scaling is None else float(scaling))
+            out = torch.empty(len(rows), *whole.shape[1:], dtype=out.dtype, device=out.device)
+        arguments = (rows, out, views, step.cu_seqlens_q, step.seq_lens, step.block_table, scale)
         plan = self.cache.plan_of(self, step, arguments)
-        _quire.run_unified_attention(plan, *arguments, **self.window.mask, softcap=softcap or 0.0,
-                                     sinks=self._float_sinks(sinks), workspace=self.cache.workspace_of(plan, query.device))
+        _quire.run_unified_attention(plan, *arguments, **options, workspace=self.cache.workspace_of(plan, query.device))
         if step.rows is not None:
             out = whole.index_copy_(0, step.rows, out)
         return out.view(batch, num_columns, num_heads, self.spec.head_size_v)
 
-    def _step_of(self, key: Rows, batch: int, num_columns: int, mask: torch.Tensor | None) -> Step:
+    def _steps_of(self, key: Rows, batch: int, num_columns: int, mask: torch.Tensor | None) -> list[Step]:
         """This pass: the first layer of a group makes it, the others find it."""
         pages = self.pages
         if key.stored:
-            return pages.step
+            return pages.steps
         if self.columns == pages.columns:
             return pages.advance(batch, num_columns, mask)
-        step = pages.step
-        if step is None or self.columns + num_columns != step.end or (batch, num_columns) != (step.batch, step.num_columns):
+        steps = pages.steps
+        if not steps or self.columns + num_columns != pages.columns or batch != pages.batch or (
+                sum(step.num_columns for step in steps) != num_columns):
             raise InvalidArgumentError(
                 f"layer {self.index} holds {self.columns} columns and got {num_columns} more, and layers like it hold "
                 f"{pages.columns}; a QuireCache serves one model, whose layers all see every token")
-        return step
+        return steps
 
     def _float_sinks(self, sinks: torch.Tensor | None) -> torch.Tensor | None:
         if sinks is None or sinks.dtype == torch.float32:
@@ -201,6 +228,8 @@ class QuireCache(Cache):
             modes[index] = "auto"
         self.block_size = block_size
         self._pages: dict[tuple[Window, torch.device], Pages] = {}
+        self._record_past = False
+        self._in_pieces = not getattr(config, "num_kv_shared_layers", 0)
         self._plans: dict[tuple, AttentionPlan] = {}
         self._workspaces: dict[torch.device, torch.Tensor] = {}
         layers = []
@@ -224,7 +253,8 @@ class QuireCache(Cache):
     def pages_of(self, window: Window, device: torch.device) -> Pages:
         """The pages of the layers with that window on that device."""
         if (window, device) not in self._pages:
-            self._pages[window, device] = Pages(window, self.block_size, device)
+            self._pages[window, device] = Pages(window, self.block_size, device, self._in_pieces)
+            self._pages[window, device].record_past = self._record_past
         return self._pages[window, device]
 
     def plan_of(self, layer: QuireLayer, step: Step, arguments: tuple) -> AttentionPlan:
@@ -253,3 +283,78 @@ class QuireCache(Cache):
         if workspace is None or workspace.numel() < plan.workspace_bytes:
             workspace = self._workspaces[device] = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
         return workspace
+
+    # ---- between passes ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all pages that hold tokens, their empty slots included. States of linear layers are not counted."""
+        total = 0
+        for layer in self.layers:
+            if not isinstance(layer, QuireLayer):
+                continue
+            if layer.is_initialized:
+                total += layer.pages.pages_in_use * layer.page_bytes
+        return total
+
+    def reset(self) -> None:
+        """Forgets all tokens and keeps the memory."""
+        for pages in self._pages.values():
+            pages.clear()
+        self._after("reset")
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes sequence i that of ``beam_idx[i]``. No page is copied: beams share pages until they write to them."""
+        self._select("reorder_cache", beam_idx, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences of ``indices``, in that order."""
+        self._select("batch_select_indices", indices, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence ``repeats`` times; the copies share pages until they write to them."""
+        self._select("batch_repeat_interleave", None, repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` columns (a positive number is, as in transformers, the length to keep).
+
+        After activate_past_recording(), it also lets layers with a window drop what left it.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation gives a tensor
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        for pages in self._pages.values():
+            pages.crop(-tokens_to_remove)
+        self._after("crop", tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Lets layers with a window keep what leaves it until the next crop(), so that crop can go back that far."""
+        self._record_past = True
+        for pages in self._pages.values():
+            pages.record_past = True
+        self._after("activate_past_recording")
+
+    def _select(self, method: str, indices: torch.Tensor | None, argument: Any) -> None:
+        for pages in self._pages.values():
+            chosen = torch.arange(pages.batch).repeat_interleave(argument) if indices is None else indices
+            pages.select(chosen)
+        self._after(method, argument)
+
+    def _after(self, method: str, *arguments: Any) -> None:
+        """Tells the layers what happened to their pages, and those without pages to do the same."""
+        for layer in self.layers:
+            if not isinstance(layer, QuireLayer):
+                if hasattr(layer, method):
+                    getattr(layer, method)(*arguments)
+            elif layer.pages is not None:
+                layer.columns = layer.pages.columns
+
+    def __deepcopy__(self, memo: dict) -> QuireCache:
+        """A cache of its own with the same tokens: a prompt's cache can serve many continuations."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other._workspaces = {}
+        other._pages = {key: pages.copy() for key, pages in self._pages.items()}
+        other.layers = [layer.copy(other) if isinstance(layer, QuireLayer) else copy.deepcopy(layer, memo)
+                        for layer in self.layers]
+        return other

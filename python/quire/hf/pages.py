@@ -6,6 +6,7 @@ columns less its padding. A page may belong to several sequences (beams): it is 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -35,9 +36,9 @@ class Window:
 
 
 class Step:
-    """What the ops need to know of one forward pass, on the device: the same for all layers.
+    """What the ops need to know to store some columns and to attend from them, on the device: the same for all layers.
 
-    Its buffers serve every pass with the same number of sequences and columns.
+    Its buffers serve every step with the same number of sequences and columns.
     """
 
     def __init__(self, batch: int, num_columns: int, device: torch.device):
@@ -56,16 +57,17 @@ class Step:
         self.max_seq_len = 0
         self.num_pages = 0  # pages in use have smaller numbers
         self.copies: tuple[torch.Tensor, torch.Tensor] | None = None  # pages to copy before storing: from, to
-        self.end = 0  # columns after this pass
+        self.end = 0  # columns after this step
 
 
 class Pages:
     """The pages of one group of layers: same window, same device."""
 
-    def __init__(self, window: Window, block_size: int, device: torch.device):
+    def __init__(self, window: Window, block_size: int, device: torch.device, in_pieces: bool):
+        self.in_pieces = in_pieces  # whether a layer reads its rows right after storing them, and never again in that pass
         self.window, self.block_size, self.device = window, block_size, device
         self.record_past = False  # keep keys out of the window until the next crop
-        self._steps: dict[tuple[int, int], Step] = {}
+        self._steps: dict[tuple[int, int, int], Step] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -81,7 +83,7 @@ class Pages:
         self.shared = False
         self._device_table: torch.Tensor | None = None
         self._table_changed = True
-        self.step: Step | None = None
+        self.steps: list[Step] = []  # of the last forward pass
 
     @property
     def batch(self) -> int:
@@ -91,66 +93,90 @@ class Pages:
     def pages_in_use(self) -> int:
         return self.num_pages - len(self.free)
 
+    def copy(self) -> Pages:
+        """The same tables, to be changed apart."""
+        other = copy.copy(self)
+        for name in ("lens", "first", "table", "real", "refs"):
+            value = getattr(self, name)
+            setattr(other, name, None if value is None else value.clone())
+        other.free, other._steps, other.steps = list(self.free), {}, []
+        other._device_table, other._table_changed = None, True
+        return other
+
     # ---- a forward pass ----------------------------------------------------------------------------------------------
 
-    def advance(self, batch: int, num_columns: int, mask: torch.Tensor | None) -> Step:
-        """Makes room for ``num_columns`` more of each sequence. ``mask``: [B, all columns] bool, False for padding."""
+    def advance(self, batch: int, num_columns: int, mask: torch.Tensor | None) -> list[Step]:
+        """Makes room for ``num_columns`` more of each sequence, in one step or, where a window lets a long prompt's
+        pages go while it is read, in several. ``mask``: [B, all columns] bool, False for padding."""
+        if self.lens is not None and batch != self.batch:
+            raise InvalidArgumentError(f"the batch has {batch} sequences, and QuireCache holds {self.batch}; call reset() "
+                                       "for other sequences, or batch_select_indices() to keep some")
+        if mask is not None and mask.shape != (batch, self.columns + num_columns):
+            raise InvalidArgumentError(
+                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {self.columns + num_columns}], the "
+                f"{self.columns} columns in the cache and the {num_columns} new ones, True or 1 for tokens")
+        self._check_history(mask, num_columns)
         if self.lens is None:
             self.lens = torch.zeros(batch, dtype=torch.int64)
             self.first = torch.zeros(batch, dtype=torch.int64)
             self.table = torch.zeros(batch, 8, dtype=torch.int32)
-        if batch != self.batch:
-            raise InvalidArgumentError(f"the batch has {batch} sequences, and QuireCache holds {self.batch}; call reset() "
-                                       "for other sequences, or batch_select_indices() to keep some")
-        new = self._new_tokens(batch, num_columns, mask)
-        step = self._step(batch, num_columns)
-        self._release()
-        counts = num_columns if new is None else new.sum(1)
+        piece = num_columns
+        if self.window.size and self.in_pieces and not self.record_past:
+            piece = max(self.window.size, 1024)
+        self.steps = []
+        for begin in range(0, num_columns, piece):
+            count = min(piece, num_columns - begin)
+            new = None if mask is None else mask[:, self.columns : self.columns + count].to("cpu", torch.bool)
+            self.steps.append(self._advance(self._step(batch, count, len(self.steps)), new))
+        self._to_device()
+        return self.steps
+
+    def _advance(self, step: Step, new: torch.Tensor | None) -> Step:
+        """One step. ``new``: which of its columns are tokens, [B, columns] bool on the host; None: all."""
+        if new is not None and new.all():
+            new = None
+        if not self.record_past:
+            self._release()
+        counts = step.num_columns if new is None else new.sum(1)
         step.copies = self._unshare(counts) if self.shared else None
         self._take_pages(counts)
         self._slots(step, new)
         self.lens += counts
         if new is not None or self.real is not None:
-            self._remember(new, num_columns)
-        self.columns += num_columns
+            self._remember(new, step.num_columns)
+        self.columns += step.num_columns
         step.lens_host.copy_(self.lens)
         step.max_seq_len = int(self.lens.max())
         step.num_pages, step.end = self.num_pages, self.columns
         self._query_rows(step, new)
-        self._to_device(step)
-        self.step = step
         return step
 
-    def _new_tokens(self, batch: int, num_columns: int, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of the new columns are tokens, [B, columns] bool on the host; None: all."""
+    def _check_history(self, mask: torch.Tensor | None, num_columns: int) -> None:
+        """What is stored cannot be masked or unmasked later."""
+        if self.columns == 0:
+            return
         if mask is None:
             if self.real is not None and not self.real[:, : self.columns].all():
                 raise InvalidArgumentError("attention_mask is not given, but was before and had padding; give one for all "
                                            f"{self.columns + num_columns} columns")
-            return None
-        if mask.shape != (batch, self.columns + num_columns):
+            return
+        visible = mask[:, : self.columns].sum(1).to("cpu")
+        if not torch.equal(visible, self.lens):
             raise InvalidArgumentError(
-                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {self.columns + num_columns}], the "
-                f"{self.columns} columns in the cache and the {num_columns} new ones, True or 1 for tokens")
-        new = mask[:, self.columns:].to("cpu", torch.bool)
-        visible = mask.sum(1).to("cpu")
-        if not torch.equal(visible, self.lens + new.sum(1)):
-            raise InvalidArgumentError(
-                f"attention_mask shows {visible.tolist()} tokens of each sequence, and with the new ones the cache has "
-                f"{(self.lens + new.sum(1)).tolist()}; what is stored cannot be masked or unmasked later")
-        return None if new.all() else new
+                f"attention_mask shows {visible.tolist()} tokens among the {self.columns} columns that the cache holds, which "
+                f"were stored with {self.lens.tolist()}; what is stored cannot be masked or unmasked later")
 
-    def _step(self, batch: int, num_columns: int) -> Step:
-        key = (batch, num_columns)
+    def _step(self, batch: int, num_columns: int, index: int) -> Step:
+        key = (batch, num_columns, index)
         if key not in self._steps:
-            if len(self._steps) >= 8:  # prompts of all lengths; decoding asks for the same again and again
-                self._steps.pop(next(iter(self._steps)))
+            if index == 0 and len(self._steps) >= 8:  # prompts of all lengths; decoding asks for the same again
+                self._steps.clear()
             self._steps[key] = Step(batch, num_columns, self.device)
         return self._steps[key]
 
     def _release(self) -> None:
         """Frees the pages that no later query sees."""
-        if not self.window.size or self.record_past:
+        if not self.window.size:
             return
         for b, position in enumerate(self.lens.tolist()):
             first = self.window.first_key(position) // self.block_size
@@ -227,20 +253,22 @@ class Pages:
         ends = torch.nn.functional.pad(new.sum(1).cumsum(0), (1, 0))
         step.cu_seqlens_q = ends.to(self.device, torch.int32)
 
-    def _to_device(self, step: Step) -> None:
-        if self.device.type == "cpu":
-            step.block_table = self.table
-            return
-        # From memory that is not pinned, these return when the host's copy has been read.
-        step.slots.copy_(step.slots_host.view(-1), non_blocking=True)
-        step.seq_lens.copy_(step.lens_host, non_blocking=True)
-        if self._device_table is None or self._device_table.shape != self.table.shape:
-            self._device_table = torch.empty_like(self.table, device=self.device)
-            self._table_changed = True
-        if self._table_changed:
-            self._device_table.copy_(self.table, non_blocking=True)
-            self._table_changed = False
-        step.block_table = self._device_table
+    def _to_device(self) -> None:
+        """A column of the table is written once, so all steps of a pass can have the table of the last."""
+        table = self.table
+        if self.device.type != "cpu":
+            if self._device_table is None or self._device_table.shape != table.shape:
+                self._device_table = torch.empty_like(table, device=self.device)
+                self._table_changed = True
+            if self._table_changed:  # from memory that is not pinned, copies return when the host's side has been read
+                self._device_table.copy_(table, non_blocking=True)
+                self._table_changed = False
+            table = self._device_table
+        for step in self.steps:
+            step.block_table = table
+            if self.device.type != "cpu":
+                step.slots.copy_(step.slots_host.view(-1), non_blocking=True)
+                step.seq_lens.copy_(step.lens_host, non_blocking=True)
 
     def _remember(self, new: torch.Tensor | None, num_columns: int) -> None:
         end = self.columns + num_columns
@@ -288,4 +316,4 @@ class Pages:
         self.free = (self.refs[: self.num_pages] == 0).nonzero()[:, 0].flip(0).tolist()
         self.shared = bool((self.refs > 1).any())
         self._table_changed = True
-        self.step = None
+        self.steps = []
