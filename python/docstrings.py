@@ -10,7 +10,8 @@ their parameters in order.
 import ast
 import sys
 
-OPS = {"reshape_and_cache", "unified_attention", "run_unified_attention", "problem_of", "merge_attn_states", "hadamard"}
+OPS = {"reshape_and_cache", "unified_attention", "run_unified_attention", "problem_of", "merge_attn_states", "hadamard",
+       "turboquant_store", "turboquant_decode_attention"}
 
 
 def literal(text):

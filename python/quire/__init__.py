@@ -7,6 +7,7 @@ from . import errors
 from ._quire import (
     KVCacheViews,
     Tensor,
+    boundary_skip_layers,
     hadamard,
     make_views,
     merge_attn_states,
@@ -15,9 +16,15 @@ from ._quire import (
     reshape_and_cache,
     run_unified_attention,
     set_num_threads,
+    turboquant_decode_attention,
+    turboquant_mode,
+    turboquant_store,
+    turboquant_uses_e4b15,
+    turboquant_views,
     unified_attention,
     version,
 )
+from .backend import QuantKVBackend, get_backend, has_backend, register_backend
 from .errors import (
     AlreadyExistsError,
     Error,
@@ -42,4 +49,4 @@ from .plan import (
 )
 
 __version__ = version()
-__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("errors", "layout", "plan"))
+__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("backend", "errors", "layout", "plan"))

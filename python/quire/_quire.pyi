@@ -44,6 +44,10 @@ class Tensor:
     @property
     def read_only(self) -> bool:
         """Whether the memory must not be written."""
+    @property
+    def bits(self) -> memoryview:
+        """The same memory as unsigned integers of as many bytes, on the CPU: what NumPy can show of bfloat16 and float8,
+        ``numpy.asarray(t.bits)``."""
     def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None,
                    dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any:
         """The capsule of the array API standard. Nothing is synchronized: a view does not know who writes to it."""
@@ -88,6 +92,31 @@ def num_threads() -> int:
 
 def version() -> str:
     """The version of libquire."""
+
+def register_backend(mode: str, backend_class: type) -> None:
+    """quire.register_backend, of any class that has the methods of QuantKVBackend."""
+
+def backend_object(mode: str) -> Any:
+    """The object of a mode whose backend is written in Python, None for the library's own. Raises what quire.get_backend
+    does."""
+
+def has_backend(mode: str) -> bool:
+    """Whether the mode has a backend, constructed or not."""
+
+def backend_needs_scale_caches(mode: str) -> bool:
+    """QuantKVBackend.needs_scale_caches of a mode's backend."""
+
+def backend_packing_factor(mode: str) -> int:
+    """QuantKVBackend.packing_factor of a mode's backend."""
+
+def backend_packed_head_size(mode: str, head_size: int) -> int:
+    """QuantKVBackend.packed_head_size of a mode's backend."""
+
+def backend_row_bytes(mode: str, head_size: int, is_value: bool) -> int:
+    """QuantKVBackend.row_bytes of a mode's backend."""
+
+def backend_scale_caches(mode: str, num_blocks: int, block_size: int, num_kv_heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """QuantKVBackend.allocate_scale_caches of a mode's backend."""
 
 def make_layout(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """quire.make_layout, as dicts: what it resolved of the spec, and the layout's fields."""
@@ -144,6 +173,8 @@ class KVCacheViews:
     @property
     def mode(self) -> str | None:
         """The kv_cache_dtype, where the views know it."""
+    def with_mode(self, mode: str) -> KVCacheViews:
+        """The same arrays, of another mode."""
 
 def make_views(spec: Any, num_blocks: int, base: Array, v_base: Array | None = None, k_scale_base: Array | None = None,
                v_scale_base: Array | None = None) -> KVCacheViews:
@@ -301,3 +332,45 @@ def hadamard(x: Array, out: Array, *, inverse: bool = False, signs: bool = False
     H is the unnormalized Walsh-Hadamard matrix in Sylvester order (H H = b I), in blocks of b, the largest power of two
     that divides d; s are fixed signs, the same in every block. The bits are the same on every device.
     """
+
+def turboquant_store(key: Array, value: Array, kv_cache: Array, slot_mapping: Array, *, key_bits: int = 4,
+                     value_bits: int = 4, norm_correction: bool = True, key_e4b15: bool = False,
+                     rotation: Array | None = None, midpoints: Array | None = None, stream: Stream = None) -> None:
+    """Stores rows in TurboQuant's slots, with the arguments of vLLM's launcher.
+
+    key, value: [T, Hk, d] Float. kv_cache: [num_blocks, block_size, Hk, slot bytes] uint8, last stride 1; a slot may be
+    wider than the format's, and what lies behind the value row is not touched. slot_mapping: [<= T] int64 or int32.
+    key_bits: 3 or 4 (Lloyd-Max codes of the rotated key) or 8 (fp8 keys); value_bits: 3 or 4; key_e4b15: fp8 keys as
+    e4b15 instead of e4m3fn. norm_correction is the reader's: the same bytes are written either way.
+    rotation: [d, d] float32, the Hadamard matrix over sqrt(d); midpoints: [2**key_bits - 1] float32, of the centroids
+    for N(0, 1 / d). quire derives both, honours these values and refuses others.
+    """
+
+def turboquant_decode_attention(query: Array, out: Array, kv_cache: Array, block_table: Array, seq_lens: Array,
+                                softmax_scale: float, *, key_bits: int = 4, value_bits: int = 4,
+                                norm_correction: bool = True, key_e4b15: bool = False, rotation: Array | None = None,
+                                centroids: Array | None = None, lse: Array | None = None, max_seq_len: int = 0,
+                                stream: Stream = None) -> None:
+    """Attends over TurboQuant's slots, one token a sequence, with the arguments of vLLM's launcher.
+
+    query, out: [B, Hq, d] Float. kv_cache: as turboquant_store has it. block_table: [B, max_blocks] int32. seq_lens: [B]
+    int32. softmax_scale: usually 1 / sqrt(d). rotation as above; centroids: [2**key_bits] float32, of N(0, 1 / d).
+    lse: [B, Hq] float32, written. max_seq_len: CUDA, a bound on seq_lens; 0: all that block_table has room for.
+    InvalidArgumentError for 3- or 4-bit keys without norm_correction.
+    """
+
+def turboquant_mode(key_bits: int = 4, value_bits: int = 4, norm_correction: bool = True, key_e4b15: bool = False) -> str:
+    """The mode of a configuration. Refused are other bit widths, and 3- or 4-bit keys without norm correction, because a
+    mode is also read."""
+
+def turboquant_views(kv_cache: Array, head_size: int, key_bits: int = 4, value_bits: int = 4,
+                     norm_correction: bool = True, key_e4b15: bool = False) -> KVCacheViews:
+    """The key and value views of a slot array, for calling the ops with all that they can do. The slot array must be
+    writable, as turboquant_store has it; there are no scale caches."""
+
+def turboquant_uses_e4b15(major: int, minor: int) -> bool:
+    """Whether vLLM keeps fp8 keys as e4b15 on a GPU of this compute capability: below 8.9."""
+
+def boundary_skip_layers(num_layers: int, n: int = 2) -> list[int]:
+    """The layers that a TurboQuant model usually keeps in its own dtype: the first n and the last n, ascending; n is
+    capped at num_layers / 2."""

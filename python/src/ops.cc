@@ -1,21 +1,20 @@
 #include "ops.h"
 
 #include <array>
+#include <chrono>
 
 #include "call.h"
 #include "docs.h"
 #include "plan.h"
 #include "quire/ops.h"
+#include "reader.h"
 
 namespace quire::python {
 namespace {
 
 // ---- reshape_and_cache ----------------------------------------------------------------------------------------------
 
-struct StoreCall {
-  ReshapeAndCacheArgs args;
-  StreamArgument stream;
-};
+using StoreCall = Call<ReshapeAndCacheArgs>;
 
 template <auto member>
 constexpr Parameter store(const char* name) {
@@ -49,6 +48,7 @@ struct AttentionCall {
   StreamArgument stream;
   const AttentionPlan* plan = nullptr;  // these two of run_unified_attention alone
   Tensor workspace;
+  int repeats = 1;  // of time_unified_attention
 };
 
 template <auto... path>
@@ -148,13 +148,42 @@ PyObject* call_problem_of(PyObject*, PyObject* const* given, Py_ssize_t count, P
   return dict_of(problem).release().ptr();
 }
 
-// ---- merge_attn_states, hadamard ------------------------------------------------------------------------------------
+// ---- for bench/python_call.py: what reading arrays costs, and what the library costs without Python ------------------
 
-template <class Args>
-struct Call {
-  Args args;
-  StreamArgument stream;
-};
+constexpr auto kTimed = [] {
+  std::array<Parameter, kAttention.size() + 1> table{};
+  for (std::size_t i = 0; i < kAttention.size(); ++i) table[i] = kAttention[i];
+  table[kAttention.size()] = parameter<AttentionCall, &AttentionCall::repeats>("repeats");
+  return table;
+}();
+constinit const Signature timed_signature("time_unified_attention", kTimed, 7);
+
+PyObject* call_time_unified_attention(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject* keywords) {
+  AttentionCall call;
+  std::chrono::duration<double> took{};
+  PyObject* done = timed_signature.run(&call, given, count, keywords, [&]() -> Status {
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < call.repeats; ++i) {
+      if (Status status = unified_attention(call.args, call.stream.value); !status) return status;
+    }
+    took = std::chrono::steady_clock::now() - start;
+    return {};
+  });
+  if (done == nullptr) return nullptr;
+  Py_DECREF(done);
+  return PyFloat_FromDouble(took.count() / call.repeats);
+}
+
+PyObject* call_read_arrays(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject*) {
+  Reader reader(nullptr);
+  Tensor tensor;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!reader.read("array", given[i], false, &tensor)) return nullptr;
+  }
+  return reader.finish() ? Py_NewRef(Py_None) : nullptr;
+}
+
+// ---- merge_attn_states, hadamard ------------------------------------------------------------------------------------
 
 template <class Args, auto member>
 constexpr Parameter of(const char* name) {
@@ -214,6 +243,10 @@ bool add_ops(PyObject* module) {
       method("problem_of", call_problem_of, docs::problem_of),
       method("merge_attn_states", call_merge_attn_states, docs::merge_attn_states),
       method("hadamard", call_hadamard, docs::hadamard),
+      method("turboquant_store", call_turboquant_store, docs::turboquant_store),
+      method("turboquant_decode_attention", call_turboquant_decode_attention, docs::turboquant_decode_attention),
+      method("_time_unified_attention", call_time_unified_attention, nullptr),
+      method("_read_arrays", call_read_arrays, nullptr),
       {nullptr, nullptr, 0, nullptr},
   };
   return PyModule_AddFunctions(module, methods) == 0;

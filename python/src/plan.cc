@@ -123,10 +123,14 @@ void bind_plan(nb::module_& module) {
                   .def("__repr__", [](const AttentionPlan& self) { return "AttentionPlan(" + self.describe() + ")"; });
   plan_type = reinterpret_cast<PyTypeObject*>(plan.ptr());
   module.def("plan_unified_attention", [](nb::handle problem) {
-    return value_of(plan_unified_attention(problem_from(problem)));
+    const AttentionProblem known = problem_from(problem);
+    return value_of(without_gil([&] { return plan_unified_attention(known); }));
   }, nb::arg("problem"), docs::plan_unified_attention);
   module.def("supports", [](nb::handle problem) {
-    const AttentionSupport support = value_of(supports(problem_from(problem)));
+    const AttentionSupport support = [&] {
+      const AttentionProblem known = problem_from(problem);
+      return value_of(without_gil([&] { return supports(known); }));
+    }();
     return nb::make_tuple(support.tensor_cores, support.workspace_bytes);
   }, nb::arg("problem"), docs::supports);
   module.def("device_arch", [](nb::handle device) { return tuple_of(value_of(device_arch(device_argument(device)))); },

@@ -1,6 +1,7 @@
 #include "raise.h"
 
 #include <array>
+#include <utility>
 
 namespace quire::python {
 namespace {
@@ -18,6 +19,7 @@ std::array<PyObject*, std::size(kClasses)> classes{};
 
 // The exception of a backend written in Python, until the op that it ended has come back.
 thread_local PyObject* cause = nullptr;
+PyObject* cause_elsewhere = nullptr;  // of one of quire's own threads; guarded by the GIL
 
 PyObject* take_exception() {
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
@@ -49,6 +51,7 @@ PyObject* raise(const Status& status) {
     if (kClasses[i].code == status.code()) error_class = classes[i];
   }
   PyErr_SetString(error_class, status.message().c_str());
+  if (cause == nullptr) cause = std::exchange(cause_elsewhere, nullptr);
   if (cause != nullptr) {
     PyObject* raised = take_exception();
     PyException_SetCause(raised, cause);
@@ -85,6 +88,14 @@ Status status_of_exception(const std::string& where) {
   Py_XDECREF(name);
   Py_XDECREF(cause);
   cause = exception;
+  return status;
+}
+
+Status keep_as_cause(const std::string& where) {
+  PyObject* const before = std::exchange(cause, nullptr);
+  Status status = status_of_exception(where);
+  PyObject* exception = std::exchange(cause, before);
+  if (exception != nullptr) Py_XDECREF(std::exchange(cause_elsewhere, exception));
   return status;
 }
 

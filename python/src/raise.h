@@ -22,6 +22,9 @@ bool refuse(const std::string& sentence);
 // becomes the cause of the one that this thread raises next.
 Status status_of_exception(const std::string& where);
 
+// The same for an exception on a thread that no Python call is waiting on, one of quire's own.
+Status keep_as_cause(const std::string& where);
+
 // Forgets such a cause: the op has gone well all the same.
 void drop_cause();
 

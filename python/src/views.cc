@@ -167,6 +167,19 @@ const PyViews* views_of(PyObject* object) {
   return nullptr;
 }
 
+nb::object make_views_object(const KVCacheViews& views, ModeId mode, const nb::object& keep) {
+  PyViews made;
+  made.views = views;
+  made.mode = mode;
+  const Tensor parts[] = {views.key_cache, views.value_cache, views.k_scale_cache, views.v_scale_cache};
+  for (std::size_t i = 0; i < std::size(parts); ++i) {
+    if (!parts[i].defined()) continue;
+    made.keep[i] = keep;
+    made.arrays[i] = make_tensor(parts[i], keep);
+  }
+  return nb::cast(std::move(made));
+}
+
 void bind_views(nb::module_& module) {
   auto type =
       nb::class_<PyViews>(module, "KVCacheViews", nb::type_slots(slots), docs::KVCacheViews)
@@ -183,6 +196,13 @@ void bind_views(nb::module_& module) {
           .def_prop_ro("v_page_meta", &array<5>, docs::KVCacheViews_v_page_meta)
           .def_prop_ro("k_head_vector", &array<6>, docs::KVCacheViews_k_head_vector)
           .def_prop_ro("v_head_vector", &array<7>, docs::KVCacheViews_v_head_vector)
+          .def("with_mode", [](const PyViews& self, nb::handle mode) {
+            PyViews copy = self;
+            ModeId id{};
+            if (!mode_of(mode.ptr(), &id)) throw nb::python_error();
+            copy.mode = id;
+            return copy;
+          }, nb::arg("mode"), docs::KVCacheViews_with_mode)
           .def_prop_ro("mode", [](const PyViews& self) -> nb::object {
             return self.mode ? nb::cast(mode_name(*self.mode)) : nb::none();
           }, docs::KVCacheViews_mode);

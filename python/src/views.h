@@ -22,6 +22,9 @@ struct PyViews {
 // The PyViews of a Python object; null, with a Python exception set, where it is none.
 const PyViews* views_of(PyObject* object);
 
+// A Python object for views whose arrays all live in the memory of `keep`.
+nanobind::object make_views_object(const KVCacheViews& views, ModeId mode, const nanobind::object& keep);
+
 void bind_views(nanobind::module_& module);
 
 }  // namespace quire::python
