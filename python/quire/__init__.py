@@ -50,3 +50,12 @@ from .plan import (
 
 __version__ = version()
 __all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("backend", "errors", "layout", "plan"))
+
+
+def __getattr__(name: str):
+    """quire.hf and quire.torch_ops import PyTorch, so they are imported when they are first asked for."""
+    if name in ("hf", "torch_ops"):
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'quire' has no attribute '{name}'")
