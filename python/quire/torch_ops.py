@@ -1,13 +1,13 @@
 """The ops as PyTorch operators, ``torch.ops.quire.*``: for torch.compile, CUDA graphs and export.
 
 Importing this module registers them. Arguments mean what they mean in quire.unified_attention and the others, but a
-cache is given as its tensors, and ``mode`` always is. Operators without ``_out`` allocate their results; those with it
+cache is given as its tensors, and its mode always is, as ``kv_cache_dtype``. Operators without ``_out`` allocate their results; those with it
 write to the tensors they are given and answer nothing. Every operator has a fake kernel, so torch.compile(fullgraph=True)
 takes them, with dynamic shapes too. None has a derivative.
 
-    torch.ops.quire.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, mode, ...)
+    torch.ops.quire.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, ...)
     torch.ops.quire.unified_attention(query, key_cache, value_cache, cu_seqlens_q, seq_lens, block_table,
-                                      softmax_scale, mode, ...) -> out
+                                      softmax_scale, kv_cache_dtype, ...) -> out
     torch.ops.quire.unified_attention_lse(the same) -> (out, lse)
     torch.ops.quire.unified_attention_out(out, lse or None, the same)
     torch.ops.quire.merge_attn_states(prefix_out, prefix_lse, suffix_out, suffix_lse) -> (out, lse)
@@ -30,11 +30,11 @@ except ImportError as error:
 from . import _quire
 from .plan import AttentionPlan, plan_unified_attention, problem_of
 
-_STORE = ("Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, str mode, *, "
+_STORE = ("Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype, *, "
           "Tensor(c!)? k_scale_cache=None, Tensor(d!)? v_scale_cache=None, Tensor? k_scale=None, Tensor? v_scale=None, "
           "Tensor(e!)? error_counter=None")
 _READ = ("Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, "
-         "float softmax_scale, str mode, *, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, bool causal=True, "
+         "float softmax_scale, str kv_cache_dtype, *, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, bool causal=True, "
          "Tensor? causal_per_seq=None, int sliding_window=-1, int chunk_lookback=-1, Tensor? mm_prefix_range=None, "
          "bool mm_prefix_clamp_window=False, Tensor? rswa_prefix_lens=None, int rswa_window=-1, float softcap=0.0, "
          "Tensor? sinks=None, Tensor? alibi_slopes=None, bool use_alibi_sqrt=False, Tensor? qq_bias=None, "
@@ -48,10 +48,10 @@ _HADAMARD = "Tensor x, *, bool inverse=False, bool signs=False"
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, mode, *, k_scale_cache=None, v_scale_cache=None,
+def _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, *, k_scale_cache=None, v_scale_cache=None,
                        k_scale=None, v_scale=None, error_counter=None):
     views = _quire.KVCacheViews(key_cache, value_cache, k_scale_cache, v_scale_cache)
-    _quire.reshape_and_cache(key, value, views, slot_mapping, mode=mode, k_scale=k_scale, v_scale=v_scale,
+    _quire.reshape_and_cache(key, value, views, slot_mapping, mode=kv_cache_dtype, k_scale=k_scale, v_scale=v_scale,
                              error_counter=error_counter)
 
 
@@ -59,16 +59,16 @@ _plans: dict[tuple, AttentionPlan] = {}
 
 
 def _unified_attention_out(out, lse, query, key_cache, value_cache, cu_seqlens_q, seq_lens, block_table, softmax_scale,
-                           mode, *, k_scale_cache=None, v_scale_cache=None, max_query_len=0, max_seq_len=0, **options):
+                           kv_cache_dtype, *, k_scale_cache=None, v_scale_cache=None, max_query_len=0, max_seq_len=0, **options):
     views = _quire.KVCacheViews(key_cache, value_cache, k_scale_cache, v_scale_cache)
     arguments = (query, out, views, cu_seqlens_q, seq_lens, block_table, softmax_scale)
-    options.update(mode=mode, lse=lse)
+    options.update(mode=kv_cache_dtype, lse=lse)
     if max_query_len <= 0 or max_seq_len <= 0:  # the CPU reads the lengths; CUDA says what is missing
         _quire.unified_attention(*arguments, **options, max_query_len=max_query_len, max_seq_len=max_seq_len)
         return
     caches = tuple((c.shape, c.stride(), c.dtype, c.data_ptr() % 16)
                    for c in (key_cache, value_cache, k_scale_cache, v_scale_cache) if c is not None)
-    key = (mode, query.shape, query.dtype, query.device, out.shape[-1], caches, seq_lens.shape, max_query_len, max_seq_len)
+    key = (kv_cache_dtype, query.shape, query.dtype, query.device, out.shape[-1], caches, seq_lens.shape, max_query_len, max_seq_len)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= 256:
