@@ -7,7 +7,7 @@ import quire  # noqa: E402
 from hf_models import DEVICES, make, prompts, torch, with_quire  # noqa: E402
 
 from quire.hf.memory import GrowingMemory  # noqa: E402
-from quire.hf.pages import Pages, Window  # noqa: E402
+from quire.hf.pages import HostMask, Pages, Window  # noqa: E402
 
 
 def run(model, inputs, cache, columns=slice(None)):
@@ -162,7 +162,8 @@ def test_windows_of_pages():
     assert [Window(8).first_key(p) for p in (0, 7, 8, 20)] == [0, 0, 1, 13]
     assert [Window(8, chunked=True).first_key(p) for p in (0, 7, 8, 20)] == [0, 0, 8, 16]
     pages = Pages(Window(), 16, torch.device("cpu"), True)
-    (step,) = pages.advance(2, 20, torch.tensor([[False] * 3 + [True] * 17, [True] * 20]))
+    new = torch.tensor([[False] * 3 + [True] * 17, [True] * 20])
+    (step,) = pages.advance(2, 20, HostMask((2, 0, 20), new, torch.zeros(2, dtype=torch.int64)))
     assert step.seq_lens.tolist() == [17, 20] and step.slots.tolist()[:4] == [-1, -1, -1, 0]
     assert step.cu_seqlens_q.tolist() == [0, 20, 40] and step.max_seq_len == 20 and pages.pages_in_use == 4
 

@@ -17,7 +17,7 @@ from ..modes import mode_info
 from ..plan import AttentionPlan, AttentionProblem, plan_unified_attention, problem_of
 from .attention import Rows
 from .memory import GrowingMemory, capacity_of
-from .pages import Pages, Step, Window
+from .pages import HostMask, Pages, Step, Window
 
 
 class QuireLayer(CacheLayerMixin):
@@ -157,7 +157,7 @@ class QuireLayer(CacheLayerMixin):
         if key.stored:
             return pages.steps
         if self.columns == pages.columns:
-            return pages.advance(batch, num_columns, mask)
+            return pages.advance(batch, num_columns, self.cache.host_mask(mask, batch, self.columns, num_columns))
         steps = pages.steps
         if not steps or self.columns + num_columns != pages.columns or batch != pages.batch or (
                 sum(step.num_columns for step in steps) != num_columns):
@@ -229,6 +229,7 @@ class QuireCache(Cache):
         self.block_size = block_size
         self._pages: dict[tuple[Window, torch.device], Pages] = {}
         self._record_past = False
+        self._host_mask: HostMask | None = None
         self._in_pieces = not getattr(config, "num_kv_shared_layers", 0)
         self._plans: dict[tuple, AttentionPlan] = {}
         self._workspaces: dict[torch.device, torch.Tensor] = {}
@@ -260,9 +261,8 @@ class QuireCache(Cache):
     def plan_of(self, layer: QuireLayer, step: Step, arguments: tuple) -> AttentionPlan:
         """The plan of a call: made once for a batch's shape, and again when the longest sequence outgrows its bound."""
         query = arguments[0]
-        bound = 256
-        while bound < step.max_seq_len:
-            bound += max(bound // 4, 256) if bound & (bound - 1) == 0 else bound & -bound
+        quarter = max(256, 1 << step.max_seq_len.bit_length() - 3)
+        bound = -(-step.max_seq_len // quarter) * quarter
         key = (layer.mode, layer.spec.num_kv_heads, layer.spec.head_size, layer.spec.head_size_v, layer.dtype,
                query.shape[1], query.dtype, query.device, step.batch, step.num_columns, bound)
         plan = self._plans.get(key)
@@ -274,6 +274,22 @@ class QuireCache(Cache):
                                           max_query_len=step.num_columns, max_seq_len=bound)
             plan = self._plans[key] = plan_unified_attention(problem)
         return plan
+
+    def host_mask(self, mask: torch.Tensor | None, batch: int, columns: int, num_columns: int) -> HostMask | None:
+        """A pass's mask on the host: read from the device once, for all groups of layers."""
+        if mask is None:
+            return None
+        if mask.shape != (batch, columns + num_columns):
+            raise InvalidArgumentError(
+                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {columns + num_columns}], the {columns} columns "
+                f"in the cache and the {num_columns} new ones, True or 1 for tokens")
+        key = (batch, columns, num_columns)
+        in_pass = any(pages.columns == columns + num_columns for pages in self._pages.values())
+        if self._host_mask is None or self._host_mask.key != key or not in_pass:
+            new = mask[:, columns:].to("cpu", torch.bool)
+            self._host_mask = HostMask(key, None if new.all() else new,
+                                       mask[:, :columns].sum(1).to("cpu"))
+        return self._host_mask
 
     def workspace_of(self, plan: AttentionPlan, device: torch.device) -> torch.Tensor | None:
         """One workspace serves all layers of a device."""
@@ -342,6 +358,7 @@ class QuireCache(Cache):
 
     def _after(self, method: str, *arguments: Any) -> None:
         """Tells the layers what happened to their pages, and those without pages to do the same."""
+        self._host_mask = None
         for layer in self.layers:
             if not isinstance(layer, QuireLayer):
                 if hasattr(layer, method):

@@ -35,6 +35,15 @@ class Window:
         return {"sliding_window": self.size, **({"chunk_lookback": 0} if self.chunked else {})}
 
 
+@dataclasses.dataclass(frozen=True)
+class HostMask:
+    """What a pass's attention_mask says, on the host."""
+
+    key: tuple[int, int, int]  # sequences, columns in the cache, new columns
+    new: torch.Tensor | None  # [B, new columns] bool: which are tokens; None: all
+    visible: torch.Tensor  # [B] int64: tokens among the columns in the cache
+
+
 class Step:
     """What the ops need to know to store some columns and to attend from them, on the device: the same for all layers.
 
@@ -105,16 +114,12 @@ class Pages:
 
     # ---- a forward pass ----------------------------------------------------------------------------------------------
 
-    def advance(self, batch: int, num_columns: int, mask: torch.Tensor | None) -> list[Step]:
+    def advance(self, batch: int, num_columns: int, mask: HostMask | None) -> list[Step]:
         """Makes room for ``num_columns`` more of each sequence, in one step or, where a window lets a long prompt's
-        pages go while it is read, in several. ``mask``: [B, all columns] bool, False for padding."""
+        pages go while it is read, in several."""
         if self.lens is not None and batch != self.batch:
             raise InvalidArgumentError(f"the batch has {batch} sequences, and QuireCache holds {self.batch}; call reset() "
                                        "for other sequences, or batch_select_indices() to keep some")
-        if mask is not None and mask.shape != (batch, self.columns + num_columns):
-            raise InvalidArgumentError(
-                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {self.columns + num_columns}], the "
-                f"{self.columns} columns in the cache and the {num_columns} new ones, True or 1 for tokens")
         self._check_history(mask, num_columns)
         if self.lens is None:
             self.lens = torch.zeros(batch, dtype=torch.int64)
@@ -126,15 +131,13 @@ class Pages:
         self.steps = []
         for begin in range(0, num_columns, piece):
             count = min(piece, num_columns - begin)
-            new = None if mask is None else mask[:, self.columns : self.columns + count].to("cpu", torch.bool)
+            new = None if mask is None or mask.new is None else mask.new[:, begin : begin + count]
             self.steps.append(self._advance(self._step(batch, count, len(self.steps)), new))
         self._to_device()
         return self.steps
 
     def _advance(self, step: Step, new: torch.Tensor | None) -> Step:
         """One step. ``new``: which of its columns are tokens, [B, columns] bool on the host; None: all."""
-        if new is not None and new.all():
-            new = None
         if not self.record_past:
             self._release()
         counts = step.num_columns if new is None else new.sum(1)
@@ -151,7 +154,7 @@ class Pages:
         self._query_rows(step, new)
         return step
 
-    def _check_history(self, mask: torch.Tensor | None, num_columns: int) -> None:
+    def _check_history(self, mask: HostMask | None, num_columns: int) -> None:
         """What is stored cannot be masked or unmasked later."""
         if self.columns == 0:
             return
@@ -160,10 +163,9 @@ class Pages:
                 raise InvalidArgumentError("attention_mask is not given, but was before and had padding; give one for all "
                                            f"{self.columns + num_columns} columns")
             return
-        visible = mask[:, : self.columns].sum(1).to("cpu")
-        if not torch.equal(visible, self.lens):
+        if not torch.equal(mask.visible, self.lens):
             raise InvalidArgumentError(
-                f"attention_mask shows {visible.tolist()} tokens among the {self.columns} columns that the cache holds, which "
+                f"attention_mask shows {mask.visible.tolist()} tokens among the {self.columns} columns that the cache holds, which "
                 f"were stored with {self.lens.tolist()}; what is stored cannot be masked or unmasked later")
 
     def _step(self, batch: int, num_columns: int, index: int) -> Step:
