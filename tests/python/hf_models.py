@@ -20,16 +20,20 @@ SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_lay
 MODELS = {
     "Llama": {},
     "Qwen3": {},
-    "Gemma2": dict(sliding_window=8, query_pre_attn_scalar=32, attn_logit_softcapping=2.0),
+    "Gemma2": dict(sliding_window=8, query_pre_attn_scalar=48, attn_logit_softcapping=2.0),
     "GptOss": dict(sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "Mistral": dict(sliding_window=8),
+    "Gemma3n": dict(num_kv_shared_layers=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+                    hidden_size_per_layer_input=16, vocab_size_per_layer_input=96, laurel_rank=8, altup_num_inputs=2,
+                    activation_sparsity_pattern=[0.0] * 4),
     "Lfm2": dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
 }
 
 
 def make(name, device="cpu", **changes):
     """A model of that architecture, whose weights are large enough for attention to look at something."""
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS.get(name, {}), **changes})
+    of = next(c for c in (f"{name}TextConfig", f"{name}Config") if hasattr(transformers, c))
+    config = getattr(transformers, of)(**{**SIZES, **MODELS.get(name, {}), **changes})
     torch.manual_seed(5)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().to(device)
     with torch.no_grad():

@@ -25,6 +25,13 @@ class Rows:
     def __init__(self, layer: Any, tensor: torch.Tensor):
         self.layer, self.tensor, self.stored = layer, tensor, False
 
+    def to(self, device: Any) -> Rows:
+        """Models whose layers share rows (Gemma 3n) move them to where the query is. They stay in the cache."""
+        if torch.device(device) != self.layer.device:
+            raise UnsupportedError(f"layer {self.layer.index} of QuireCache is on {self.layer.device}, and a layer that shares "
+                                   f"its rows is on {device}; both must be on one device")
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
