@@ -31,16 +31,16 @@ def test_padding_anywhere(padding, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_long_prompt_keeps_only_the_window(device):
-    model, inputs = make("Gemma2", device), prompts(2, 2600, padding=(1300, 0), device=device)
+    model, inputs = make("Gemma2", device), prompts(2, 2100, padding=(1050, 0), device=device)
     cache = quire.hf.QuireCache(model.config, "auto")
     found = run(model, inputs, cache)
     expected = hf.logits(model, "eager", inputs)
     seen = inputs["attention_mask"].bool()
     assert torch.allclose(found[seen], expected[seen], atol=1e-4)
     sliding, full = (next(layer.pages for layer in cache.layers if layer.is_sliding is wanted) for wanted in (True, False))
-    assert full.num_pages == -(-2600 // 16) + -(-1300 // 16)
+    assert full.num_pages == -(-2100 // 16) + -(-1050 // 16)
     assert sliding.num_pages < 2 * (1024 + 32) // 16 + 4  # one piece and the window, of each sequence
-    run(model, {key: torch.cat([value, value[:, -1:]], 1) for key, value in inputs.items()}, cache, slice(2600, 2601))
+    run(model, {key: torch.cat([value, value[:, -1:]], 1) for key, value in inputs.items()}, cache, slice(2100, 2601))
     assert sliding.pages_in_use <= 4
 
 
