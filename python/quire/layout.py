@@ -127,13 +127,13 @@ def allocate_cache(
 
 def _device_allocator(device: str) -> Callable[[int], Any]:
     try:
-        import torch
+        import torch  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         pass
     else:
         return lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     try:
-        import cupy
+        import cupy  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise _quire_unsupported(device) from None
 
@@ -147,4 +147,6 @@ def _device_allocator(device: str) -> Callable[[int], Any]:
 def _quire_unsupported(device: str) -> Exception:
     from .errors import UnsupportedError
 
-    return UnsupportedError(f"device is {device}, and neither PyTorch nor CuPy is there to allocate on it; give `empty`")
+    return UnsupportedError(
+        f"device is {device}, and neither PyTorch nor CuPy is there to allocate on it; give `empty`"
+    )

@@ -17,11 +17,16 @@ struct DTypeRow {
   std::uint8_t code, bits;
 };
 constexpr DTypeRow kDTypeRows[] = {
-    {DType::kFloat32, dlpack::kFloat, 32},       {DType::kFloat16, dlpack::kFloat, 16},
-    {DType::kBFloat16, dlpack::kBFloat, 16},     {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
-    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8}, {DType::kInt8, dlpack::kInt, 8},
-    {DType::kUInt8, dlpack::kUInt, 8},           {DType::kInt32, dlpack::kInt, 32},
-    {DType::kInt64, dlpack::kInt, 64},           {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
+    {DType::kFloat32, dlpack::kFloat, 32},
+    {DType::kFloat16, dlpack::kFloat, 16},
+    {DType::kBFloat16, dlpack::kBFloat, 16},
+    {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
+    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8},
+    {DType::kInt8, dlpack::kInt, 8},
+    {DType::kUInt8, dlpack::kUInt, 8},
+    {DType::kInt32, dlpack::kInt, 32},
+    {DType::kInt64, dlpack::kInt, 64},
+    {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
 };
 
 // Libraries say what they like of the strides of an array without elements; quire wants to see dense ones.
@@ -136,14 +141,15 @@ const KnownClass& known_class(PyTypeObject* type) {
   return place = found;
 }
 
-// 1: yes, 0: no, -1: a Python exception is set.
-int requires_grad(PyObject* array) {
-  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  PyObject* value = PyObject_GetAttr(array, name);
-  if (value == nullptr) return -1;
-  const int result = value == Py_False ? 0 : PyObject_IsTrue(value);
+// Refuses an array that requires grad.
+bool check_no_grad(const char* name, PyObject* array) {
+  static PyObject* const attribute = PyUnicode_InternFromString("requires_grad");
+  PyObject* value = PyObject_GetAttr(array, attribute);
+  if (value == nullptr) return false;
+  const int required = value == Py_False ? 0 : PyObject_IsTrue(value);
   Py_DECREF(value);
-  return result;
+  if (required <= 0) return required == 0;
+  return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name + ".detach()");
 }
 
 // The dtype of a format of the struct module, native or little-endian; -1: none of ours.
@@ -236,15 +242,8 @@ bool Reader::read(const Argument& argument) {
     return true;
   }
   const KnownClass& known = known_class(Py_TYPE(array));
-  if (known.has_requires_grad) {
-    const int yes = requires_grad(array);
-    if (yes < 0) return false;
-    if (yes > 0) {
-      return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name +
-                    ".detach()");
-    }
-  }
-  if (known.api != nullptr) return read_exchange(argument, *known.api);
+  if (known.api != nullptr) return read_exchange(argument, *known.api, known.has_requires_grad);
+  if (known.has_requires_grad && !check_no_grad(name, array)) return false;
   if (PyObject_CheckBuffer(array) != 0) {
     const int done = read_buffer(argument);
     if (done != 0) return done > 0;
@@ -281,9 +280,10 @@ bool Reader::decide_stream() {
   } else if (PyObject_HasAttrString(stream_argument_, "ptr") != 0) {
     number = PyObject_GetAttrString(stream_argument_, "ptr");
   } else {
-    PyErr_SetString(PyExc_TypeError, ("stream is of type " + type_name(stream_argument_) +
-                                      "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
-                                         .c_str());
+    PyErr_SetString(PyExc_TypeError,
+                    ("stream is of type " + type_name(stream_argument_) +
+                     "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
+                        .c_str());
     return false;
   }
   if (number == nullptr) return false;
@@ -293,9 +293,11 @@ bool Reader::decide_stream() {
   return PyErr_Occurred() == nullptr;
 }
 
-bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api) {
+bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api, bool has_requires_grad) {
   dlpack::Tensor view;
   if (api.tensor_from_object(argument.array, &view) != 0) return false;
+  const bool differentiable = view.dtype.code == dlpack::kFloat || view.dtype.code == dlpack::kBFloat;
+  if (has_requires_grad && differentiable && !check_no_grad(argument.name, argument.array)) return false;
   Tensor tensor;
   if (!convert(argument.name, view, as_, &tensor)) return false;
   argument.give(tensor);
@@ -403,9 +405,8 @@ bool Reader::read_dlpack(const Argument& argument) {
   PyObject* none = PyTuple_New(0);
   PyObject* keywords = Py_BuildValue("{s:O,s:(ii)}", "stream", stream, "max_version",
                                      static_cast<int>(dlpack::kMajorVersion), static_cast<int>(dlpack::kMinorVersion));
-  PyObject* capsule = method == nullptr || none == nullptr || keywords == nullptr
-                          ? nullptr
-                          : PyObject_Call(method, none, keywords);
+  PyObject* capsule =
+      method == nullptr || none == nullptr || keywords == nullptr ? nullptr : PyObject_Call(method, none, keywords);
   if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {  // from before max_version
     PyErr_Clear();
     PyDict_DelItemString(keywords, "max_version");
@@ -434,8 +435,8 @@ bool Reader::take_capsule(const Argument& argument, PyObject* capsule) {
     return true;
   };
   if (PyCapsule_IsValid(capsule, dlpack::kVersionedCapsule) != 0) {
-    const auto* managed = static_cast<const dlpack::ManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
+    const auto* managed =
+        static_cast<const dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
     if (managed->version.major != dlpack::kMajorVersion) {
       return refuse(std::string(argument.name) + " speaks DLPack " + std::to_string(managed->version.major) + "." +
                     std::to_string(managed->version.minor) + "; quire speaks 1.x and the unversioned form");
