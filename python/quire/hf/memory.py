@@ -37,8 +37,8 @@ class GrowingMemory:
             return
         if self._range is not None:
             self._range.commit(num_bytes)
-            if self.tensor is None:  # a range without memory is nothing that PyTorch knows the device of
-                self.tensor = torch.as_tensor(self._range, device=self.device)
+            if self.tensor is None:  # without any memory, PyTorch could not tell the range's device
+                self.tensor = self._range.as_tensor()
         if self.tensor is None or self.tensor.numel() < num_bytes:
             self._copy_to_larger(num_bytes)
         self.committed = num_bytes
@@ -151,6 +151,14 @@ class _CudaRange:
         weakref.finalize(self, _release, device, self._base, self.capacity, self._pieces).atexit = False
         self.__cuda_array_interface__ = {"shape": (self.capacity,), "typestr": "|u1", "data": (self._base, False),
                                          "version": 3}
+
+    def as_tensor(self) -> torch.Tensor | None:
+        """The range as a tensor [capacity] uint8; None where PyTorch does not take it as it is."""
+        try:
+            tensor = torch.as_tensor(self, device=self.device)
+        except RuntimeError:
+            return None
+        return tensor if tensor.data_ptr() == self._base else None
 
     def commit(self, num_bytes: int) -> None:
         """Backs the first ``num_bytes`` with memory: an eighth more than there was at least, so that pieces stay few."""
