@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A Hugging Face model with its KV cache in each mode of quire: bytes, milliseconds per token, perplexity, a continuation.
+"""A Hugging Face model with its KV cache in each mode of quire: bytes, time per token, perplexity, a continuation.
 
     python python/examples/hf_generate.py --model models/tiny-lm
     python python/examples/hf_generate.py --model DIRECTORY --text book.txt --device cuda --dtype bfloat16
@@ -18,10 +18,9 @@ import statistics
 import time
 from pathlib import Path
 
+import quire.hf
 import torch
 import transformers
-
-import quire.hf
 
 MODES = "auto,fp8,int8_per_token_head,int4_per_token_head,turboquant_3bit_nc,int2_per_token_head"
 
@@ -61,7 +60,9 @@ def cache_bytes(cache):
     if isinstance(cache, quire.hf.QuireCache):
         return cache.num_bytes
     names = ("keys", "values", "_quantized_keys", "_quantized_values")
-    return sum(tensor_bytes(t) for layer in cache.layers for t in (getattr(layer, n, None) for n in names) if t is not None)
+    return sum(
+        tensor_bytes(t) for layer in cache.layers for t in (getattr(layer, n, None) for n in names) if t is not None
+    )
 
 
 class Cache:
@@ -83,7 +84,9 @@ class Cache:
             part = window[begin : begin + piece]
             logits = self.forward(model, part[None], cache)[0]
             wanted = window[begin + 1 : begin + piece + 1]
-            self.losses.append(torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item())
+            self.losses.append(
+                torch.nn.functional.cross_entropy(logits[: len(wanted)].float(), wanted, reduction="sum").item()
+            )
         return cache
 
 
@@ -99,8 +102,13 @@ def main():
     rows = [Cache("DynamicCache", lambda: transformers.DynamicCache(config=config), "sdpa")]
     if options.quantized_cache:
         for bits in (4, 2):
-            rows.append(Cache(f"QuantizedCache {bits} bits",
-                              lambda bits=bits: transformers.QuantizedCache("quanto", config, nbits=bits), "sdpa"))
+            rows.append(
+                Cache(
+                    f"QuantizedCache {bits} bits",
+                    lambda bits=bits: transformers.QuantizedCache("quanto", config, nbits=bits),
+                    "sdpa",
+                )
+            )
     for mode in options.modes.split(","):
         rows.append(Cache(mode, lambda mode=mode: quire.hf.QuireCache(config, mode), "quire"))
 
@@ -120,8 +128,10 @@ def main():
     print(f"{'cache':<24} {'bytes per token':>16} {'ms per token':>13} {'perplexity':>11}")
     for row in rows:
         perplexity = math.exp(sum(row.losses) / (len(windows) * (options.context - 1)))
-        print(f"{row.name:<24} {row.num_bytes / options.context:>16.0f} {1000 * statistics.median(row.seconds):>13.2f} "
-              f"{perplexity:>11.4f}")
+        print(
+            f"{row.name:<24} {row.num_bytes / options.context:>16.0f} {1000 * statistics.median(row.seconds):>13.2f} "
+            f"{perplexity:>11.4f}"
+        )
 
     # What a program does:
     model.set_attn_implementation("quire")

@@ -12,8 +12,16 @@ torch.set_num_threads(1)  # the models are so small that threads only wait for e
 transformers.logging.set_verbosity_error()
 
 DEVICES = ["cpu"] + (["cuda:0"] if cuda_is_there() and torch.cuda.is_available() else [])
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=32, max_position_embeddings=4096)
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=4096,
+)
 
 # What each has that others have not: grouped queries; norms of q and k; softcap and layers with a window; sinks and a
 # window; chunks; layers that keep a state; layers that read the rows of another.
@@ -23,9 +31,16 @@ MODELS = {
     "Gemma2": dict(sliding_window=8, query_pre_attn_scalar=48, attn_logit_softcapping=2.0),
     "GptOss": dict(sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "Mistral": dict(sliding_window=8),
-    "Gemma3n": dict(num_kv_shared_layers=2, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
-                    hidden_size_per_layer_input=16, vocab_size_per_layer_input=96, laurel_rank=8, altup_num_inputs=2,
-                    activation_sparsity_pattern=[0.0] * 4),
+    "Gemma3n": dict(
+        num_kv_shared_layers=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=96,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
     "Lfm2": dict(layer_types=["conv", "full_attention", "conv", "full_attention"]),
 }
 

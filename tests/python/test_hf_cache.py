@@ -4,8 +4,7 @@ import pytest
 
 hf = pytest.importorskip("hf_models", reason="PyTorch and transformers are not installed")
 import quire  # noqa: E402
-from hf_models import DEVICES, make, prompts, torch, with_quire  # noqa: E402
-
+from hf_models import DEVICES, make, prompts, torch  # noqa: E402
 from quire.hf.memory import GrowingMemory  # noqa: E402
 from quire.hf.pages import HostMask, Pages, Window  # noqa: E402
 
@@ -13,8 +12,12 @@ from quire.hf.pages import HostMask, Pages, Window  # noqa: E402
 def run(model, inputs, cache, columns=slice(None)):
     """One forward pass over some columns."""
     end = columns.stop or inputs["input_ids"].shape[1]
-    return hf.logits(model, "quire", {"input_ids": inputs["input_ids"][:, columns],
-                                      "attention_mask": inputs["attention_mask"][:, :end]}, past_key_values=cache)
+    return hf.logits(
+        model,
+        "quire",
+        {"input_ids": inputs["input_ids"][:, columns], "attention_mask": inputs["attention_mask"][:, :end]},
+        past_key_values=cache,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -31,16 +34,18 @@ def test_padding_anywhere(padding, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_long_prompt_keeps_only_the_window(device):
-    model, inputs = make("Gemma2", device), prompts(2, 2100, padding=(1050, 0), device=device)
+    model, inputs = make("Gemma2", device, num_hidden_layers=2), prompts(2, 2100, padding=(1050, 0), device=device)
     cache = quire.hf.QuireCache(model.config, "auto")
     found = run(model, inputs, cache)
     expected = hf.logits(model, "eager", inputs)
     seen = inputs["attention_mask"].bool()
     assert torch.allclose(found[seen], expected[seen], atol=1e-4)
-    sliding, full = (next(layer.pages for layer in cache.layers if layer.is_sliding is wanted) for wanted in (True, False))
+    sliding, full = (
+        next(layer.pages for layer in cache.layers if layer.is_sliding is wanted) for wanted in (True, False)
+    )
     assert full.num_pages == -(-2100 // 16) + -(-1050 // 16)
     assert sliding.num_pages < 2 * (1024 + 32) // 16 + 4  # one piece and the window, of each sequence
-    run(model, {key: torch.cat([value, value[:, -1:]], 1) for key, value in inputs.items()}, cache, slice(2100, 2601))
+    run(model, {key: torch.cat([value, value[:, -1:]], 1) for key, value in inputs.items()}, cache, slice(2100, 2101))
     assert sliding.pages_in_use <= 4
 
 
@@ -181,29 +186,56 @@ def test_sentences():
     cache = quire.hf.QuireCache(model.config, "auto")
     wrong, unsupported = quire.InvalidArgumentError, quire.UnsupportedError
     for implementation in ("eager", "sdpa"):
-        refused(wrong, r'read by its own attention alone, and the model .* model.set_attn_implementation\("quire"\)',
-                lambda: hf.logits(model, implementation, inputs, past_key_values=quire.hf.QuireCache(model.config)))
-    refused(wrong, "got keys of type Tensor in LlamaAttention; .* give past_key_values=QuireCache",
-            lambda: hf.logits(model, "quire", inputs))
+        refused(
+            wrong,
+            r'read by its own attention alone, and the model .* model.set_attn_implementation\("quire"\)',
+            lambda: hf.logits(model, implementation, inputs, past_key_values=quire.hf.QuireCache(model.config)),
+        )
+    refused(
+        wrong,
+        "got keys of type Tensor in LlamaAttention; .* give past_key_values=QuireCache",
+        lambda: hf.logits(model, "quire", inputs),
+    )
     refused(quire.NotFoundError, "int5", lambda: quire.hf.QuireCache(model.config, "int5"))
-    refused(wrong, "mode has 2 entries; supported: one name, or 4", lambda: quire.hf.QuireCache(model.config, ["auto"] * 2))
-    refused(wrong, "skip_layers has 4; the model has 4 layers", lambda: quire.hf.QuireCache(model.config, skip_layers=[4]))
+    refused(
+        wrong, "mode has 2 entries; supported: one name, or 4", lambda: quire.hf.QuireCache(model.config, ["auto"] * 2)
+    )
+    refused(
+        wrong, "skip_layers has 4; the model has 4 layers", lambda: quire.hf.QuireCache(model.config, skip_layers=[4])
+    )
     refused(unsupported, "requires a gradient", lambda: model(**inputs, past_key_values=cache))
     cache.reset()
     run(model, inputs, cache)
-    refused(wrong, "the batch has 1 sequences, and QuireCache holds 2; call reset",
-            lambda: run(model, prompts(1, 9), cache, slice(8, 9)))
+    refused(
+        wrong,
+        "the batch has 1 sequences, and QuireCache holds 2; call reset",
+        lambda: run(model, prompts(1, 9), cache, slice(8, 9)),
+    )
     more = prompts(2, 9)
-    refused(wrong, r"attention_mask is \[2, 3\]; supported: \[2, 9\], the 8 columns in the cache and the 1 new",
-            lambda: hf.logits(model, "quire", {"input_ids": more["input_ids"][:, 8:], "attention_mask": torch.ones(2, 3)},
-                              past_key_values=cache))
+    refused(
+        wrong,
+        r"attention_mask is \[2, 3\]; supported: \[2, 9\], the 8 columns in the cache and the 1 new",
+        lambda: hf.logits(
+            model,
+            "quire",
+            {"input_ids": more["input_ids"][:, 8:], "attention_mask": torch.ones(2, 3)},
+            past_key_values=cache,
+        ),
+    )
     more["attention_mask"][0, 0] = 0
-    refused(wrong, r"shows \[7, 8\] tokens among the 8 columns .* stored with \[8, 8\]",
-            lambda: run(model, more, cache, slice(8, 9)))
+    refused(
+        wrong,
+        r"shows \[7, 8\] tokens among the 8 columns .* stored with \[8, 8\]",
+        lambda: run(model, more, cache, slice(8, 9)),
+    )
     four = torch.zeros(2, 1, 8, 8)
-    refused(unsupported, r"attention_mask is \[2, 1, 8, 8\]; supported: \[batch, columns\]",
-            lambda: hf.logits(model, "quire", {**inputs, "attention_mask": four},
-                              past_key_values=quire.hf.QuireCache(model.config)))
+    refused(
+        unsupported,
+        r"attention_mask is \[2, 1, 8, 8\]; supported: \[batch, columns\]",
+        lambda: hf.logits(
+            model, "quire", {**inputs, "attention_mask": four}, past_key_values=quire.hf.QuireCache(model.config)
+        ),
+    )
     refused(unsupported, "QuireCache does not offload", lambda: cache.layers[0].offload())
 
 

@@ -19,8 +19,14 @@ def test_tokens_are_those_of_eager(name, device):
 
 
 def test_chunked_attention(device):
-    sizes = dict(hf.SIZES, attention_chunk_size=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96,
-                 no_rope_layers=[1, 1, 1, 0])
+    sizes = dict(
+        hf.SIZES,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=96,
+        no_rope_layers=[1, 1, 1, 0],
+    )
     config = hf.transformers.Llama4TextConfig(**sizes)
     torch.manual_seed(5)
     model = hf.transformers.Llama4ForCausalLM(config).eval().to(device)
@@ -106,8 +112,12 @@ def test_every_mode(mode, device):
     inputs = prompts(2, 40, padding=(5, 0), device=device)
     cache = quire.hf.QuireCache(model.config, mode)
     hf.logits(model, "quire", {key: value[:, :30] for key, value in inputs.items()}, past_key_values=cache)
-    found = hf.logits(model, "quire", {"input_ids": inputs["input_ids"][:, 30:], "attention_mask": inputs["attention_mask"]},
-                      past_key_values=cache)[0, -1]
+    found = hf.logits(
+        model,
+        "quire",
+        {"input_ids": inputs["input_ids"][:, 30:], "attention_mask": inputs["attention_mask"]},
+        past_key_values=cache,
+    )[0, -1]
     alone = {"input_ids": inputs["input_ids"][:1, 5:], "position_ids": torch.arange(5, 40, device=device)[None]}
     expected = hf.logits(model, "quire", alone, past_key_values=quire.hf.QuireCache(model.config, mode))[0, -1]
     norm = torch.linalg.norm

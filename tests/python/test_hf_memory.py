@@ -7,7 +7,6 @@ import pytest
 
 hf = pytest.importorskip("hf_models", reason="PyTorch and transformers are not installed")
 from hf_models import torch  # noqa: E402
-
 from quire.hf import memory  # noqa: E402
 
 MIB = 1 << 20
@@ -32,7 +31,9 @@ def driver(monkeypatch):
 
     call.pieces, call.calls = 100, calls
     monkeypatch.setattr(memory, "_call", call)
-    monkeypatch.setattr(memory._CudaRange, "as_tensor", lambda self: torch.empty(self.capacity, dtype=torch.uint8, device="meta"))
+    monkeypatch.setattr(
+        memory._CudaRange, "as_tensor", lambda self: torch.empty(self.capacity, dtype=torch.uint8, device="meta")
+    )
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(("empty_cache",)))
@@ -50,14 +51,21 @@ def test_pieces_are_mapped_one_after_another(driver):
     growing.commit(100 * MIB)
     assert growing.tensor is tensor and tensor.numel() == 1 << 30
     base = 1 << 40
-    assert [what[1:4] for what in driver.calls if what[0] == "cuMemMap"] == [(base, 2 * MIB, 0), (base + 2 * MIB, 98 * MIB, 0)]
+    assert [what[1:4] for what in driver.calls if what[0] == "cuMemMap"] == [
+        (base, 2 * MIB, 0),
+        (base + 2 * MIB, 98 * MIB, 0),
+    ]
     access = [what[1:3] for what in driver.calls if what[0] == "cuMemSetAccess"]
     assert access == [(base, 2 * MIB), (base + 2 * MIB, 98 * MIB)]
     driver.calls.clear()
     growing._range.__dict__.pop("__cuda_array_interface__")
     del growing, tensor
     gc.collect()
-    assert [what[0] for what in driver.calls] == ["synchronize", *["cuMemUnmap", "cuMemRelease"] * 2, "cuMemAddressFree"]
+    assert [what[0] for what in driver.calls] == [
+        "synchronize",
+        *["cuMemUnmap", "cuMemRelease"] * 2,
+        "cuMemAddressFree",
+    ]
 
 
 def test_out_of_memory_frees_what_pytorch_keeps_and_says_so(driver):

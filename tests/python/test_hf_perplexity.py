@@ -24,9 +24,14 @@ WINDOW = min(2048, NUM_TOKENS // 2)
 # Two runs of the same arithmetic in another order differ in last bits, which rounds some keys and values the other way.
 # docs/testing.md has what that does to the perplexity of 65536 tokens; n tokens average over fewer. Three of those, but
 # no less than what is asked of 65536 tokens.
-NOISE = {"auto": (0.0, 0.001), "int8_per_token_head": (0.0001, 0.001), "fp8": (0.0001, 0.001),
-         "int4_per_token_head": (0.0002, 0.001), "turboquant_3bit_nc": (0.0003, 0.001),
-         "int2_per_token_head": (0.0012, 0.004)}
+NOISE = {
+    "auto": (0.0, 0.001),
+    "int8_per_token_head": (0.0001, 0.001),
+    "fp8": (0.0001, 0.001),
+    "int4_per_token_head": (0.0002, 0.001),
+    "turboquant_3bit_nc": (0.0003, 0.001),
+    "int2_per_token_head": (0.0012, 0.004),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,12 @@ def expected(folder):
     if not TOOL.exists():
         pytest.skip(f"the command line tool is not built ({TOOL})")
     modes = [name for name in NOISE if quire.mode_info(name).compiled]
-    answer = subprocess.run([TOOL, "eval", "--model", folder, "--kv-cache-dtype", ",".join(modes), "--qkv-dtype", "float32",
-                             "--json"], capture_output=True, check=True, text=True)
+    answer = subprocess.run(
+        [TOOL, "eval", "--model", folder, "--kv-cache-dtype", ",".join(modes), "--qkv-dtype", "float32", "--json"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
     return {name: measured["perplexity"] for name, measured in json.loads(answer.stdout)["modes"].items()}
 
 

@@ -23,14 +23,30 @@ def problem(device, mode="int4_per_token_head"):
     as_torch = lambda part: None if part is None else torch.from_dlpack(part)  # noqa: E731
     rows = lambda count, heads: torch.randn(count, heads, 64, generator=generator).to(device)  # noqa: E731
     integers = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
-    store = dict(key=rows(40, 2), value=rows(40, 2), key_cache=as_torch(views.key_cache),
-                 value_cache=as_torch(views.value_cache), kv_cache_dtype=mode, k_scale_cache=as_torch(views.k_scale_cache),
-                 v_scale_cache=as_torch(views.v_scale_cache),
-                 slot_mapping=integers([*range(16, 41), *range(64, 79)], torch.int64))
-    read = {name: store[name] for name in ("key_cache", "value_cache", "k_scale_cache", "v_scale_cache", "kv_cache_dtype")}
-    read.update(query=rows(4, 4), cu_seqlens_q=integers([0, 3, 4], torch.int32), seq_lens=integers([25, 15], torch.int32),
-                block_table=integers([[1, 2], [4, 0]], torch.int32), softmax_scale=0.125, softcap=20.0,
-                sinks=rows(1, 1)[0, 0, :4].contiguous(), max_query_len=3, max_seq_len=32)
+    store = dict(
+        key=rows(40, 2),
+        value=rows(40, 2),
+        key_cache=as_torch(views.key_cache),
+        value_cache=as_torch(views.value_cache),
+        kv_cache_dtype=mode,
+        k_scale_cache=as_torch(views.k_scale_cache),
+        v_scale_cache=as_torch(views.v_scale_cache),
+        slot_mapping=integers([*range(16, 41), *range(64, 79)], torch.int64),
+    )
+    read = {
+        name: store[name] for name in ("key_cache", "value_cache", "k_scale_cache", "v_scale_cache", "kv_cache_dtype")
+    }
+    read.update(
+        query=rows(4, 4),
+        cu_seqlens_q=integers([0, 3, 4], torch.int32),
+        seq_lens=integers([25, 15], torch.int32),
+        block_table=integers([[1, 2], [4, 0]], torch.int32),
+        softmax_scale=0.125,
+        softcap=20.0,
+        sinks=rows(1, 1)[0, 0, :4].contiguous(),
+        max_query_len=3,
+        max_seq_len=32,
+    )
     return store, read, views
 
 
@@ -116,7 +132,9 @@ def test_results_of_other_shapes_and_dtypes(device):
     ops.reshape_and_cache(**store)
     half = ops.unified_attention(**read, out_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.shape == (4, 4, 64)
-    with pytest.raises(quire.InvalidArgumentError, match=r"value_cache is \[8, 16, 2, 32\] uint8; expected \[8, 16, 2, 16\]"):
+    with pytest.raises(
+        quire.InvalidArgumentError, match=r"value_cache is \[8, 16, 2, 32\] uint8; expected \[8, 16, 2, 16\]"
+    ):
         ops.unified_attention(**read, head_size_v=32)
 
 

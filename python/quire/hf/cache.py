@@ -14,7 +14,7 @@ from .. import _quire
 from ..errors import InvalidArgumentError, UnsupportedError
 from ..layout import KVCacheSpec, allocate_cache, cache_bytes
 from ..modes import mode_info
-from ..plan import AttentionPlan, AttentionProblem, plan_unified_attention, problem_of
+from ..plan import AttentionPlan, plan_unified_attention, problem_of
 from .attention import Rows
 from .memory import GrowingMemory, capacity_of
 from .pages import HostMask, Pages, Step, Window
@@ -45,12 +45,20 @@ class QuireLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Learns heads, head sizes, dtype and device. key_states: [B, Hk, L, d], value_states: [B, Hk, L, dv]."""
         if key_states.ndim != 4 or value_states.ndim != 4:
-            raise UnsupportedError(f"layer {self.index} stores keys {list(key_states.shape)} and values "
-                                   f"{list(value_states.shape)}; supported: [batch, heads, tokens, head_size]")
+            raise UnsupportedError(
+                f"layer {self.index} stores keys {list(key_states.shape)} and values "
+                f"{list(value_states.shape)}; supported: [batch, heads, tokens, head_size]"
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.spec = KVCacheSpec(self.mode, head_size=key_states.shape[3], head_size_v=value_states.shape[3],
-                                num_kv_heads=key_states.shape[1], block_size=self.cache.block_size,
-                                model_dtype=self.dtype, packing="kv_in_block")
+        self.spec = KVCacheSpec(
+            self.mode,
+            head_size=key_states.shape[3],
+            head_size_v=value_states.shape[3],
+            num_kv_heads=key_states.shape[1],
+            block_size=self.cache.block_size,
+            model_dtype=self.dtype,
+            packing="kv_in_block",
+        )
         sizes = cache_bytes(self.spec, 1)
         # A page has its rows, then the scales of K, then those of V.
         self._offsets = [0, 0, sizes.base, sizes.base + sizes.k_scales]
@@ -71,7 +79,8 @@ class QuireLayer(CacheLayerMixin):
             self._offsets[1] = arrays[1].data_ptr - arrays[0].data_ptr
             self._views = _quire.KVCacheViews(
                 *(None if a is None else self._paged(a, offset) for a, offset in zip(arrays, self._offsets)),
-                mode=self.mode)
+                mode=self.mode,
+            )
         return self._views
 
     def _paged(self, one: _quire.Tensor, offset: int) -> torch.Tensor:
@@ -79,8 +88,11 @@ class QuireLayer(CacheLayerMixin):
         dtype = getattr(torch, one.dtype)
         memory = self._memory.tensor
         whole = memory[: memory.numel() // self.page_bytes * self.page_bytes].view(dtype)
-        return whole.as_strided((memory.numel() // self.page_bytes, *one.shape[1:]),
-                                (self.page_bytes // dtype.itemsize, *one.strides[1:]), offset // dtype.itemsize)
+        return whole.as_strided(
+            (memory.numel() // self.page_bytes, *one.shape[1:]),
+            (self.page_bytes // dtype.itemsize, *one.strides[1:]),
+            offset // dtype.itemsize,
+        )
 
     def _copy_pages(self, source: torch.Tensor, target: torch.Tensor) -> None:
         memory = self._memory.tensor
@@ -103,20 +115,32 @@ class QuireLayer(CacheLayerMixin):
 
     # ---- a forward pass ----------------------------------------------------------------------------------------------
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Rows, Rows]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Rows, Rows]:
         """Hands the new rows to the attention function, which stores them: only there the padding is known."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return Rows(self, key_states), Rows(self, value_states)
 
-    def attend(self, query: torch.Tensor, key: Rows, value: Rows, mask: torch.Tensor | None, scaling: float | None,
-               sliding_window: int | None, softcap: float | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: Rows,
+        value: Rows,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Stores the rows, unless another layer has, and attends. query: [B, Hq, L, d]; answers [B, L, Hq, dv]."""
         batch, num_heads, num_columns, head_size = query.shape
         if sliding_window is not None and sliding_window != self.window.size:
             raise InvalidArgumentError(
                 f"layer {self.index} attends with sliding_window {sliding_window}, and QuireCache was made for "
-                f"{self.window.size or 'none'}; give it the config of this model")
+                f"{self.window.size or 'none'}; give it the config of this model"
+            )
         scale = head_size**-0.5 if scaling is None else float(scaling)
         steps = self._steps_of(key, batch, num_columns, mask)
         options = {**self.window.mask, "softcap": softcap or 0.0, "sinks": self._float_sinks(sinks)}
@@ -127,7 +151,9 @@ class QuireLayer(CacheLayerMixin):
             if not key.stored:
                 if step.copies is not None:
                     self._copy_pages(*step.copies)
-                _quire.reshape_and_cache(_rows(key.tensor[:, :, columns]), _rows(value.tensor[:, :, columns]), views, step.slots)
+                _quire.reshape_and_cache(
+                    _rows(key.tensor[:, :, columns]), _rows(value.tensor[:, :, columns]), views, step.slots
+                )
                 self.columns = step.end
             outs.append(self._read(query[:, :, columns], step, views, scale, options))
             begin = columns.stop
@@ -135,8 +161,9 @@ class QuireLayer(CacheLayerMixin):
             key.stored, key.tensor, value.tensor = True, None, None
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def _read(self, query: torch.Tensor, step: Step, views: _quire.KVCacheViews, scale: float,
-              options: dict[str, Any]) -> torch.Tensor:
+    def _read(
+        self, query: torch.Tensor, step: Step, views: _quire.KVCacheViews, scale: float, options: dict[str, Any]
+    ) -> torch.Tensor:
         """Attends from the columns of one step: [B, Hq, L, d] to [B, L, Hq, dv]."""
         batch, num_heads, num_columns, _ = query.shape
         rows = _rows(query)
@@ -159,11 +186,16 @@ class QuireLayer(CacheLayerMixin):
         if self.columns == pages.columns:
             return pages.advance(batch, num_columns, self.cache.host_mask(mask, batch, self.columns, num_columns))
         steps = pages.steps
-        if not steps or self.columns + num_columns != pages.columns or batch != pages.batch or (
-                sum(step.num_columns for step in steps) != num_columns):
+        if (
+            not steps
+            or self.columns + num_columns != pages.columns
+            or batch != pages.batch
+            or (sum(step.num_columns for step in steps) != num_columns)
+        ):
             raise InvalidArgumentError(
                 f"layer {self.index} holds {self.columns} columns and got {num_columns} more, and layers like it hold "
-                f"{pages.columns}; a QuireCache serves one model, whose layers all see every token")
+                f"{pages.columns}; a QuireCache serves one model, whose layers all see every token"
+            )
         return steps
 
     def _float_sinks(self, sinks: torch.Tensor | None) -> torch.Tensor | None:
@@ -215,13 +247,21 @@ class QuireCache(Cache):
     ``generate`` the cache holds all tokens but the last, and goes on with the next call.
     """
 
-    def __init__(self, config: Any, mode: str | Sequence[str] = "int4_per_token_head", *,
-                 skip_layers: Collection[int] = (), block_size: int = 16):
+    def __init__(
+        self,
+        config: Any,
+        mode: str | Sequence[str] = "int4_per_token_head",
+        *,
+        skip_layers: Collection[int] = (),
+        block_size: int = 16,
+    ):
         config = config.get_text_config(decoder=True)
         types, arguments = get_layer_types_and_kwargs(config)
         modes = [mode] * len(types) if isinstance(mode, str) else list(mode)
         if len(modes) != len(types):
-            raise InvalidArgumentError(f"mode has {len(modes)} entries; supported: one name, or {len(types)}, one a layer")
+            raise InvalidArgumentError(
+                f"mode has {len(modes)} entries; supported: one name, or {len(types)}, one a layer"
+            )
         for index in skip_layers:
             if not -len(types) <= index < len(types):
                 raise InvalidArgumentError(f"skip_layers has {index}; the model has {len(types)} layers")
@@ -246,8 +286,10 @@ class QuireCache(Cache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
                 continue
             else:
-                raise UnsupportedError(f"layer {index} of {type(config).__name__} is of type {kind}; supported: full, sliding and "
-                                       "chunked attention, and layers that keep a state (linear_attention, conv)")
+                raise UnsupportedError(
+                    f"layer {index} of {type(config).__name__} is of type {kind}; supported: full, sliding and "
+                    "chunked attention, and layers that keep a state (linear_attention, conv)"
+                )
             layers.append(QuireLayer(self, index, name, window))
         super().__init__(layers=layers)
 
@@ -263,15 +305,31 @@ class QuireCache(Cache):
         query = arguments[0]
         quarter = max(256, 1 << step.max_seq_len.bit_length() - 3)
         bound = -(-step.max_seq_len // quarter) * quarter
-        key = (layer.mode, layer.spec.num_kv_heads, layer.spec.head_size, layer.spec.head_size_v, layer.dtype,
-               query.shape[1], query.dtype, query.device, step.batch, step.num_columns, bound)
+        key = (
+            layer.mode,
+            layer.spec.num_kv_heads,
+            layer.spec.head_size,
+            layer.spec.head_size_v,
+            layer.dtype,
+            query.shape[1],
+            query.dtype,
+            query.device,
+            step.batch,
+            step.num_columns,
+            bound,
+        )
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= 64:
                 self._plans.clear()
             problem = problem_of(*arguments, **layer.window.mask, max_query_len=step.num_columns, max_seq_len=bound)
-            problem = dataclasses.replace(problem, max_num_tokens=step.batch * step.num_columns, max_batch=step.batch,
-                                          max_query_len=step.num_columns, max_seq_len=bound)
+            problem = dataclasses.replace(
+                problem,
+                max_num_tokens=step.batch * step.num_columns,
+                max_batch=step.batch,
+                max_query_len=step.num_columns,
+                max_seq_len=bound,
+            )
             plan = self._plans[key] = plan_unified_attention(problem)
         return plan
 
@@ -281,14 +339,14 @@ class QuireCache(Cache):
             return None
         if mask.shape != (batch, columns + num_columns):
             raise InvalidArgumentError(
-                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {columns + num_columns}], the {columns} columns "
-                f"in the cache and the {num_columns} new ones, True or 1 for tokens")
+                f"attention_mask is {list(mask.shape)}; supported: [{batch}, {columns + num_columns}], the {columns} "
+                f"columns in the cache and the {num_columns} new ones, True or 1 for tokens"
+            )
         key = (batch, columns, num_columns)
         in_pass = any(pages.columns == columns + num_columns for pages in self._pages.values())
         if self._host_mask is None or self._host_mask.key != key or not in_pass:
             new = mask[:, columns:].to("cpu", torch.bool)
-            self._host_mask = HostMask(key, None if new.all() else new,
-                                       mask[:, :columns].sum(1).to("cpu"))
+            self._host_mask = HostMask(key, None if new.all() else new, mask[:, :columns].sum(1).to("cpu"))
         return self._host_mask
 
     def workspace_of(self, plan: AttentionPlan, device: torch.device) -> torch.Tensor | None:
@@ -304,7 +362,7 @@ class QuireCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all pages that hold tokens, their empty slots included. States of linear layers are not counted."""
+        """The bytes of all pages that hold tokens, their empty slots included; not the states of linear layers."""
         total = 0
         for layer in self.layers:
             if not isinstance(layer, QuireLayer):
@@ -332,7 +390,7 @@ class QuireCache(Cache):
         self._select("batch_repeat_interleave", None, repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last ``-tokens_to_remove`` columns (a positive number is, as in transformers, the length to keep).
+        """Removes the last ``-tokens_to_remove`` columns. A positive number is the length to keep, as in transformers.
 
         After activate_past_recording(), it also lets layers with a window drop what left it.
         """
@@ -372,6 +430,7 @@ class QuireCache(Cache):
         memo[id(self)] = other
         other._workspaces = {}
         other._pages = {key: pages.copy() for key, pages in self._pages.items()}
-        other.layers = [layer.copy(other) if isinstance(layer, QuireLayer) else copy.deepcopy(layer, memo)
-                        for layer in self.layers]
+        other.layers = [
+            layer.copy(other) if isinstance(layer, QuireLayer) else copy.deepcopy(layer, memo) for layer in self.layers
+        ]
         return other

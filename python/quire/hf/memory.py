@@ -77,13 +77,22 @@ class _Location(ctypes.Structure):
 
 
 class _AllocationFlags(ctypes.Structure):
-    _fields_ = [("compression", ctypes.c_ubyte), ("rdma", ctypes.c_ubyte), ("usage", ctypes.c_ushort),
-                ("reserved", ctypes.c_ubyte * 4)]
+    _fields_ = [
+        ("compression", ctypes.c_ubyte),
+        ("rdma", ctypes.c_ubyte),
+        ("usage", ctypes.c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    ]
 
 
 class _AllocationProp(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_int), ("handle_types", ctypes.c_int), ("location", _Location),
-                ("win32", ctypes.c_void_p), ("flags", _AllocationFlags)]  # type 1: pinned, which device memory is
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", _Location),
+        ("win32", ctypes.c_void_p),
+        ("flags", _AllocationFlags),
+    ]  # type 1: pinned, which device memory is
 
 
 class _AccessDesc(ctypes.Structure):
@@ -149,8 +158,12 @@ class _CudaRange:
         self._pieces: list[tuple[int, int, int]] = []  # address, bytes, handle
         self._end = 0
         weakref.finalize(self, _release, device, self._base, self.capacity, self._pieces).atexit = False
-        self.__cuda_array_interface__ = {"shape": (self.capacity,), "typestr": "|u1", "data": (self._base, False),
-                                         "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (self.capacity,),
+            "typestr": "|u1",
+            "data": (self._base, False),
+            "version": 3,
+        }
 
     def as_tensor(self) -> torch.Tensor | None:
         """The range as a tensor [capacity] uint8; None where PyTorch does not take it as it is."""
@@ -161,12 +174,13 @@ class _CudaRange:
         return tensor if tensor.data_ptr() == self._base else None
 
     def commit(self, num_bytes: int) -> None:
-        """Backs the first ``num_bytes`` with memory: an eighth more than there was at least, so that pieces stay few."""
+        """Backs the first ``num_bytes`` with memory: an eighth more at least, so that pieces stay few."""
         if num_bytes <= self._end:
             return
         if num_bytes > self.capacity:
-            raise MemoryError(f"a layer of QuireCache needs {num_bytes} bytes, and {self.device} has less than half as "
-                              "many for it")
+            raise MemoryError(
+                f"a layer of QuireCache needs {num_bytes} bytes, and {self.device} has less than half as many for it"
+            )
         wanted = min(max(num_bytes, self._end + self._end // 8), self.capacity)
         size = -(-(wanted - self._end) // self._granularity) * self._granularity
         handle = _Handle()
@@ -180,7 +194,8 @@ class _CudaRange:
                     _call("cuMemCreate", handle, size, self._prop, 0)
                 except _CudaError as error:
                     raise torch.cuda.OutOfMemoryError(
-                        f"{self.device} has no {size} bytes more for a layer of QuireCache ({error})") from None
+                        f"{self.device} has no {size} bytes more for a layer of QuireCache ({error})"
+                    ) from None
             address = self._base + self._end
             _call("cuMemMap", address, size, 0, handle, 0)
             self._pieces.append((address, size, handle.value))

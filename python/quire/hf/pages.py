@@ -1,4 +1,5 @@
-"""Which page holds which tokens: block tables, lengths, free pages. One object serves all layers that see the same keys.
+"""Which page holds which tokens: block tables, lengths, free pages. One object serves all layers that see the same
+keys.
 
 Hugging Face counts columns, the padded positions of a batch; pages hold tokens only, so a sequence's length here is its
 columns less its padding. A page may belong to several sequences (beams): it is copied before one of them writes to it.
@@ -73,7 +74,9 @@ class Pages:
     """The pages of one group of layers: same window, same device."""
 
     def __init__(self, window: Window, block_size: int, device: torch.device, in_pieces: bool):
-        self.in_pieces = in_pieces  # whether a layer reads its rows right after storing them, and never again in that pass
+        self.in_pieces = (
+            in_pieces  # whether a layer reads its rows right after storing them, and never again in that pass
+        )
         self.window, self.block_size, self.device = window, block_size, device
         self.record_past = False  # keep keys out of the window until the next crop
         self._steps: dict[tuple[int, int, int], Step] = {}
@@ -83,7 +86,9 @@ class Pages:
         """Forgets all tokens; pages are free, and keep their memory."""
         self.columns = 0
         self.lens: torch.Tensor | None = None  # [B] int64
-        self.table = torch.zeros(0, 0, dtype=torch.int32)  # [B, width]; row b has pages from first[b] to ceil(lens[b] / bs)
+        self.table = torch.zeros(
+            0, 0, dtype=torch.int32
+        )  # [B, width]; row b has pages from first[b] to ceil(lens[b] / bs)
         self.first = torch.zeros(0, dtype=torch.int64)
         self.real: torch.Tensor | None = None  # [B, >= columns] bool: which columns are tokens; None: all
         self.refs = torch.zeros(0, dtype=torch.int64)
@@ -118,8 +123,10 @@ class Pages:
         """Makes room for ``num_columns`` more of each sequence, in one step or, where a window lets a long prompt's
         pages go while it is read, in several."""
         if self.lens is not None and batch != self.batch:
-            raise InvalidArgumentError(f"the batch has {batch} sequences, and QuireCache holds {self.batch}; call reset() "
-                                       "for other sequences, or batch_select_indices() to keep some")
+            raise InvalidArgumentError(
+                f"the batch has {batch} sequences, and QuireCache holds {self.batch}; call reset() "
+                "for other sequences, or batch_select_indices() to keep some"
+            )
         self._check_history(mask, num_columns)
         if self.lens is None:
             self.lens = torch.zeros(batch, dtype=torch.int64)
@@ -160,13 +167,16 @@ class Pages:
             return
         if mask is None:
             if self.real is not None and not self.real[:, : self.columns].all():
-                raise InvalidArgumentError("attention_mask is not given, but was before and had padding; give one for all "
-                                           f"{self.columns + num_columns} columns")
+                raise InvalidArgumentError(
+                    "attention_mask is not given, but was before and had padding; give one for all "
+                    f"{self.columns + num_columns} columns"
+                )
             return
         if not torch.equal(mask.visible, self.lens):
             raise InvalidArgumentError(
-                f"attention_mask shows {mask.visible.tolist()} tokens among the {self.columns} columns that the cache holds, which "
-                f"were stored with {self.lens.tolist()}; what is stored cannot be masked or unmasked later")
+                f"attention_mask shows {mask.visible.tolist()} tokens among the {self.columns} columns that the cache "
+                f"holds, which were stored with {self.lens.tolist()}; what is stored cannot be masked or unmasked later"
+            )
 
     def _step(self, batch: int, num_columns: int, index: int) -> Step:
         key = (batch, num_columns, index)
@@ -228,10 +238,14 @@ class Pages:
             return
         width = int(need.max())
         if width > self.table.shape[1]:
-            self.table = torch.nn.functional.pad(self.table, (0, max(width, 2 * self.table.shape[1]) - self.table.shape[1]))
+            self.table = torch.nn.functional.pad(
+                self.table, (0, max(width, 2 * self.table.shape[1]) - self.table.shape[1])
+            )
         for b, (begin, end) in enumerate(zip(have.tolist(), need.tolist())):
             if begin < end:
-                self.table[b, begin:end] = torch.tensor([self._new_page() for _ in range(begin, end)], dtype=torch.int32)
+                self.table[b, begin:end] = torch.tensor(
+                    [self._new_page() for _ in range(begin, end)], dtype=torch.int32
+                )
         self._table_changed = True
 
     def _slots(self, step: Step, new: torch.Tensor | None) -> None:
@@ -306,7 +320,8 @@ class Pages:
             if length and self.window.first_key(length) < int(self.first[b]) * self.block_size:
                 raise UnsupportedError(
                     f"crop by {num_columns} tokens needs keys that a layer with a window of {self.window.size} has "
-                    "dropped; call activate_past_recording() on the cache before the tokens are stored")
+                    "dropped; call activate_past_recording() on the cache before the tokens are stored"
+                )
         self.columns, self.lens = columns, lens
         self._release()
         self._recount()
