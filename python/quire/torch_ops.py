@@ -39,9 +39,10 @@ _READ = (
     "Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_table, "
     "float softmax_scale, str kv_cache_dtype, *, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, "
     "bool causal=True, Tensor? causal_per_seq=None, int sliding_window=-1, int chunk_lookback=-1, "
-    "Tensor? mm_prefix_range=None, bool mm_prefix_clamp_window=False, Tensor? rswa_prefix_lens=None, int rswa_window=-1, "
-    "float softcap=0.0, Tensor? sinks=None, Tensor? alibi_slopes=None, bool use_alibi_sqrt=False, Tensor? qq_bias=None, "
-    "Tensor? q_descale=None, Tensor? k_descale=None, Tensor? v_descale=None, Tensor? output_scale=None, "
+    "Tensor? mm_prefix_range=None, bool mm_prefix_clamp_window=False, "
+    "Tensor? rswa_prefix_lens=None, int rswa_window=-1, float softcap=0.0, Tensor? sinks=None, "
+    "Tensor? alibi_slopes=None, bool use_alibi_sqrt=False, Tensor? qq_bias=None, Tensor? q_descale=None, "
+    "Tensor? k_descale=None, Tensor? v_descale=None, Tensor? output_scale=None, "
     "SymInt max_query_len=0, SymInt max_seq_len=0"
 )
 _RESULT = (
