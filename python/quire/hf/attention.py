@@ -76,8 +76,8 @@ def attention(
     if not isinstance(key, Rows):
         raise InvalidArgumentError(
             f'attention implementation "{NAME}" got keys of type {type(key).__name__} in {type(module).__name__}; '
-            "it reads those of a QuireCache: give past_key_values=QuireCache(model.config, mode=...), and leave it out of "
-            'parts without one, such as encoders: model.set_attn_implementation({"text_config": "quire"})'
+            "it reads those of a QuireCache: give past_key_values=QuireCache(model.config, mode=...), and leave it out "
+            'of parts without one, such as encoders: model.set_attn_implementation({"text_config": "quire"})'
         )
     if dropout:
         raise UnsupportedError(
