@@ -122,3 +122,14 @@ def test_every_mode(mode, device):
     expected = hf.logits(model, "quire", alone, past_key_values=quire.hf.QuireCache(model.config, mode))[0, -1]
     norm = torch.linalg.norm
     assert norm(found - expected) < 0.02 * norm(expected)
+
+
+def test_a_compiled_model_leaves_the_graph_at_attention(device):
+    model, inputs = make("Llama", device, num_hidden_layers=2), prompts(2, 20, padding=(3, 0), device=device)
+    expected = hf.logits(model, "eager", inputs)
+    model.set_attn_implementation("quire")
+    cache = quire.hf.QuireCache(model.config, "auto")
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(**inputs, past_key_values=cache).logits
+    seen = inputs["attention_mask"].bool()
+    assert torch.allclose(found[seen], expected[seen], atol=1e-4)

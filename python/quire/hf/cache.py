@@ -115,6 +115,7 @@ class QuireLayer(CacheLayerMixin):
 
     # ---- a forward pass ----------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Rows, Rows]:
