@@ -1,22 +1,31 @@
-"""Lets vLLM's Python files alone run on a CUDA device: empty modules in the place of its compiled ones, and the few ops
-that a Llama with `custom_ops: none` reaches. Call install() before anything of vLLM is imported."""
+"""Lets vLLM's Python files alone run on a CUDA device: `cuda_stubs.py TREE` puts empty modules into the tree in the place
+of its compiled ones, and with them the few ops that a Llama with `custom_ops: none` reaches."""
 
+import os
 import sys
-import types
+
+EMPTY = ("_C.py", "_moe_C.py", "_moe_C_stable_libtorch.py", "vllm_flash_attn/_vllm_fa2_C.py",
+         "vllm_flash_attn/_vllm_fa3_C.py")
+OPS = '''import torch
+
+library = torch.library.Library("_C", "FRAGMENT")
+for name in ("cutlass_scaled_mm_supports_fp4", "cutlass_scaled_mm_supports_fp8",
+             "cutlass_scaled_mm_supports_block_fp8", "cutlass_group_gemm_supported"):
+    library.define(f"{name}(int capability) -> bool")
+    library.impl(name, lambda capability: False, "CompositeExplicitAutograd")
+# A CUDA graph's output is kept by a tensor that does not own it; this one does, which only costs memory.
+library.define("weak_ref_tensor(Tensor tensor) -> Tensor")
+library.impl("weak_ref_tensor", lambda tensor: tensor.view_as(tensor), "CUDA")
+'''
 
 
-def install():
-    import torch
+def main():
+    for name in EMPTY:
+        with open(os.path.join(sys.argv[1], "vllm", name), "w"):
+            pass
+    with open(os.path.join(sys.argv[1], "vllm", "_C_stable_libtorch.py"), "w") as file:
+        file.write(OPS)
 
-    for name in ("_C", "_C_stable_libtorch", "_moe_C", "_moe_C_stable_libtorch"):
-        sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
-    ops = torch.library.Library("_C", "FRAGMENT")
-    for name in ("fp4", "fp8", "block_fp8"):
-        ops.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
-        ops.impl(f"cutlass_scaled_mm_supports_{name}", lambda capability: False, "CompositeExplicitAutograd")
-    ops.define("cutlass_group_gemm_supported(int capability) -> bool")
-    ops.impl("cutlass_group_gemm_supported", lambda capability: False, "CompositeExplicitAutograd")
-    # A CUDA graph's output is kept by a tensor that does not own it; this one does, which only costs memory.
-    ops.define("weak_ref_tensor(Tensor tensor) -> Tensor")
-    ops.impl("weak_ref_tensor", lambda tensor: tensor.view_as(tensor), "CUDA")
-    install.library = ops
+
+if __name__ == "__main__":
+    main()

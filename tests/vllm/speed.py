@@ -11,7 +11,6 @@ Prints one line of JSON: tokens_per_s over the steps after the first, and the mi
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 
@@ -45,10 +44,6 @@ def main():
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1",
                       VLLM_PLUGINS="quire" if arguments.side == "quire" else "", VLLM_USE_V2_MODEL_RUNNER="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import cuda_stubs
-
-    cuda_stubs.install()
     from vllm import LLM, SamplingParams
 
     folder = tempfile.mkdtemp()
