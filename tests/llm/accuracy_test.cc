@@ -45,10 +45,12 @@ TEST(Accuracy, ModesRankAsTheirBitsSay) {
                   &int2 = scores[5];
   EXPECT_EQ(fp32.kl_divergence, 0.0) << "the reference and the mode are the same computation";
   EXPECT_EQ(fp32.same_top_token, 1.0);
-  // A bf16 cache holds what a bf16 model hands over; what is left is attention's rounding of softmax weights: two parts
-  // of bf16, 2^-17. int8 moves a value by half a step, 2^-8 of its row's largest. KL goes with the square of errors that
-  // are small: a factor of 2^18, of which 2^10 is asked for, as fp32 sums of a model's layers leave 2^-24 per operation.
-  EXPECT_LT(0x1p10 * *bf16.kl_divergence, *int8.kl_divergence);
+  // A bf16 cache holds what a bf16 model hands over; what is left is attention's rounding of softmax weights, two parts
+  // of bf16: 2^-17. That makes one in 2^9 of the model's next bf16 numbers round the other way, by 2^-8: a mean square
+  // of 2^-25. int8 moves each value by up to half a step of its row's largest / 127, which is 3 to 4 times the rms: a
+  // mean square of 2^-14, of which attention's mean over some 2^3 keys leaves 2^-17. KL goes with the mean square of
+  // small errors, so 2^8 apart; one window may differ from that by a factor of 2.5.
+  EXPECT_LT(100.0 * *bf16.kl_divergence, *int8.kl_divergence);
   EXPECT_LT(*int8.kl_divergence, 0.0017 / 2.0 * 1.5);
   EXPECT_LT(*fp8.kl_divergence, 0.0035 * 1.5);
   EXPECT_LT(*int4.kl_divergence, 0.0241 * 1.5);
