@@ -4,6 +4,7 @@
 #   make test         everything that must hold: both builds, all tests, install, fuzzing
 #   make test TSAN=1  and clang's warnings, and the quick tests under ThreadSanitizer
 #   make build        build/bin/quire
+#   make wheel        the Python package as a wheel in dist, with CUDA where nvcc is found
 #   make cuda         the CUDA library and the CLI for this machine's GPUs in build-cuda (needs nvcc)
 #   make cuda-archs   the CUDA library compiled for every architecture of a release (needs nvcc)
 #   make format       clang-format every C++ and CUDA file
@@ -20,7 +21,7 @@ NINJA = cmake --build
 export PATH := $(PATH):/usr/local/cuda/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build cuda cuda-archs format lint clean
+.PHONY: help demo test build wheel cuda cuda-archs format lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,13 +34,19 @@ demo:
 	@$$(scripts/bootstrap --python) scripts/plot-accuracy build-demo/demo.json
 
 test:
-	@scripts/bootstrap build test $(if $(TSAN),tsan)
+	@scripts/bootstrap build test python $(if $(TSAN),tsan)
 	@scripts/test --jobs $(JOBS) $(if $(TSAN),--tsan) --cmake-args="$(CMAKE_ARGS)"
 
 build:
 	@scripts/bootstrap build test
 	@$(CONFIGURE) -S . -B build --log-level=WARNING
 	@$(NINJA) build -j $(JOBS) --target quire_tool
+
+wheel:
+	@scripts/bootstrap build python
+	@scripts/python-venv build-wheel/venv
+	@build-wheel/venv/bin/pip wheel -q . --no-deps -w dist -Cbuild.tool-args=-j$(JOBS) -Ccmake.args="$(CMAKE_ARGS)"
+	@ls -l dist/*.whl
 
 cuda:
 	@scripts/bootstrap build test cuda
@@ -63,4 +70,4 @@ lint:
 	  | xargs -P $(JOBS) -n 1 clang-tidy -p build-lint --quiet --warnings-as-errors='*'
 
 clean:
-	rm -rf build build-asan build-cuda build-cuda-archs build-demo build-lint build-tsan
+	rm -rf build build-asan build-cuda build-cuda-archs build-demo build-lint build-tsan build-wheel dist

@@ -44,6 +44,10 @@ class Tensor:
     @property
     def read_only(self) -> bool:
         """Whether the memory must not be written."""
+    @property
+    def bits(self) -> memoryview:
+        """The same memory as unsigned integers of as many bytes, on the CPU: what NumPy can show of bfloat16 and float8,
+        ``numpy.asarray(t.bits)``."""
     def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None,
                    dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any:
         """The capsule of the array API standard. Nothing is synchronized: a view does not know who writes to it."""

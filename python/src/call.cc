@@ -66,12 +66,8 @@ struct Later {
 
 bool take(const Parameter& parameter, PyObject* value, void* field, Reader& reader, Later& later) {
   switch (parameter.kind) {
-    case Kind::kRead: {
-      Tensor tensor;
-      if (!reader.read(parameter.name, value, false, &tensor)) return false;
-      *static_cast<ConstTensor*>(field) = tensor;
-      return true;
-    }
+    case Kind::kRead:
+      return reader.read(parameter.name, value, static_cast<ConstTensor*>(field));
     case Kind::kWritten:
       return reader.read(parameter.name, value, true, static_cast<Tensor*>(field));
     case Kind::kBool:

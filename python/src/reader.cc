@@ -65,10 +65,11 @@ bool refuse_type(const char* name, PyObject* object) {
   return false;
 }
 
-bool convert(const char* name, const dlpack::Tensor& from, Tensor* to) {
+// `as`, where it is not null, takes the place of the array's own dtype.
+bool convert(const char* name, const dlpack::Tensor& from, const DType* as, Tensor* to) {
   const DTypeRow* found = nullptr;
   for (const DTypeRow& row : kDTypeRows) {
-    if (row.code == from.dtype.code && row.bits == from.dtype.bits) {
+    if (row.bits == from.dtype.bits && (as == nullptr ? row.code == from.dtype.code : row.dtype == *as)) {
       found = &row;
       break;
     }
@@ -218,14 +219,20 @@ Reader::~Reader() {
   for (int i = 0; i < num_held_; ++i) Py_DECREF(held_[static_cast<std::size_t>(i)]);
 }
 
-bool Reader::read(const char* name, PyObject* array, bool written, Tensor* tensor, PyObject** keep) {
-  const Deferred argument{name, array, written, tensor, keep};
+bool Reader::read(const Argument& argument) {
+  const char* const name = argument.name;
+  PyObject* const array = argument.array;
   last_read_only_ = false;
   if (const PyTensor* own = own_tensor(array)) {
-    if (written && own->read_only) return refuse_read_only(name);
+    if (argument.written && own->read_only) return refuse_read_only(name);
     last_read_only_ = own->read_only;
-    *tensor = own->tensor;
-    if (keep != nullptr) *keep = Py_NewRef(array);
+    Tensor tensor = own->tensor;
+    if (as_ != nullptr && dtype_bytes(*as_) != dtype_bytes(tensor.dtype)) {
+      return refuse_dtype(name, std::string(dtype_name(tensor.dtype)));
+    }
+    if (as_ != nullptr) tensor.dtype = *as_;
+    argument.give(tensor);
+    if (argument.keep != nullptr) *argument.keep = Py_NewRef(array);
     return true;
   }
   const KnownClass& known = known_class(Py_TYPE(array));
@@ -286,10 +293,12 @@ bool Reader::decide_stream() {
   return PyErr_Occurred() == nullptr;
 }
 
-bool Reader::read_exchange(const Deferred& argument, const dlpack::ExchangeApi& api) {
+bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api) {
   dlpack::Tensor view;
   if (api.tensor_from_object(argument.array, &view) != 0) return false;
-  if (!convert(argument.name, view, argument.tensor)) return false;
+  Tensor tensor;
+  if (!convert(argument.name, view, as_, &tensor)) return false;
+  argument.give(tensor);
   if (argument.keep != nullptr) *argument.keep = Py_NewRef(argument.array);
   const bool ask = view.device.type == dlpack::kCuda && !stream_known_ &&
                    (stream_argument_ == nullptr || stream_argument_ == Py_None) && api.current_work_stream != nullptr;
@@ -298,7 +307,7 @@ bool Reader::read_exchange(const Deferred& argument, const dlpack::ExchangeApi& 
   return api.current_work_stream(view.device.type, view.device.index, &stream_) == 0;
 }
 
-int Reader::read_buffer(const Deferred& argument) {
+int Reader::read_buffer(const Argument& argument) {
   if (num_buffers_ == kMost) return refuse("too many arrays in one call") ? 1 : -1;
   // An array for longer than this call is held as a memoryview, which holds the buffer.
   PyObject* source = argument.keep == nullptr ? argument.array : PyMemoryView_FromObject(argument.array);
@@ -315,7 +324,7 @@ int Reader::read_buffer(const Deferred& argument) {
     return read_array_interface(argument);
   }
   ++num_buffers_;
-  const int dtype = dtype_of_format(buffer.format, buffer.itemsize);
+  const int dtype = as_ == nullptr ? dtype_of_format(buffer.format, buffer.itemsize) : static_cast<int>(*as_);
   if (dtype < 0 || static_cast<Py_ssize_t>(dtype_bytes(static_cast<DType>(dtype))) != buffer.itemsize) {
     PyBuffer_Release(&buffers_[static_cast<std::size_t>(--num_buffers_)]);
     if (argument.keep != nullptr) Py_CLEAR(*argument.keep);
@@ -323,20 +332,23 @@ int Reader::read_buffer(const Deferred& argument) {
   }
   last_read_only_ = buffer.readonly != 0;
   if (argument.written && buffer.readonly != 0) return refuse_read_only(argument.name) ? 1 : -1;
-  return take_strided(argument.name, static_cast<DType>(dtype), buffer.ndim, buffer.shape, buffer.strides, buffer.buf,
-                      argument.tensor)
-             ? 1
-             : -1;
+  Tensor tensor;
+  if (!take_strided(argument.name, static_cast<DType>(dtype), buffer.ndim, buffer.shape, buffer.strides, buffer.buf,
+                    &tensor)) {
+    return -1;
+  }
+  argument.give(tensor);
+  return 1;
 }
 
 // NumPy knows ml_dtypes' bfloat16 and float8 as opaque bytes; their names are in the array's dtype.
-int Reader::read_array_interface(const Deferred& argument) {
+int Reader::read_array_interface(const Argument& argument) {
   PyObject* dtype = PyObject_GetAttrString(argument.array, "dtype");
   PyErr_Clear();
   if (dtype == nullptr) return 0;
   const std::string dtype_text = text_of(dtype);
   Py_DECREF(dtype);
-  const int known = dtype_of_name(dtype_text);
+  const int known = as_ == nullptr ? dtype_of_name(dtype_text) : -1;
   PyObject* interface = PyObject_GetAttrString(argument.array, "__array_interface__");
   PyErr_Clear();
   if (interface == nullptr) return 0;
@@ -353,6 +365,7 @@ int Reader::read_array_interface(const Deferred& argument) {
       extents[i] = PyLong_AsSsize_t(PyTuple_GetItem(shape, i));
       steps[i] = strides == nullptr ? 0 : PyLong_AsSsize_t(PyTuple_GetItem(strides, i));
     }
+    Tensor tensor;
     void* pointer = data == nullptr ? nullptr : PyLong_AsVoidPtr(PyTuple_GetItem(data, 0));
     const bool read_only = data != nullptr && PyObject_IsTrue(PyTuple_GetItem(data, 1)) != 0;
     last_read_only_ = read_only;
@@ -362,7 +375,8 @@ int Reader::read_array_interface(const Deferred& argument) {
     } else if (argument.written && read_only) {
       refuse_read_only(argument.name);
     } else if (take_strided(argument.name, static_cast<DType>(known), static_cast<int>(ndim), extents, steps, pointer,
-                            argument.tensor)) {
+                            &tensor)) {
+      argument.give(tensor);
       if (argument.keep != nullptr) *argument.keep = Py_NewRef(argument.array);
       result = 1;
     }
@@ -372,7 +386,7 @@ int Reader::read_array_interface(const Deferred& argument) {
 }
 
 // The library that made the array is told which stream will use it, and makes that wait for what it has under way.
-bool Reader::read_dlpack(const Deferred& argument) {
+bool Reader::read_dlpack(const Argument& argument) {
   PyObject* device = PyObject_CallMethod(argument.array, "__dlpack_device__", nullptr);
   if (device == nullptr) return false;
   PyObject* type = PySequence_GetItem(device, 0);
@@ -412,7 +426,13 @@ bool Reader::read_dlpack(const Deferred& argument) {
 }
 
 // The capsule stays whole: it frees its tensor itself when it is dropped.
-bool Reader::take_capsule(const Deferred& argument, PyObject* capsule) {
+bool Reader::take_capsule(const Argument& argument, PyObject* capsule) {
+  const auto take = [&](const dlpack::Tensor& found) {
+    Tensor tensor;
+    if (!convert(argument.name, found, as_, &tensor)) return false;
+    argument.give(tensor);
+    return true;
+  };
   if (PyCapsule_IsValid(capsule, dlpack::kVersionedCapsule) != 0) {
     const auto* managed = static_cast<const dlpack::ManagedTensorVersioned*>(
         PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
@@ -422,12 +442,12 @@ bool Reader::take_capsule(const Deferred& argument, PyObject* capsule) {
     }
     last_read_only_ = (managed->flags & dlpack::kReadOnly) != 0;
     if (argument.written && (managed->flags & dlpack::kReadOnly) != 0) return refuse_read_only(argument.name);
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return take(managed->tensor);
   }
   if (PyCapsule_IsValid(capsule, dlpack::kLegacyCapsule) != 0) {
     const auto* managed =
         static_cast<const dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kLegacyCapsule));
-    return convert(argument.name, managed->tensor, argument.tensor);
+    return take(managed->tensor);
   }
   PyErr_Clear();
   return refuse_type(argument.name, argument.array);

@@ -22,7 +22,8 @@ namespace quire::python {
 class Reader {
  public:
   // `stream` is the call's argument of that name; null or None: the current stream of the arrays' library.
-  explicit Reader(PyObject* stream) : stream_argument_(stream) {}
+  // `as`, where it is not null, is the dtype of every array, whatever the array says, of the same bytes.
+  explicit Reader(PyObject* stream, const DType* as = nullptr) : stream_argument_(stream), as_(as) {}
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
   ~Reader();
@@ -30,7 +31,12 @@ class Reader {
   // Reads an array into *tensor; `written` arrays must be writable. `keep` is null where the array is used in this call
   // only; otherwise it receives a new reference to what keeps the memory alive. Of an array that has to be told the
   // stream, only the name is taken down, and finish() reads it. False: a Python exception is set.
-  bool read(const char* name, PyObject* array, bool written, Tensor* tensor, PyObject** keep = nullptr);
+  bool read(const char* name, PyObject* array, bool written, Tensor* tensor, PyObject** keep = nullptr) {
+    return read({name, array, written, tensor, nullptr, keep});
+  }
+  bool read(const char* name, PyObject* array, ConstTensor* tensor) {
+    return read({name, array, false, nullptr, tensor, nullptr});
+  }
   bool finish();
 
   // Whether the array that read() took last cannot be written; of a deferred one nobody knows before finish().
@@ -40,29 +46,40 @@ class Reader {
   void* stream() const { return stream_; }
 
  private:
-  struct Deferred {
+  struct Argument {
     const char* name;
     PyObject* array;
     bool written;
-    Tensor* tensor;
+    Tensor* tensor;  // where it goes: one of these two
+    ConstTensor* const_tensor;
     PyObject** keep;
+
+    void give(const Tensor& found) const {
+      if (tensor != nullptr) {
+        *tensor = found;
+      } else {
+        *const_tensor = found;
+      }
+    }
   };
   static constexpr int kMost = 32;  // arrays of a call
 
-  bool read_exchange(const Deferred& argument, const dlpack::ExchangeApi& api);
-  bool read_dlpack(const Deferred& argument);
-  bool take_capsule(const Deferred& argument, PyObject* capsule);
-  int read_buffer(const Deferred& argument);           // 1: done, 0: not this way, -1: an exception is set
-  int read_array_interface(const Deferred& argument);  // the same
+  bool read(const Argument& argument);
+  bool read_exchange(const Argument& argument, const dlpack::ExchangeApi& api);
+  bool read_dlpack(const Argument& argument);
+  bool take_capsule(const Argument& argument, PyObject* capsule);
+  int read_buffer(const Argument& argument);           // 1: done, 0: not this way, -1: an exception is set
+  int read_array_interface(const Argument& argument);  // the same
   bool decide_stream();
 
   PyObject* stream_argument_;
+  const DType* as_;
   void* stream_ = nullptr;
   bool stream_known_ = false, last_read_only_ = false;
   int num_buffers_ = 0, num_held_ = 0, num_deferred_ = 0;
   std::array<Py_buffer, kMost> buffers_;
   std::array<PyObject*, kMost> held_;
-  std::array<Deferred, kMost> deferred_;
+  std::array<Argument, kMost> deferred_;
 };
 
 // The dtype of a name, float32 to int64 as in dtype_name; -1 where there is none.

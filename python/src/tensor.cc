@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "docs.h"
+#include "layout.h"
 #include "raise.h"
 #include "reader.h"
 
@@ -28,23 +29,14 @@ nb::tuple tuple_of(const std::int64_t* values, int count) {
 // Fills a new quire.Tensor from any array; `dtype`, where given, takes the place of the array's, of the same bytes.
 void construct(PyTensor* self, nb::handle array, nb::handle dtype) {
   new (self) PyTensor();
+  DType as{};
+  if (!dtype.is_none()) as = dtype_argument("dtype", dtype);
+  Reader reader(nullptr, dtype.is_none() ? nullptr : &as);
   PyObject* keep = nullptr;
-  {
-    Reader reader(nullptr);
-    const bool read = reader.read("array", array.ptr(), false, &self->tensor, &keep) && reader.finish();
-    self->keep = nb::steal(keep);
-    self->read_only = reader.last_read_only();
-    if (!read) throw nb::python_error();
-  }
-  if (dtype.is_none()) return;
-  const std::string name = nb::cast<std::string>(dtype);
-  const int known = dtype_of_name(name);
-  if (known < 0 || dtype_bytes(static_cast<DType>(known)) != dtype_bytes(self->tensor.dtype)) {
-    refuse("dtype is " + name + ", and array is " + std::string(dtype_name(self->tensor.dtype)) +
-           "; it must be one of quire's dtypes with as many bytes");
-    throw nb::python_error();
-  }
-  self->tensor.dtype = static_cast<DType>(known);
+  const bool read = reader.read("array", array.ptr(), false, &self->tensor, &keep) && reader.finish();
+  self->keep = nb::steal(keep);
+  self->read_only = reader.last_read_only();
+  if (!read) throw nb::python_error();
 }
 
 // ---- DLPack ---------------------------------------------------------------------------------------------------------
@@ -149,10 +141,15 @@ struct BufferShape {
 int get_buffer(PyObject* object, Py_buffer* buffer, int flags) noexcept {
   const PyTensor& self = *nb::inst_ptr<PyTensor>(nb::handle(object));
   const Tensor& tensor = self.tensor;
-  const char* format = buffer_format(tensor.dtype);
+  const std::size_t itemsize = dtype_bytes(tensor.dtype);
+  const char* format = !self.bits      ? buffer_format(tensor.dtype)
+                       : itemsize == 1 ? "B"
+                       : itemsize == 2 ? "H"
+                       : itemsize == 4 ? "I"
+                                       : "Q";
   buffer->obj = nullptr;
   const char* why = tensor.device.is_cuda() ? "a quire.Tensor on cuda has no buffer; use __dlpack__"
-                    : format == nullptr     ? "the buffer protocol has no format for this dtype; use __dlpack__"
+                    : format == nullptr     ? "the buffer protocol has no format for this dtype; use __dlpack__, or bits"
                     : self.read_only && (flags & PyBUF_WRITABLE) != 0 ? "this quire.Tensor is read-only"
                                                                       : nullptr;
   if (why != nullptr) {
@@ -239,6 +236,13 @@ void bind_tensor(nb::module_& module) {
       .def_prop_ro("device", [](const PyTensor& self) { return to_string(self.tensor.device); }, docs::Tensor_device)
       .def_prop_ro("data_ptr", [](const PyTensor& self) { return reinterpret_cast<std::uintptr_t>(self.tensor.data); }, docs::Tensor_data_ptr)
       .def_prop_ro("read_only", [](const PyTensor& self) { return self.read_only; }, docs::Tensor_read_only)
+      .def_prop_ro("bits", [](const PyTensor& self) {
+        nb::object view = make_tensor(self.tensor, self.keep, self.read_only);
+        nb::inst_ptr<PyTensor>(view)->bits = true;
+        PyObject* bits = PyMemoryView_FromObject(view.ptr());
+        if (bits == nullptr) throw nb::python_error();
+        return nb::steal(bits);
+      }, docs::Tensor_bits)
       .def("__dlpack__", &to_dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
            nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(), docs::Tensor___dlpack__)
       .def("__dlpack_device__", &dlpack_device, docs::Tensor___dlpack_device__)

@@ -13,6 +13,7 @@ struct PyTensor {
   Tensor tensor;
   nanobind::object keep;  // what keeps the memory alive
   bool read_only = false;
+  bool bits = false;  // its buffer shows unsigned integers of as many bytes
 };
 
 // The PyTensor of a Python object; null where it is none.
