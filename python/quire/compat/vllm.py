@@ -95,9 +95,8 @@ class KVQuantMode(enum.IntEnum):
 def get_kv_quant_mode(kv_cache_dtype: str) -> KVQuantMode:
     """The mode of a ``kv_cache_dtype``; NONE for what the enum does not know, and KeyError for an unknown name that
     begins with ``turboquant_`` or ``octave_``."""
-    for prefix, mode in (("nvfp4_ds_mla", KVQuantMode.NVFP4_DS_MLA), ("nvfp4", KVQuantMode.NVFP4)):
-        if kv_cache_dtype.startswith(prefix):
-            return mode
+    if kv_cache_dtype.startswith("nvfp4"):
+        return KVQuantMode.NVFP4_DS_MLA if kv_cache_dtype == "nvfp4_ds_mla" else KVQuantMode.NVFP4
     if kv_cache_dtype.startswith(("turboquant_", "octave_")):
         return KVQuantMode[kv_cache_dtype.upper()]
     named = {mode.name.lower(): mode for mode in KVQuantMode if mode.is_per_token_head or mode.is_ultraquant}
