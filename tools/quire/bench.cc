@@ -316,12 +316,10 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   }
   row["tflops"] = flops / (ms * 1e-3) * 1e-12;
   row["kernel"] = plan.describe();
-  // On the CPU no sequence has a query, so that nothing is computed.
+  // No sequence has a query, so that nothing is computed and the host is all there is to time.
   UnifiedAttentionArgs idle = args;
-  const std::vector<std::int32_t> no_queries(cu_seqlens.size());
-  if (problem.device.is_cpu()) {
-    idle.cu_seqlens_q = ConstTensor::contiguous(no_queries.data(), DType::kInt32, {problem.batch + 1});
-  }
+  QUIRE_ASSIGN(no_queries, copy_of(problem.device, std::vector<std::int32_t>(cu_seqlens.size())));
+  idle.cu_seqlens_q = ConstTensor::contiguous(no_queries.data(), DType::kInt32, {problem.batch + 1}, problem.device);
   const auto run_with = [&](const AttentionPlan& its_plan) {
     return run_unified_attention(its_plan, idle, reinterpret_cast<void*>(aligned), plan.workspace_bytes(), nullptr);
   };
@@ -385,7 +383,7 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   row["product_share"] = nullptr;
   row["tflops"] = 0.0;
   row["kernel"] = "reshape_and_cache";
-  // On the CPU every token is skipped, so that nothing is encoded.
+  // Every token is skipped, so that nothing is encoded and the host is all there is to time.
   ReshapeAndCacheArgs idle;
   idle.mode = mode;
   idle.key = Tensor::contiguous(key.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size},
@@ -393,10 +391,8 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   idle.value = Tensor::contiguous(value.data(), DType::kBFloat16, {tokens, problem.num_kv_heads, problem.head_size_v},
                                   problem.device);
   idle.cache = cache.views;
-  const std::vector<std::int64_t> skipped(static_cast<std::size_t>(tokens), -1);
-  idle.slot_mapping =
-      ConstTensor::contiguous(problem.device.is_cpu() ? static_cast<const void*>(skipped.data()) : slots.data(),
-                              DType::kInt64, {tokens}, problem.device);
+  QUIRE_ASSIGN(skipped, copy_of(problem.device, std::vector<std::int64_t>(static_cast<std::size_t>(tokens), -1)));
+  idle.slot_mapping = ConstTensor::contiguous(skipped.data(), DType::kInt64, {tokens}, problem.device);
   QUIRE_ASSIGN(host_us, host_microseconds(problem.device, [&] { return reshape_and_cache(idle, nullptr); }));
   row["host_us"] = host_us;
   row["host_us_with_plan"] = nullptr;

@@ -8,8 +8,8 @@
 
 namespace quire::cli {
 
-// Microseconds of the host for one call, the median of several batches. On CUDA calls are not waited for inside a
-// batch, so that what is timed is validation and launch; on the CPU give a call that has nothing to compute.
+// Microseconds of the host for one call, the median of several batches. Give a call that has nothing to compute. On CUDA
+// calls are not waited for inside a batch, so that what is timed is validation and launch.
 Result<double> host_microseconds(Device device, const std::function<Status()>& call);
 
 }  // namespace quire::cli
