@@ -13,7 +13,7 @@ Reading 12 arrays, in microseconds a call:
 A whole call of unified_attention with 12 arrays besides the cache, over one sequence of one token: from Python, and the
 same call from C++; the difference is what Python costs. The arrays are PyTorch's where it is installed, and NumPy's.
 
-Each figure is the least of several rounds that take turns, so that a busy machine disturbs all alike.
+Each figure is the least of 300 short rounds that take turns, so that a busy machine disturbs all alike.
 """
 
 import argparse
@@ -26,11 +26,10 @@ import tempfile
 import timeit
 
 import numpy as np
-
 import quire
 from quire import _quire
 
-ROUNDS = 15
+ROUNDS = 300
 NANOBIND = """
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -47,16 +46,27 @@ def arguments(array):
     ones = np.ones(1, np.float32)
     spec = quire.KVCacheSpec("int8_per_token_head", head_size=32, num_kv_heads=1)
     return dict(
-        query=array(np.ones((1, 1, 32), np.float32)), out=array(np.ones((1, 1, 32), np.float32)),
-        cache=quire.allocate_cache(spec, 1, device=DEVICE), cu_seqlens_q=array(np.array([0, 1], np.int32)),
-        seq_lens=array(np.ones(1, np.int32)), block_table=array(np.zeros((1, 1), np.int32)), softmax_scale=1.0,
-        sinks=array(ones), alibi_slopes=array(ones), k_descale=array(ones), v_descale=array(ones),
-        lse=array(np.ones((1, 1), np.float32)), causal_per_seq=array(np.ones(1, np.uint8)),
-        qq_bias=array(np.ones((1, 1), np.float32)), max_query_len=1, max_seq_len=1)
+        query=array(np.ones((1, 1, 32), np.float32)),
+        out=array(np.ones((1, 1, 32), np.float32)),
+        cache=quire.allocate_cache(spec, 1, device=DEVICE),
+        cu_seqlens_q=array(np.array([0, 1], np.int32)),
+        seq_lens=array(np.ones(1, np.int32)),
+        block_table=array(np.zeros((1, 1), np.int32)),
+        softmax_scale=1.0,
+        sinks=array(ones),
+        alibi_slopes=array(ones),
+        k_descale=array(ones),
+        v_descale=array(ones),
+        lse=array(np.ones((1, 1), np.float32)),
+        causal_per_seq=array(np.ones(1, np.uint8)),
+        qq_bias=array(np.ones((1, 1), np.float32)),
+        max_query_len=1,
+        max_seq_len=1,
+    )
 
 
 def nanobind_nop():
-    """A nanobind function of 12 ndarrays, compiled into a folder that is then forgotten; a sentence where it cannot be."""
+    """A nanobind function of 12 ndarrays, compiled on the spot; a sentence where it cannot be."""
     try:
         import nanobind
     except ImportError:
@@ -66,9 +76,23 @@ def nanobind_nop():
         source = pathlib.Path(folder) / "nop.cc"
         source.write_text(NANOBIND)
         module = pathlib.Path(folder) / f"quire_bench_nanobind{sysconfig.get_config_var('EXT_SUFFIX')}"
-        command = ["c++", "-std=c++17", "-O3", "-DNDEBUG", "-fno-strict-aliasing", "-fvisibility=hidden", "-fPIC", "-shared",
-                   f"-I{sysconfig.get_path('include')}", f"-I{root}/include", f"-I{root}/ext/robin_map/include",
-                   f"{root}/src/nb_combined.cpp", str(source), "-o", str(module)]
+        command = [
+            "c++",
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            "-fno-strict-aliasing",
+            "-fvisibility=hidden",
+            "-fPIC",
+            "-shared",
+            f"-I{sysconfig.get_path('include')}",
+            f"-I{root}/include",
+            f"-I{root}/ext/robin_map/include",
+            f"{root}/src/nb_combined.cpp",
+            str(source),
+            "-o",
+            str(module),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
@@ -110,7 +134,11 @@ def least_us(functions, calls):
 
 def timed(function, *arrays, **options):
     """calls -> seconds of one: the call itself stands in the loop, without another function around it."""
-    names = {"function": function, **{f"p{i}": a for i, a in enumerate(arrays)}, **{f"k_{n}": v for n, v in options.items()}}
+    names = {
+        "function": function,
+        **{f"p{i}": a for i, a in enumerate(arrays)},
+        **{f"k_{n}": v for n, v in options.items()},
+    }
     call = ", ".join([*(f"p{i}" for i in range(len(arrays))), *(f"{n}=k_{n}" for n in options)])
     timer = timeit.Timer(f"function({call})", globals=names)
     return lambda calls: timer.timeit(calls) / calls
@@ -120,23 +148,33 @@ def measure(name, array, calls):
     call = arguments(array)
     arrays = [value for value in call.values() if hasattr(value, "shape")]
     assert len(arrays) == 12
-    readers = {"quire": _quire._read_arrays, "tvm-ffi": tvm_ffi_nop(), "nanobind": nanobind_nop(),
-               "data_ptr, shape, stride, dtype": by_python}
+    readers = {
+        "quire": _quire._read_arrays,
+        "tvm-ffi": tvm_ffi_nop(),
+        "nanobind": nanobind_nop(),
+        "data_ptr, shape, stride, dtype": by_python,
+    }
     reading = least_us({key: timed(reader, *arrays) for key, reader in readers.items() if callable(reader)}, calls)
-    whole = least_us({"python": timed(quire.unified_attention, **call),
-                      "c++": lambda calls: _quire._time_unified_attention(**call, repeats=calls)}, calls)
+    whole = least_us(
+        {
+            "python": timed(quire.unified_attention, **call),
+            "c++": lambda calls: _quire._time_unified_attention(**call, repeats=calls),
+        },
+        calls,
+    )
     print(f"{name}, reading 12 arrays")
     for key, reader in readers.items():
         print(f"  {key:<32}" + (f"{reading[key]:7.2f} us" if key in reading else f"  {reader}"))
-    print(f"{name}, unified_attention with 12 arrays: {whole['python']:.2f} us from Python, {whole['c++']:.2f} us from C++, "
-          f"{whole['python'] - whole['c++']:.2f} us between them")
+    between = whole["python"] - whole["c++"]
+    print(f"{name}, unified_attention with 12 arrays")
+    print(f"  {whole['python']:.2f} us from Python, {whole['c++']:.2f} us from C++, {between:.2f} us between them")
     return {"reading_12_arrays_us": reading, "unified_attention_us": whole}
 
 
 def main():
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=5000, help="calls of a round")
+    parser.add_argument("--calls", type=int, default=200, help="calls of a round")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda:0 and so on, where PyTorch's arrays are")
     parser.add_argument("--json", help="write the figures to this file too")
     options = parser.parse_args()
@@ -144,7 +182,10 @@ def main():
     quire.set_num_threads(1)
     results = {"quire": quire.__version__}
     if DEVICE == "cpu":
-        results["numpy"] = {"version": np.__version__, **measure(f"NumPy {np.__version__}", lambda values: values, options.calls)}
+        results["numpy"] = {
+            "version": np.__version__,
+            **measure(f"NumPy {np.__version__}", lambda values: values, options.calls),
+        }
     try:
         import torch
     except ImportError:
@@ -152,7 +193,10 @@ def main():
     else:
         torch.set_num_threads(1)
         array = lambda values: torch.from_numpy(values.copy()).to(DEVICE)
-        results["torch"] = {"version": torch.__version__, **measure(f"PyTorch {torch.__version__}", array, options.calls)}
+        results["torch"] = {
+            "version": torch.__version__,
+            **measure(f"PyTorch {torch.__version__}", array, options.calls),
+        }
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -10,8 +10,16 @@ their parameters in order.
 import ast
 import sys
 
-OPS = {"reshape_and_cache", "unified_attention", "run_unified_attention", "problem_of", "merge_attn_states", "hadamard",
-       "turboquant_store", "turboquant_decode_attention"}
+OPS = {
+    "reshape_and_cache",
+    "unified_attention",
+    "run_unified_attention",
+    "problem_of",
+    "merge_attn_states",
+    "hadamard",
+    "turboquant_store",
+    "turboquant_decode_attention",
+}
 
 
 def literal(text):
@@ -26,15 +34,24 @@ def parameters(function):
     """The signature as __text_signature__ wants it: names and defaults, no annotations."""
     arguments = function.args
     positional = [a.arg for a in arguments.args]
-    keyword = [a.arg + ("" if d is None else f"={ast.unparse(d)}") for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    keyword = [
+        a.arg + ("" if d is None else f"={ast.unparse(d)}") for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults)
+    ]
     return ", ".join(["$module", *positional, *(["*", *keyword] if keyword else [])])
 
 
 def main(stub, header):
     with open(stub) as file:
         tree = ast.parse(file.read())
-    out = [f"// Made of {stub.rsplit('/', 1)[-1]} by docstrings.py.", "#pragma once", "", "#include <string_view>", "",
-           "namespace quire::python::docs {", ""]
+    out = [
+        f"// Made of {stub.rsplit('/', 1)[-1]} by docstrings.py.",
+        "#pragma once",
+        "",
+        "#include <string_view>",
+        "",
+        "namespace quire::python::docs {",
+        "",
+    ]
 
     def emit(name, node, prefix=""):
         doc = ast.get_docstring(node) or ""
@@ -45,8 +62,8 @@ def main(stub, header):
             is_op = node.name in OPS
             emit(node.name, node, f"{node.name}({parameters(node)})\n--\n\n" if is_op else "")
             if is_op:
-                names = [a.arg for a in [*node.args.args, *node.args.kwonlyargs]]
-                out.append(f"inline constexpr std::string_view {node.name}_names[] = {{{', '.join(map(chr(34).__add__, (n + chr(34) for n in names)))}}};")
+                quoted = ", ".join(f'"{a.arg}"' for a in [*node.args.args, *node.args.kwonlyargs])
+                out.append(f"inline constexpr std::string_view {node.name}_names[] = {{{quoted}}};")
         elif isinstance(node, ast.ClassDef):
             emit(node.name, node)
             for member in node.body:

@@ -1,9 +1,9 @@
 """quire: a paged KV cache in 2 to 16 bits, and attention that reads it directly, on CPUs and NVIDIA GPUs.
 
-Arrays are those of your library (PyTorch, NumPy, CuPy, JAX), and are never copied. docs/python.md begins with an example.
+Arrays are those of your library (PyTorch, NumPy, CuPy, JAX), and are never copied. docs/python.md begins with an
+example.
 """
 
-from . import errors
 from ._quire import (
     KVCacheViews,
     Tensor,
@@ -49,4 +49,55 @@ from .plan import (
 )
 
 __version__ = version()
-__all__ = sorted(name for name in globals() if not name.startswith("_") and name not in ("backend", "errors", "layout", "plan"))
+__all__ = [
+    "AlreadyExistsError",
+    "Arch",
+    "AttentionPlan",
+    "AttentionProblem",
+    "AttentionSupport",
+    "Error",
+    "InternalError",
+    "InvalidArgumentError",
+    "KVCacheBytes",
+    "KVCacheLayout",
+    "KVCacheSpec",
+    "KVCacheViews",
+    "KVQuantMode",
+    "ModeInfo",
+    "NotFoundError",
+    "OutOfRangeError",
+    "QuantKVBackend",
+    "Tensor",
+    "UnsupportedError",
+    "allocate_cache",
+    "boundary_skip_layers",
+    "cache_bytes",
+    "device_arch",
+    "device_count",
+    "get_backend",
+    "get_kv_quant_mode",
+    "hadamard",
+    "has_backend",
+    "make_layout",
+    "make_views",
+    "merge_attn_states",
+    "mode_from_kv_quant_mode",
+    "mode_info",
+    "modes",
+    "num_threads",
+    "plan_unified_attention",
+    "problem_of",
+    "register_backend",
+    "register_mode",
+    "reshape_and_cache",
+    "run_unified_attention",
+    "set_num_threads",
+    "supports",
+    "turboquant_decode_attention",
+    "turboquant_mode",
+    "turboquant_store",
+    "turboquant_uses_e4b15",
+    "turboquant_views",
+    "unified_attention",
+    "version",
+]

@@ -1,7 +1,7 @@
 """The object that serves one quantizing mode, and the registry it is found through.
 
-The modes of the table need none of this: subclass QuantKVBackend to bring a way of storing that the table does not have,
-in Python. It serves calls from Python, of both ops, and is called with the objects that they were given.
+The modes of the table need none of this: subclass QuantKVBackend to bring a way of storing that the table does not
+have, in Python. It serves calls from Python, of both ops, and is called with the objects that they were given.
 
     class Halves(quire.QuantKVBackend):
         def reshape_and_cache(self, key, value, cache, slot_mapping, **_): ...
@@ -56,16 +56,28 @@ class QuantKVBackend:
         float32, or None where the mode needs none."""
         return _quire.backend_scale_caches(self.mode, num_blocks, block_size, num_kv_heads)
 
-    def reshape_and_cache(self, key: Any, value: Any, cache: _quire.KVCacheViews, slot_mapping: Any, **options: Any) -> None:
+    def reshape_and_cache(
+        self, key: Any, value: Any, cache: _quire.KVCacheViews, slot_mapping: Any, **options: Any
+    ) -> None:
         """Stores, with the arguments of quire.reshape_and_cache: by default in ``read_format``."""
         _quire.reshape_and_cache(key, value, cache.with_mode(self._format()), slot_mapping, **options)
 
-    def unified_attention(self, query: Any, out: Any, cache: _quire.KVCacheViews, cu_seqlens_q: Any, seq_lens: Any,
-                          block_table: Any, softmax_scale: float, **options: Any) -> None:
+    def unified_attention(
+        self,
+        query: Any,
+        out: Any,
+        cache: _quire.KVCacheViews,
+        cu_seqlens_q: Any,
+        seq_lens: Any,
+        block_table: Any,
+        softmax_scale: float,
+        **options: Any,
+    ) -> None:
         """Reads, with the arguments of quire.unified_attention: by default ``read_format``, else through
         ``decode_row``."""
-        _quire.unified_attention(query, out, cache.with_mode(self._format()), cu_seqlens_q, seq_lens, block_table,
-                                 softmax_scale, **options)
+        _quire.unified_attention(
+            query, out, cache.with_mode(self._format()), cu_seqlens_q, seq_lens, block_table, softmax_scale, **options
+        )
 
     def read_format(self) -> str:
         """The kv_cache_dtype whose bytes this backend writes, or "". Asked once, after the constructor."""
@@ -109,8 +121,8 @@ class _TableBackend(QuantKVBackend):
 def register_backend(mode: str, backend_class: type[QuantKVBackend]) -> None:
     """Registers the class that serves a mode; it is constructed, without arguments, at the first use.
 
-    The same class again is accepted. AlreadyExistsError for a second class of a mode; InvalidArgumentError for the modes
-    of NONE and FP8_PER_TENSOR, which have no backend. Thread-safe.
+    The same class again is accepted. AlreadyExistsError for a second class of a mode; InvalidArgumentError for the
+    modes of NONE and FP8_PER_TENSOR, which have no backend. Thread-safe.
     """
     if not (isinstance(backend_class, type) and issubclass(backend_class, QuantKVBackend)):
         raise TypeError("backend_class must be a subclass of quire.QuantKVBackend")

@@ -33,6 +33,14 @@ class InternalError(Error, RuntimeError):
     """The device, the operating system or a registered backend reported an error."""
 
 
-for _class in (Error, InvalidArgumentError, OutOfRangeError, NotFoundError, UnsupportedError, AlreadyExistsError, InternalError):
+for _class in (
+    Error,
+    InvalidArgumentError,
+    OutOfRangeError,
+    NotFoundError,
+    UnsupportedError,
+    AlreadyExistsError,
+    InternalError,
+):
     _class.__module__ = "quire"
 del _class

@@ -147,4 +147,6 @@ def _device_allocator(device: str) -> Callable[[int], Any]:
 def _quire_unsupported(device: str) -> Exception:
     from .errors import UnsupportedError
 
-    return UnsupportedError(f"device is {device}, and neither PyTorch nor CuPy is there to allocate on it; give `empty`")
+    return UnsupportedError(
+        f"device is {device}, and neither PyTorch nor CuPy is there to allocate on it; give `empty`"
+    )

@@ -9,8 +9,17 @@ from . import _quire
 from ._quire import AttentionPlan, plan_unified_attention
 from .layout import dtype_name
 
-__all__ = ["Arch", "AttentionPlan", "AttentionProblem", "AttentionSupport", "device_arch", "device_count",
-           "plan_unified_attention", "problem_of", "supports"]
+__all__ = [
+    "Arch",
+    "AttentionPlan",
+    "AttentionProblem",
+    "AttentionSupport",
+    "device_arch",
+    "device_count",
+    "plan_unified_attention",
+    "problem_of",
+    "supports",
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,9 +46,7 @@ class PyBackend final : public QuantKVBackend {
       throw std::runtime_error(status_of_exception("needs_scale_caches").message());
     }
   }
-  Result<int> packing_factor() const override {
-    return ask<int>("packing_factor");
-  }
+  Result<int> packing_factor() const override { return ask<int>("packing_factor"); }
   Result<int> packed_head_size(int head_size) const override { return ask<int>("packed_head_size", head_size); }
   Result<std::int64_t> row_bytes(int head_size, bool is_value) const override {
     return ask<std::int64_t>("row_bytes", head_size, is_value);
@@ -65,8 +63,8 @@ class PyBackend final : public QuantKVBackend {
     const nb::gil_scoped_acquire gil;
     const Result<std::int64_t> num_bytes = row_bytes(row.head_size, row.is_value);
     if (!num_bytes) return false;
-    nb::object data = nb::steal(PyMemoryView_FromMemory(
-        reinterpret_cast<char*>(const_cast<std::uint8_t*>(row.data)), static_cast<Py_ssize_t>(*num_bytes), PyBUF_READ));
+    nb::object data = nb::steal(PyMemoryView_FromMemory(reinterpret_cast<char*>(const_cast<std::uint8_t*>(row.data)),
+                                                        static_cast<Py_ssize_t>(*num_bytes), PyBUF_READ));
     bool decoded = false;
     try {
       const nb::object scale = row.scale == nullptr ? nb::none() : nb::cast(*row.scale);
@@ -107,7 +105,8 @@ class PyBackend final : public QuantKVBackend {
   Status forward(const char* method, std::size_t num_positional) const {
     const CurrentCall& call = current_call();
     if (call.signature == nullptr) {
-      return unsupported("mode " + mode_name(mode_) + " has a backend written in Python, which serves calls from Python");
+      return unsupported("mode " + mode_name(mode_) +
+                         " has a backend written in Python, which serves calls from Python");
     }
     const nb::gil_scoped_acquire gil;
     try {
@@ -193,7 +192,8 @@ nb::tuple scale_caches(nb::handle mode, std::int64_t num_blocks, int block_size,
   const auto as_object = [&](const Tensor& tensor) -> nb::object {
     if (!tensor.defined()) return nb::none();
     auto* memory = new std::shared_ptr<void>(caches.memory);
-    return make_tensor(tensor, nb::capsule(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<void>*>(p); }));
+    return make_tensor(tensor,
+                       nb::capsule(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<void>*>(p); }));
   };
   return nb::make_tuple(as_object(caches.k_scale_cache), as_object(caches.v_scale_cache));
 }
@@ -203,17 +203,25 @@ nb::tuple scale_caches(nb::handle mode, std::int64_t num_blocks, int block_size,
 void bind_backend(nb::module_& module) {
   module.def("register_backend", &register_class, nb::arg("mode"), nb::arg("backend_class"), docs::register_backend);
   module.def("backend_object", &object_of, nb::arg("mode"), docs::backend_object);
-  module.def("has_backend", [](const std::string& mode) { return without_gil([&] { return has_backend(mode); }); }, nb::arg("mode"), docs::has_backend);
-  module.def("backend_needs_scale_caches", [](nb::handle mode) { return backend_of(mode).needs_scale_caches(); },
-             nb::arg("mode"), docs::backend_needs_scale_caches);
-  module.def("backend_packing_factor", [](nb::handle mode) { return value_of(backend_of(mode).packing_factor()); },
-             nb::arg("mode"), docs::backend_packing_factor);
-  module.def("backend_packed_head_size", [](nb::handle mode, int head_size) {
-    return value_of(backend_of(mode).packed_head_size(head_size));
-  }, nb::arg("mode"), nb::arg("head_size"), docs::backend_packed_head_size);
-  module.def("backend_row_bytes", [](nb::handle mode, int head_size, bool is_value) {
-    return value_of(backend_of(mode).row_bytes(head_size, is_value));
-  }, nb::arg("mode"), nb::arg("head_size"), nb::arg("is_value"), docs::backend_row_bytes);
+  module.def(
+      "has_backend", [](const std::string& mode) { return without_gil([&] { return has_backend(mode); }); },
+      nb::arg("mode"), docs::has_backend);
+  module.def(
+      "backend_needs_scale_caches", [](nb::handle mode) { return backend_of(mode).needs_scale_caches(); },
+      nb::arg("mode"), docs::backend_needs_scale_caches);
+  module.def(
+      "backend_packing_factor", [](nb::handle mode) { return value_of(backend_of(mode).packing_factor()); },
+      nb::arg("mode"), docs::backend_packing_factor);
+  module.def(
+      "backend_packed_head_size",
+      [](nb::handle mode, int head_size) { return value_of(backend_of(mode).packed_head_size(head_size)); },
+      nb::arg("mode"), nb::arg("head_size"), docs::backend_packed_head_size);
+  module.def(
+      "backend_row_bytes",
+      [](nb::handle mode, int head_size, bool is_value) {
+        return value_of(backend_of(mode).row_bytes(head_size, is_value));
+      },
+      nb::arg("mode"), nb::arg("head_size"), nb::arg("is_value"), docs::backend_row_bytes);
   module.def("backend_scale_caches", &scale_caches, nb::arg("mode"), nb::arg("num_blocks"), nb::arg("block_size"),
              nb::arg("num_kv_heads"), docs::backend_scale_caches);
 }

@@ -48,8 +48,8 @@ constexpr Kind kind_of() {
 // The parameter `name`, which lies at a path of members in a Call: parameter<Call, &Call::args, &Args::query>("query").
 template <class Call, auto... path>
 constexpr Parameter parameter(const char* name) {
-  using T = std::remove_reference_t<decltype((std::declval<Call&>().* ... .* path))>;
-  return {name, kind_of<T>(), [](void* call) -> void* { return &((*static_cast<Call*>(call)).* ... .* path); }};
+  using T = std::remove_reference_t<decltype((std::declval<Call&>().*....*path))>;
+  return {name, kind_of<T>(), [](void* call) -> void* { return &((*static_cast<Call*>(call)).*....*path); }};
 }
 
 // Whether a table has the names that _quire.pyi gives the function.
@@ -74,7 +74,8 @@ class Signature {
   template <class Op>
   PyObject* run(void* call, PyObject* const* arguments, Py_ssize_t count, PyObject* keywords, Op&& op) const {
     using Body = std::remove_reference_t<Op>;
-    return run(call, arguments, count, keywords, [](void* body) { return (*static_cast<Body*>(body))(); }, &op);
+    return run(
+        call, arguments, count, keywords, [](void* body) { return (*static_cast<Body*>(body))(); }, &op);
   }
 
   std::span<const Parameter> parameters() const { return parameters_; }

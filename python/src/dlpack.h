@@ -1,4 +1,5 @@
-// The part of DLPack's ABI, version 1.3, that the reader of arguments needs: what a framework hands over as a tensor, in
+// The part of DLPack's ABI, version 1.3, that the reader of arguments needs: what a framework hands over as a tensor,
+// in
 // a capsule ("dltensor", or "dltensor_versioned" from version 1.0 on) or through the table of C functions that a tensor
 // class carries as __dlpack_c_exchange_api__. Names and layouts are those of https://dmlc.github.io/dlpack.
 #pragma once

@@ -81,23 +81,32 @@ void throw_status(const Status& status) {
 void bind_modes(nb::module_& module) {
   module.def("modes", &modes, docs::modes);
   module.def("mode_info", &info_of, nb::arg("name"), docs::mode_info);
-  module.def("register_mode", [](const std::string& name, const std::vector<std::string>& aliases) {
-    value_of(register_mode({name, aliases}));
-  }, nb::arg("name"), nb::arg("aliases") = nb::tuple(), docs::register_mode);
-  module.def("packing_factor", [](int value) { return value_of(packing_factor(enum_of(value))); }, nb::arg("value"),
-             docs::packing_factor);
-  module.def("packed_head_size", [](int value, int head_size) {
-    return value_of(packed_head_size(enum_of(value), head_size));
-  }, nb::arg("value"), nb::arg("head_size"), docs::packed_head_size);
-  module.def("get_kv_quant_mode", [](const std::string& name) { return static_cast<int>(get_kv_quant_mode(name)); },
-             nb::arg("kv_cache_dtype"), docs::get_kv_quant_mode);
-  module.def("mode_from_kv_quant_mode", [](int value) {
-    return mode_name(value_of(mode_from_kv_quant_mode(enum_of(value))));
-  }, nb::arg("value"), docs::mode_from_kv_quant_mode);
-  module.def("set_num_threads", [](int num_threads) { check(set_num_threads(num_threads)); }, nb::arg("num_threads"),
-             docs::set_num_threads);
-  module.def("num_threads", [] { return num_threads(); }, docs::num_threads);
-  module.def("version", [] { return version(); }, docs::version);
+  module.def(
+      "register_mode",
+      [](const std::string& name, const std::vector<std::string>& aliases) {
+        value_of(register_mode({name, aliases}));
+      },
+      nb::arg("name"), nb::arg("aliases") = nb::tuple(), docs::register_mode);
+  module.def(
+      "packing_factor", [](int value) { return value_of(packing_factor(enum_of(value))); }, nb::arg("value"),
+      docs::packing_factor);
+  module.def(
+      "packed_head_size",
+      [](int value, int head_size) { return value_of(packed_head_size(enum_of(value), head_size)); }, nb::arg("value"),
+      nb::arg("head_size"), docs::packed_head_size);
+  module.def(
+      "get_kv_quant_mode", [](const std::string& name) { return static_cast<int>(get_kv_quant_mode(name)); },
+      nb::arg("kv_cache_dtype"), docs::get_kv_quant_mode);
+  module.def(
+      "mode_from_kv_quant_mode", [](int value) { return mode_name(value_of(mode_from_kv_quant_mode(enum_of(value)))); },
+      nb::arg("value"), docs::mode_from_kv_quant_mode);
+  module.def(
+      "set_num_threads", [](int num_threads) { check(set_num_threads(num_threads)); }, nb::arg("num_threads"),
+      docs::set_num_threads);
+  module.def(
+      "num_threads", [] { return num_threads(); }, docs::num_threads);
+  module.def(
+      "version", [] { return version(); }, docs::version);
 }
 
 }  // namespace quire::python

@@ -148,7 +148,7 @@ PyObject* call_problem_of(PyObject*, PyObject* const* given, Py_ssize_t count, P
   return dict_of(problem).release().ptr();
 }
 
-// ---- for bench/python_call.py: what reading arrays costs, and what the library costs without Python ------------------
+// ---- for bench/python_call.py: what reading arrays costs, and what the library costs without Python -----------------
 
 constexpr auto kTimed = [] {
   std::array<Parameter, kAttention.size() + 1> table{};
@@ -221,8 +221,7 @@ constinit const Signature hadamard_signature("hadamard", kHadamard, 2);
 
 PyObject* call_hadamard(PyObject*, PyObject* const* given, Py_ssize_t count, PyObject* keywords) {
   Call<HadamardArgs> call;
-  return hadamard_signature.run(&call, given, count, keywords,
-                                [&] { return hadamard(call.args, call.stream.value); });
+  return hadamard_signature.run(&call, given, count, keywords, [&] { return hadamard(call.args, call.stream.value); });
 }
 
 // ---- the functions of the module ------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ struct Field {
   T AttentionProblem::*member;
 };
 constexpr Field<int> kInts[] = {
-    {"num_q_heads", &AttentionProblem::num_q_heads},     {"num_kv_heads", &AttentionProblem::num_kv_heads},
-    {"head_size", &AttentionProblem::head_size},         {"head_size_v", &AttentionProblem::head_size_v},
-    {"block_size", &AttentionProblem::block_size},       {"row_alignment", &AttentionProblem::row_alignment},
+    {"num_q_heads", &AttentionProblem::num_q_heads}, {"num_kv_heads", &AttentionProblem::num_kv_heads},
+    {"head_size", &AttentionProblem::head_size},     {"head_size_v", &AttentionProblem::head_size_v},
+    {"block_size", &AttentionProblem::block_size},   {"row_alignment", &AttentionProblem::row_alignment},
     {"num_splits", &AttentionProblem::num_splits},
 };
 constexpr Field<std::int64_t> kBounds[] = {
@@ -117,27 +117,38 @@ void bind_plan(nb::module_& module) {
                   .def_prop_ro("workspace_bytes", &AttentionPlan::workspace_bytes, docs::AttentionPlan_workspace_bytes)
                   .def_prop_ro("tensor_cores", &AttentionPlan::tensor_cores, docs::AttentionPlan_tensor_cores)
                   .def("describe", &AttentionPlan::describe, docs::AttentionPlan_describe)
-                  .def_prop_ro("problem", [](const AttentionPlan& self) {
-                    return nb::module_::import_("quire.plan").attr("problem_from")(dict_of(self.problem()));
-                  }, docs::AttentionPlan_problem)
+                  .def_prop_ro(
+                      "problem",
+                      [](const AttentionPlan& self) {
+                        return nb::module_::import_("quire.plan").attr("problem_from")(dict_of(self.problem()));
+                      },
+                      docs::AttentionPlan_problem)
                   .def("__repr__", [](const AttentionPlan& self) { return "AttentionPlan(" + self.describe() + ")"; });
   plan_type = reinterpret_cast<PyTypeObject*>(plan.ptr());
-  module.def("plan_unified_attention", [](nb::handle problem) {
-    const AttentionProblem known = problem_from(problem);
-    return value_of(without_gil([&] { return plan_unified_attention(known); }));
-  }, nb::arg("problem"), docs::plan_unified_attention);
-  module.def("supports", [](nb::handle problem) {
-    const AttentionSupport support = [&] {
-      const AttentionProblem known = problem_from(problem);
-      return value_of(without_gil([&] { return supports(known); }));
-    }();
-    return nb::make_tuple(support.tensor_cores, support.workspace_bytes);
-  }, nb::arg("problem"), docs::supports);
-  module.def("device_arch", [](nb::handle device) { return tuple_of(value_of(device_arch(device_argument(device)))); },
-             nb::arg("device"), docs::device_arch);
-  module.def("device_count", [](const std::string& type) {
-    return value_of(device_count(device_argument(nb::cast(type)).type));
-  }, nb::arg("type"), docs::device_count);
+  module.def(
+      "plan_unified_attention",
+      [](nb::handle problem) {
+        const AttentionProblem known = problem_from(problem);
+        return value_of(without_gil([&] { return plan_unified_attention(known); }));
+      },
+      nb::arg("problem"), docs::plan_unified_attention);
+  module.def(
+      "supports",
+      [](nb::handle problem) {
+        const AttentionSupport support = [&] {
+          const AttentionProblem known = problem_from(problem);
+          return value_of(without_gil([&] { return supports(known); }));
+        }();
+        return nb::make_tuple(support.tensor_cores, support.workspace_bytes);
+      },
+      nb::arg("problem"), docs::supports);
+  module.def(
+      "device_arch", [](nb::handle device) { return tuple_of(value_of(device_arch(device_argument(device)))); },
+      nb::arg("device"), docs::device_arch);
+  module.def(
+      "device_count",
+      [](const std::string& type) { return value_of(device_count(device_argument(nb::cast(type)).type)); },
+      nb::arg("type"), docs::device_count);
 }
 
 }  // namespace quire::python

@@ -11,9 +11,12 @@ struct ErrorClass {
   const char* name;
 };
 constexpr ErrorClass kClasses[] = {
-    {StatusCode::kInvalidArgument, "InvalidArgumentError"}, {StatusCode::kOutOfRange, "OutOfRangeError"},
-    {StatusCode::kNotFound, "NotFoundError"},               {StatusCode::kUnsupported, "UnsupportedError"},
-    {StatusCode::kAlreadyExists, "AlreadyExistsError"},     {StatusCode::kInternal, "InternalError"},
+    {StatusCode::kInvalidArgument, "InvalidArgumentError"},
+    {StatusCode::kOutOfRange, "OutOfRangeError"},
+    {StatusCode::kNotFound, "NotFoundError"},
+    {StatusCode::kUnsupported, "UnsupportedError"},
+    {StatusCode::kAlreadyExists, "AlreadyExistsError"},
+    {StatusCode::kInternal, "InternalError"},
 };
 std::array<PyObject*, std::size(kClasses)> classes{};
 
@@ -83,7 +86,8 @@ Status status_of_exception(const std::string& where) {
   }
   PyObject* name = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(exception)), "__name__");
   const char* class_name = name == nullptr ? nullptr : PyUnicode_AsUTF8AndSize(name, nullptr);
-  Status status = internal_error(where + " raised " + (class_name == nullptr ? "an exception" : class_name) + ": " + message);
+  Status status =
+      internal_error(where + " raised " + (class_name == nullptr ? "an exception" : class_name) + ": " + message);
   PyErr_Clear();
   Py_XDECREF(name);
   Py_XDECREF(cause);

@@ -17,11 +17,16 @@ struct DTypeRow {
   std::uint8_t code, bits;
 };
 constexpr DTypeRow kDTypeRows[] = {
-    {DType::kFloat32, dlpack::kFloat, 32},       {DType::kFloat16, dlpack::kFloat, 16},
-    {DType::kBFloat16, dlpack::kBFloat, 16},     {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
-    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8}, {DType::kInt8, dlpack::kInt, 8},
-    {DType::kUInt8, dlpack::kUInt, 8},           {DType::kInt32, dlpack::kInt, 32},
-    {DType::kInt64, dlpack::kInt, 64},           {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
+    {DType::kFloat32, dlpack::kFloat, 32},
+    {DType::kFloat16, dlpack::kFloat, 16},
+    {DType::kBFloat16, dlpack::kBFloat, 16},
+    {DType::kFloat8E4M3, dlpack::kFloat8E4M3Fn, 8},
+    {DType::kFloat8E5M2, dlpack::kFloat8E5M2, 8},
+    {DType::kInt8, dlpack::kInt, 8},
+    {DType::kUInt8, dlpack::kUInt, 8},
+    {DType::kInt32, dlpack::kInt, 32},
+    {DType::kInt64, dlpack::kInt, 64},
+    {DType::kUInt8, dlpack::kBool, 8},  // a flag is a byte of 0 or 1
 };
 
 // Libraries say what they like of the strides of an array without elements; quire wants to see dense ones.
@@ -281,9 +286,10 @@ bool Reader::decide_stream() {
   } else if (PyObject_HasAttrString(stream_argument_, "ptr") != 0) {
     number = PyObject_GetAttrString(stream_argument_, "ptr");
   } else {
-    PyErr_SetString(PyExc_TypeError, ("stream is of type " + type_name(stream_argument_) +
-                                      "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
-                                         .c_str());
+    PyErr_SetString(PyExc_TypeError,
+                    ("stream is of type " + type_name(stream_argument_) +
+                     "; it must be a cudaStream_t as a number, a stream of torch.cuda or CuPy, or None")
+                        .c_str());
     return false;
   }
   if (number == nullptr) return false;
@@ -403,9 +409,8 @@ bool Reader::read_dlpack(const Argument& argument) {
   PyObject* none = PyTuple_New(0);
   PyObject* keywords = Py_BuildValue("{s:O,s:(ii)}", "stream", stream, "max_version",
                                      static_cast<int>(dlpack::kMajorVersion), static_cast<int>(dlpack::kMinorVersion));
-  PyObject* capsule = method == nullptr || none == nullptr || keywords == nullptr
-                          ? nullptr
-                          : PyObject_Call(method, none, keywords);
+  PyObject* capsule =
+      method == nullptr || none == nullptr || keywords == nullptr ? nullptr : PyObject_Call(method, none, keywords);
   if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError) != 0) {  // from before max_version
     PyErr_Clear();
     PyDict_DelItemString(keywords, "max_version");
@@ -434,8 +439,8 @@ bool Reader::take_capsule(const Argument& argument, PyObject* capsule) {
     return true;
   };
   if (PyCapsule_IsValid(capsule, dlpack::kVersionedCapsule) != 0) {
-    const auto* managed = static_cast<const dlpack::ManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
+    const auto* managed =
+        static_cast<const dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, dlpack::kVersionedCapsule));
     if (managed->version.major != dlpack::kMajorVersion) {
       return refuse(std::string(argument.name) + " speaks DLPack " + std::to_string(managed->version.major) + "." +
                     std::to_string(managed->version.minor) + "; quire speaks 1.x and the unversioned form");

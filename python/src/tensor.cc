@@ -92,10 +92,11 @@ nb::object capsule_of(Managed* managed, const char* name) {
 
 nb::object to_dlpack(nb::handle self, nb::handle, nb::handle max_version, nb::handle dl_device, nb::handle copy) {
   const PyTensor& tensor = nb::cast<const PyTensor&>(self);
-  if (!copy.is_none() && nb::cast<bool>(copy)) throw nb::buffer_error("a quire.Tensor is a view; copy is not supported");
+  if (!copy.is_none() && nb::cast<bool>(copy))
+    throw nb::buffer_error("a quire.Tensor is a view; copy is not supported");
   const int device_type = tensor.tensor.device.is_cuda() ? dlpack::kCuda : dlpack::kCpu;
-  if (!dl_device.is_none() && (nb::cast<int>(dl_device[0]) != device_type ||
-                               nb::cast<int>(dl_device[1]) != tensor.tensor.device.index)) {
+  if (!dl_device.is_none() &&
+      (nb::cast<int>(dl_device[0]) != device_type || nb::cast<int>(dl_device[1]) != tensor.tensor.device.index)) {
     throw nb::buffer_error("a quire.Tensor is a view; it cannot go to another device");
   }
   if (!max_version.is_none() && nb::cast<int>(max_version[0]) >= 1) {
@@ -149,7 +150,7 @@ int get_buffer(PyObject* object, Py_buffer* buffer, int flags) noexcept {
                                        : "Q";
   buffer->obj = nullptr;
   const char* why = tensor.device.is_cuda() ? "a quire.Tensor on cuda has no buffer; use __dlpack__"
-                    : format == nullptr     ? "the buffer protocol has no format for this dtype; use __dlpack__, or bits"
+                    : format == nullptr ? "the buffer protocol has no format for this dtype; use __dlpack__, or bits"
                     : self.read_only && (flags & PyBUF_WRITABLE) != 0 ? "this quire.Tensor is read-only"
                                                                       : nullptr;
   if (why != nullptr) {
@@ -227,26 +228,42 @@ nb::object make_tensor(const Tensor& tensor, nb::object keep, bool read_only) {
 }
 
 void bind_tensor(nb::module_& module) {
-  auto type = nb::class_<PyTensor>(module, "Tensor", nb::type_slots(slots), docs::Tensor)
-      .def("__init__", &construct, nb::arg("array"), nb::arg("dtype") = nb::none(), docs::Tensor___init__)
-      .def_prop_ro("shape", [](const PyTensor& self) { return tuple_of(self.tensor.shape, self.tensor.ndim); }, docs::Tensor_shape)
-      .def_prop_ro("strides", [](const PyTensor& self) { return tuple_of(self.tensor.strides, self.tensor.ndim); }, docs::Tensor_strides)
-      .def_prop_ro("ndim", [](const PyTensor& self) { return self.tensor.ndim; }, docs::Tensor_ndim)
-      .def_prop_ro("dtype", [](const PyTensor& self) { return std::string(dtype_name(self.tensor.dtype)); }, docs::Tensor_dtype)
-      .def_prop_ro("device", [](const PyTensor& self) { return to_string(self.tensor.device); }, docs::Tensor_device)
-      .def_prop_ro("data_ptr", [](const PyTensor& self) { return reinterpret_cast<std::uintptr_t>(self.tensor.data); }, docs::Tensor_data_ptr)
-      .def_prop_ro("read_only", [](const PyTensor& self) { return self.read_only; }, docs::Tensor_read_only)
-      .def_prop_ro("bits", [](const PyTensor& self) {
-        nb::object view = make_tensor(self.tensor, self.keep, self.read_only);
-        nb::inst_ptr<PyTensor>(view)->bits = true;
-        PyObject* bits = PyMemoryView_FromObject(view.ptr());
-        if (bits == nullptr) throw nb::python_error();
-        return nb::steal(bits);
-      }, docs::Tensor_bits)
-      .def("__dlpack__", &to_dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
-           nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(), docs::Tensor___dlpack__)
-      .def("__dlpack_device__", &dlpack_device, docs::Tensor___dlpack_device__)
-      .def("__repr__", [](const PyTensor& self) { return "quire.Tensor(" + to_string(self.tensor) + ")"; });
+  auto type =
+      nb::class_<PyTensor>(module, "Tensor", nb::type_slots(slots), docs::Tensor)
+          .def("__init__", &construct, nb::arg("array"), nb::arg("dtype") = nb::none(), docs::Tensor___init__)
+          .def_prop_ro(
+              "shape", [](const PyTensor& self) { return tuple_of(self.tensor.shape, self.tensor.ndim); },
+              docs::Tensor_shape)
+          .def_prop_ro(
+              "strides", [](const PyTensor& self) { return tuple_of(self.tensor.strides, self.tensor.ndim); },
+              docs::Tensor_strides)
+          .def_prop_ro(
+              "ndim", [](const PyTensor& self) { return self.tensor.ndim; }, docs::Tensor_ndim)
+          .def_prop_ro(
+              "dtype", [](const PyTensor& self) { return std::string(dtype_name(self.tensor.dtype)); },
+              docs::Tensor_dtype)
+          .def_prop_ro(
+              "device", [](const PyTensor& self) { return to_string(self.tensor.device); }, docs::Tensor_device)
+          .def_prop_ro(
+              "data_ptr", [](const PyTensor& self) { return reinterpret_cast<std::uintptr_t>(self.tensor.data); },
+              docs::Tensor_data_ptr)
+          .def_prop_ro(
+              "read_only", [](const PyTensor& self) { return self.read_only; }, docs::Tensor_read_only)
+          .def_prop_ro(
+              "bits",
+              [](const PyTensor& self) {
+                nb::object view = make_tensor(self.tensor, self.keep, self.read_only);
+                nb::inst_ptr<PyTensor>(view)->bits = true;
+                PyObject* bits = PyMemoryView_FromObject(view.ptr());
+                if (bits == nullptr) throw nb::python_error();
+                return nb::steal(bits);
+              },
+              docs::Tensor_bits)
+          .def("__dlpack__", &to_dlpack, nb::kw_only(), nb::arg("stream") = nb::none(),
+               nb::arg("max_version") = nb::none(), nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(),
+               docs::Tensor___dlpack__)
+          .def("__dlpack_device__", &dlpack_device, docs::Tensor___dlpack_device__)
+          .def("__repr__", [](const PyTensor& self) { return "quire.Tensor(" + to_string(self.tensor) + ")"; });
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
   module.def("allocate", &allocate, nb::arg("num_bytes"), docs::allocate);
 }

@@ -1,4 +1,5 @@
-// quire.Tensor: a view of memory that another object owns, for arrays whose dtype their own library has no name for, and
+// quire.Tensor: a view of memory that another object owns, for arrays whose dtype their own library has no name for,
+// and
 // for the caches that quire allocates. It goes back out through DLPack and, where the dtype has a format there, through
 // the buffer protocol.
 #pragma once

@@ -103,18 +103,24 @@ PyObject* call_turboquant_decode_attention(PyObject*, PyObject* const* given, Py
 void bind_turboquant(nb::module_& module) {
   const auto key_bits = nb::arg("key_bits") = 4, value_bits = nb::arg("value_bits") = 4;
   const auto norm_correction = nb::arg("norm_correction") = true, key_e4b15 = nb::arg("key_e4b15") = false;
-  module.def("turboquant_mode", [](int keys, int values, bool correction, bool e4b15) {
-    return mode_name(value_of(turboquant_mode(config_of(keys, values, correction, e4b15))));
-  }, key_bits, value_bits, norm_correction, key_e4b15, docs::turboquant_mode);
+  module.def(
+      "turboquant_mode",
+      [](int keys, int values, bool correction, bool e4b15) {
+        return mode_name(value_of(turboquant_mode(config_of(keys, values, correction, e4b15))));
+      },
+      key_bits, value_bits, norm_correction, key_e4b15, docs::turboquant_mode);
   module.def("turboquant_views", &views, nb::arg("kv_cache"), nb::arg("head_size"), key_bits, value_bits,
              norm_correction, key_e4b15, docs::turboquant_views);
   module.def("turboquant_uses_e4b15", &turboquant_uses_e4b15, nb::arg("major"), nb::arg("minor"),
              docs::turboquant_uses_e4b15);
-  module.def("boundary_skip_layers", [](int num_layers, int n) {
-    nb::list layers;
-    for (const int layer : boundary_skip_layers(num_layers, n)) layers.append(layer);
-    return layers;
-  }, nb::arg("num_layers"), nb::arg("n") = 2, docs::boundary_skip_layers);
+  module.def(
+      "boundary_skip_layers",
+      [](int num_layers, int n) {
+        nb::list layers;
+        for (const int layer : boundary_skip_layers(num_layers, n)) layers.append(layer);
+        return layers;
+      },
+      nb::arg("num_layers"), nb::arg("n") = 2, docs::boundary_skip_layers);
 }
 
 }  // namespace quire::python

@@ -23,7 +23,7 @@ struct Part {
   bool written;  // by a store
 };
 constexpr Part kParts[PyViews::kParts] = {
-    {"key_cache", true},    {"value_cache", true}, {"k_scale_cache", true},  {"v_scale_cache", true},
+    {"key_cache", true},    {"value_cache", true},  {"k_scale_cache", true},  {"v_scale_cache", true},
     {"k_page_meta", false}, {"v_page_meta", false}, {"k_head_vector", false}, {"v_head_vector", false},
 };
 
@@ -111,7 +111,8 @@ nb::object make(nb::handle spec, std::int64_t num_blocks, nb::handle base, nb::h
                                     " blocks need " + std::to_string(buffer.needed)));
     }
     if (i > 0 && pointers[0] != nullptr && tensor.device != device) {
-      throw_status(invalid_argument(name + " is on " + to_string(tensor.device) + ", but base is on " + to_string(device)));
+      throw_status(
+          invalid_argument(name + " is on " + to_string(tensor.device) + ", but base is on " + to_string(device)));
     }
     pointers[i] = tensor.data;
     device = tensor.device;
@@ -163,7 +164,8 @@ const PyViews* views_of(PyObject* object) {
   if (Py_TYPE(object) == views_type || nb::isinstance<PyViews>(nb::handle(object))) {
     return nb::inst_ptr<PyViews>(nb::handle(object));
   }
-  PyErr_SetString(PyExc_TypeError, "cache must be a quire.KVCacheViews, made by allocate_cache, make_views or from arrays");
+  PyErr_SetString(PyExc_TypeError,
+                  "cache must be a quire.KVCacheViews, made by allocate_cache, make_views or from arrays");
   return nullptr;
 }
 
@@ -181,31 +183,36 @@ nb::object make_views_object(const KVCacheViews& views, ModeId mode, const nb::o
 }
 
 void bind_views(nb::module_& module) {
-  auto type =
-      nb::class_<PyViews>(module, "KVCacheViews", nb::type_slots(slots), docs::KVCacheViews)
-          .def("__init__", &construct, nb::arg("key_cache"), nb::arg("value_cache"),
-               nb::arg("k_scale_cache") = nb::none(), nb::arg("v_scale_cache") = nb::none(), nb::kw_only(),
-               nb::arg("k_page_meta") = nb::none(), nb::arg("v_page_meta") = nb::none(),
-               nb::arg("k_head_vector") = nb::none(), nb::arg("v_head_vector") = nb::none(),
-               nb::arg("mode") = nb::none(), docs::KVCacheViews___init__)
-          .def_prop_ro("key_cache", &array<0>, docs::KVCacheViews_key_cache)
-          .def_prop_ro("value_cache", &array<1>, docs::KVCacheViews_value_cache)
-          .def_prop_ro("k_scale_cache", &array<2>, docs::KVCacheViews_k_scale_cache)
-          .def_prop_ro("v_scale_cache", &array<3>, docs::KVCacheViews_v_scale_cache)
-          .def_prop_ro("k_page_meta", &array<4>, docs::KVCacheViews_k_page_meta)
-          .def_prop_ro("v_page_meta", &array<5>, docs::KVCacheViews_v_page_meta)
-          .def_prop_ro("k_head_vector", &array<6>, docs::KVCacheViews_k_head_vector)
-          .def_prop_ro("v_head_vector", &array<7>, docs::KVCacheViews_v_head_vector)
-          .def("with_mode", [](const PyViews& self, nb::handle mode) {
-            PyViews copy = self;
-            ModeId id{};
-            if (!mode_of(mode.ptr(), &id)) throw nb::python_error();
-            copy.mode = id;
-            return copy;
-          }, nb::arg("mode"), docs::KVCacheViews_with_mode)
-          .def_prop_ro("mode", [](const PyViews& self) -> nb::object {
-            return self.mode ? nb::cast(mode_name(*self.mode)) : nb::none();
-          }, docs::KVCacheViews_mode);
+  auto type = nb::class_<PyViews>(module, "KVCacheViews", nb::type_slots(slots), docs::KVCacheViews)
+                  .def("__init__", &construct, nb::arg("key_cache"), nb::arg("value_cache"),
+                       nb::arg("k_scale_cache") = nb::none(), nb::arg("v_scale_cache") = nb::none(), nb::kw_only(),
+                       nb::arg("k_page_meta") = nb::none(), nb::arg("v_page_meta") = nb::none(),
+                       nb::arg("k_head_vector") = nb::none(), nb::arg("v_head_vector") = nb::none(),
+                       nb::arg("mode") = nb::none(), docs::KVCacheViews___init__)
+                  .def_prop_ro("key_cache", &array<0>, docs::KVCacheViews_key_cache)
+                  .def_prop_ro("value_cache", &array<1>, docs::KVCacheViews_value_cache)
+                  .def_prop_ro("k_scale_cache", &array<2>, docs::KVCacheViews_k_scale_cache)
+                  .def_prop_ro("v_scale_cache", &array<3>, docs::KVCacheViews_v_scale_cache)
+                  .def_prop_ro("k_page_meta", &array<4>, docs::KVCacheViews_k_page_meta)
+                  .def_prop_ro("v_page_meta", &array<5>, docs::KVCacheViews_v_page_meta)
+                  .def_prop_ro("k_head_vector", &array<6>, docs::KVCacheViews_k_head_vector)
+                  .def_prop_ro("v_head_vector", &array<7>, docs::KVCacheViews_v_head_vector)
+                  .def(
+                      "with_mode",
+                      [](const PyViews& self, nb::handle mode) {
+                        PyViews copy = self;
+                        ModeId id{};
+                        if (!mode_of(mode.ptr(), &id)) throw nb::python_error();
+                        copy.mode = id;
+                        return copy;
+                      },
+                      nb::arg("mode"), docs::KVCacheViews_with_mode)
+                  .def_prop_ro(
+                      "mode",
+                      [](const PyViews& self) -> nb::object {
+                        return self.mode ? nb::cast(mode_name(*self.mode)) : nb::none();
+                      },
+                      docs::KVCacheViews_mode);
   views_type = reinterpret_cast<PyTypeObject*>(type.ptr());
   module.def("make_views", &make, nb::arg("spec"), nb::arg("num_blocks"), nb::arg("base"),
              nb::arg("v_base") = nb::none(), nb::arg("k_scale_base") = nb::none(), nb::arg("v_scale_base") = nb::none(),

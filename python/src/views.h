@@ -14,7 +14,7 @@ struct PyViews {
   static constexpr std::size_t kParts = 8;
 
   KVCacheViews views;
-  std::optional<ModeId> mode;  // where the views know it
+  std::optional<ModeId> mode;                         // where the views know it
   std::array<nanobind::object, kParts> arrays, keep;  // as they were given; what keeps their memory alive
   const char* read_only = nullptr;                    // the first of the arrays that cannot be written
 };

@@ -138,12 +138,26 @@ TEST(Includes, OnlyGlobalFunctionsReadTheirPlaceInTheGrid) {
 }
 
 TEST(Includes, NoFileOfTheLibraryIsLong) {
-  for (const fs::directory_entry& entry : fs::recursive_directory_iterator(kRoot / "src")) {
-    if (!entry.is_regular_file()) continue;
-    std::ifstream file(entry.path());
-    const auto lines = std::count(std::istreambuf_iterator<char>(file), {}, '\n');
-    EXPECT_LE(lines, 500) << entry.path();
+  for (const char* folder : {"src", "python"}) {
+    for (const fs::directory_entry& entry : fs::recursive_directory_iterator(kRoot / folder)) {
+      if (!entry.is_regular_file()) continue;
+      std::ifstream file(entry.path());
+      const auto lines = std::count(std::istreambuf_iterator<char>(file), {}, '\n');
+      EXPECT_LE(lines, 500) << entry.path();
+    }
   }
+}
+
+// What Python needs of the library, anybody's binding has: the public headers. docs.h is generated.
+TEST(Includes, PythonUsesThePublicHeaders) {
+  int num_includes = 0;
+  for_each_include(kRoot / "python", [&](const std::string& path, const std::string& included) {
+    ++num_includes;
+    const bool own = fs::exists(kRoot / "python/src" / included) || included == "docs.h";
+    const bool is_public = included.starts_with("quire/") && included != "quire/cli.h";
+    EXPECT_TRUE(own || is_public) << path << " includes " << included;
+  });
+  EXPECT_GT(num_includes, 30) << "the test no longer finds the sources";
 }
 
 TEST(Includes, ARoomNobodyHasRulesForIsAnError) {

@@ -8,7 +8,6 @@ import importlib.util
 
 import numpy as np
 import pytest
-
 import quire
 
 # The dtypes that NumPy has no name for travel as integers of as many bytes.
@@ -69,7 +68,10 @@ class Cupy:
         return quire.Tensor(array, dtype) if dtype in CARRIERS else array
 
     def numpy(self, array):
-        array = self.cupy.from_dlpack(array) if isinstance(array, quire.Tensor) else array
+        if isinstance(array, quire.Tensor):
+            carrier = np.dtype(CARRIERS.get(array.dtype, array.dtype))
+            known = {1: "uint8", 2: "float16"}.get(carrier.itemsize, array.dtype)
+            array = self.cupy.from_dlpack(quire.Tensor(array, known)).view(carrier)
         return self.cupy.asnumpy(array)
 
 

@@ -1,24 +1,32 @@
 """Golden files: caches and outputs of vLLM's kernels (tests/golden/README.md), read with NumPy alone."""
 
-import gzip
 import functools
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden"
-DTYPES = {"F32": (np.float32, "float32"), "F16": (np.float16, "float16"), "BF16": (np.uint16, "bfloat16"),
-          "F8_E4M3": (np.uint8, "float8_e4m3fn"), "F8_E5M2": (np.uint8, "float8_e5m2"), "I8": (np.int8, "int8"),
-          "U8": (np.uint8, "uint8"), "I32": (np.int32, "int32"), "I64": (np.int64, "int64")}
+DTYPES = {
+    "F32": (np.float32, "float32"),
+    "F16": (np.float16, "float16"),
+    "BF16": (np.uint16, "bfloat16"),
+    "F8_E4M3": (np.uint8, "float8_e4m3fn"),
+    "F8_E5M2": (np.uint8, "float8_e5m2"),
+    "I8": (np.int8, "int8"),
+    "U8": (np.uint8, "uint8"),
+    "I32": (np.int32, "int32"),
+    "I64": (np.int64, "int64"),
+}
 
 
 @functools.lru_cache(maxsize=2)
 def _file(name):
     data = gzip.decompress((FOLDER / f"{name}.safetensors.gz").read_bytes())
     header_bytes = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + header_bytes])
-    return header.pop("__metadata__"), header, memoryview(data)[8 + header_bytes:]
+    header = json.loads(data[8 : 8 + header_bytes])
+    return header.pop("__metadata__"), header, memoryview(data)[8 + header_bytes :]
 
 
 def cases(*names):

@@ -5,7 +5,6 @@ import threading
 
 import numpy as np
 import pytest
-
 import quire
 
 
@@ -44,8 +43,9 @@ def store_and_read(mode, rng, out_like=np.empty_like, **options):
     quire.reshape_and_cache(key, value, cache, np.arange(20), **options)
     query = rng.standard_normal((1, 4, 32), dtype=np.float32)
     out = out_like(query)
-    quire.unified_attention(query, out, cache, np.array([0, 1], np.int32), np.array([20], np.int32),
-                            np.array([[0, 1]], np.int32), 0.17)
+    quire.unified_attention(
+        query, out, cache, np.array([0, 1], np.int32), np.array([20], np.int32), np.array([[0, 1]], np.int32), 0.17
+    )
     return key, value, query, out
 
 
@@ -117,15 +117,18 @@ def test_exceptions_come_back_with_their_cause(name, rng):
             raise quire.UnsupportedError("no reading today")
 
     quire.register_backend(name, Fails)
-    with pytest.raises(quire.InternalError, match=f"reshape_and_cache of mode {name} raised KeyError: 'lost'") as caught:
+    with pytest.raises(
+        quire.InternalError, match=f"reshape_and_cache of mode {name} raised KeyError: 'lost'"
+    ) as caught:
         store_and_read(name, rng)
     assert isinstance(caught.value.__cause__, KeyError)
     spec = quire.KVCacheSpec(name, head_size=32, num_kv_heads=2)
     cache = quire.allocate_cache(spec, 1)
     one = np.ones((1, 2, 32), np.float32)
     with pytest.raises(quire.UnsupportedError, match="^no reading today$") as caught:
-        quire.unified_attention(one, one, cache, np.array([0, 1], np.int32), np.array([1], np.int32),
-                                np.array([[0]], np.int32), 1.0)
+        quire.unified_attention(
+            one, one, cache, np.array([0, 1], np.int32), np.array([1], np.int32), np.array([[0]], np.int32), 1.0
+        )
     assert caught.value.__cause__ is None
 
 
@@ -211,7 +214,14 @@ def test_backends_of_the_table_serve_both_ops(rng):
     key = rng.standard_normal((1, 2, 32), dtype=np.float32)
     backend.reshape_and_cache(key, key, cache, np.zeros(1, np.int32))
     out = np.empty_like(key)
-    backend.unified_attention(key, out, cache, np.array([0, 1], np.int32), np.array([1], np.int32),
-                              np.array([[0]], np.int32), softmax_scale=1.0)
+    backend.unified_attention(
+        key,
+        out,
+        cache,
+        np.array([0, 1], np.int32),
+        np.array([1], np.int32),
+        np.array([[0]], np.int32),
+        softmax_scale=1.0,
+    )
     # One key has all the weight, so the output is the stored row: within half a step, 1 / 127 of the largest element.
     assert (abs(out - key) <= abs(key).max(axis=2, keepdims=True) / 127 * 0.501).all()

@@ -6,7 +6,6 @@ import pickle
 
 import numpy as np
 import pytest
-
 import quire
 from problems import Problem
 
@@ -14,8 +13,16 @@ from problems import Problem
 def values():
     spec = quire.KVCacheSpec("int4_per_token_head", head_size=64, num_kv_heads=2)
     problem = quire.problem_of(**Problem().read)
-    return [quire.mode_info("int4_per_token_head"), quire.KVQuantMode.INT4_PER_TOKEN_HEAD, spec, quire.make_layout(spec),
-            quire.cache_bytes(spec, 3), problem, quire.Arch(9, 0, 132, 228 << 10), quire.supports(problem)]
+    return [
+        quire.mode_info("int4_per_token_head"),
+        quire.KVQuantMode.INT4_PER_TOKEN_HEAD,
+        spec,
+        quire.make_layout(spec),
+        quire.cache_bytes(spec, 3),
+        problem,
+        quire.Arch(9, 0, 132, 228 << 10),
+        quire.supports(problem),
+    ]
 
 
 @pytest.mark.parametrize("value", values(), ids=lambda value: type(value).__name__)
@@ -39,7 +46,7 @@ def test_what_points_to_memory_does_not_pickle():
             pickle.dumps(thing)
 
 
-# ---- modes --------------------------------------------------------------------------------------------------------------
+# ---- modes -----------------------------------------------------------------------------------------------------------
 
 
 def test_modes():
@@ -47,7 +54,10 @@ def test_modes():
     assert list(modes)[0] == "auto" and len(modes) >= 14
     int4 = modes["int4_per_token_head"]
     assert (int4.kv_quant_mode, int4.key_format, int4.shared_slot) == (
-        quire.KVQuantMode.INT4_PER_TOKEN_HEAD, "int4_per_token_head", False)
+        quire.KVQuantMode.INT4_PER_TOKEN_HEAD,
+        "int4_per_token_head",
+        False,
+    )
     assert modes["turboquant_4bit_nc"].kv_quant_mode is None and modes["turboquant_4bit_nc"].shared_slot
     assert quire.mode_info("fp8_e4m3") == modes["fp8"] and "fp8_e4m3" in modes["fp8"].aliases
     composed = quire.mode_info("k=int8_per_token_head,v=turboquant_v3")
@@ -70,11 +80,20 @@ def test_kv_quant_mode():
         mode.INT2_PER_TOKEN_HEAD.packed_head_size(126)
 
 
-# ---- layouts ------------------------------------------------------------------------------------------------------------
+# ---- layouts ---------------------------------------------------------------------------------------------------------
 
-BYTES = {"auto": 512, "fp8": 256, "int8_per_token_head": 264, "fp8_per_token_head": 264, "int4_per_token_head": 136,
-         "int2_per_token_head": 72, "turboquant_k8v4": 196, "turboquant_4bit_nc": 134, "turboquant_k3v4_nc": 118,
-         "turboquant_3bit_nc": 102}
+BYTES = {
+    "auto": 512,
+    "fp8": 256,
+    "int8_per_token_head": 264,
+    "fp8_per_token_head": 264,
+    "int4_per_token_head": 136,
+    "int2_per_token_head": 72,
+    "turboquant_k8v4": 196,
+    "turboquant_4bit_nc": 134,
+    "turboquant_k3v4_nc": 118,
+    "turboquant_3bit_nc": 102,
+}
 
 
 @pytest.mark.parametrize("mode", BYTES)
@@ -86,16 +105,23 @@ def test_layouts_cost_what_the_readme_says(mode):
     assert layout.spec.packing == ("kv_in_row" if mode.startswith("turboquant") else "separate")
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"order": "HDN"}, "order is 'HDN'; supported: NHD, HND"),
-    ({"packing": "both"}, "packing is 'both'; supported: separate, kv_in_block, kv_in_row"),
-    ({"scales": "none"}, "scales is 'none'; supported: separate, inline"),
-    ({"head_size": 127}, "mode int4_per_token_head packs 2 elements together, so head_size must be a multiple of 2, got 127"),
-    ({"head_size": 1.5}, "head_size is 1.5; it must be a whole number"),
-    ({"head_size": 2**40}, "head_size is 1099511627776; it must be a whole number"),
-    ({"block_size": 0}, "block_size is 0"),
-    ({"model_dtype": "int4"}, "model_dtype is 'int4'; it must be the name of a dtype, such as 'bfloat16'"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"order": "HDN"}, "order is 'HDN'; supported: NHD, HND"),
+        ({"packing": "both"}, "packing is 'both'; supported: separate, kv_in_block, kv_in_row"),
+        ({"scales": "none"}, "scales is 'none'; supported: separate, inline"),
+        (
+            {"head_size": 127},
+            "mode int4_per_token_head packs 2 elements together, so head_size must be a multiple of 2, got 127",
+        ),
+        ({"head_size": 1.5}, "head_size is 1.5; it must be a whole number"),
+        ({"head_size": 2**40}, "head_size is 1099511627776; it must be a whole number"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"model_dtype": "int4"}, "model_dtype is 'int4'; it must be the name of a dtype, such as 'bfloat16'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_bad_specs(change, sentence):
     with pytest.raises(quire.InvalidArgumentError) as caught:
         quire.make_layout(dataclasses.replace(quire.KVCacheSpec("int4_per_token_head"), **change))
@@ -104,7 +130,11 @@ def test_bad_specs(change, sentence):
 
 def test_dtypes_of_other_libraries_name_a_spec(torch):
     spec = quire.KVCacheSpec("auto", model_dtype=torch.float16)
-    assert spec == quire.KVCacheSpec("auto", model_dtype=np.float16) == quire.KVCacheSpec("auto", model_dtype=np.dtype("f2"))
+    assert (
+        spec
+        == quire.KVCacheSpec("auto", model_dtype=np.float16)
+        == quire.KVCacheSpec("auto", model_dtype=np.dtype("f2"))
+    )
     assert quire.make_layout(spec).key_cache_dtype == "float16"
 
 
@@ -114,8 +144,15 @@ def test_dtypes_of_other_libraries_name_a_spec(torch):
 def test_every_layout_works(order, packing, scales):
     expected = Problem(head_size=32).run()
     problem = Problem(head_size=32)
-    spec = quire.KVCacheSpec("int8_per_token_head", head_size=32, num_kv_heads=2, order=order, packing=packing,
-                             scales=scales, page_alignment=256)
+    spec = quire.KVCacheSpec(
+        "int8_per_token_head",
+        head_size=32,
+        num_kv_heads=2,
+        order=order,
+        packing=packing,
+        scales=scales,
+        page_alignment=256,
+    )
     cache = quire.allocate_cache(spec, 4)
     quire.reshape_and_cache(**{**problem.store, "cache": cache})
     quire.unified_attention(**{**problem.read, "cache": cache})
@@ -127,11 +164,15 @@ def test_make_views_lie_in_the_memory_they_are_given(cpu_library):
     spec = quire.KVCacheSpec("int4_per_token_head", head_size=64, num_kv_heads=2, packing="kv_in_block")
     sizes = quire.cache_bytes(spec, 3)
     assert sizes.v_base == 0 and sizes.k_scales == 3 * 16 * 2 * 4
-    base, k_scales, v_scales = (cpu_library.array(np.zeros(size, np.uint8)) for size in (sizes.base, sizes.k_scales, sizes.v_scales))
+    base, k_scales, v_scales = (
+        cpu_library.array(np.zeros(size, np.uint8)) for size in (sizes.base, sizes.k_scales, sizes.v_scales)
+    )
     cache = quire.make_views(spec, 3, base, None, k_scales, v_scales)
     assert cache.key_cache.data_ptr == quire.Tensor(base).data_ptr
     assert cache.value_cache.data_ptr == quire.Tensor(base).data_ptr + quire.make_layout(spec).v_offset
-    with pytest.raises(quire.InvalidArgumentError, match=f"^base has {sizes.base - 1} bytes; 3 blocks need {sizes.base}$"):
+    with pytest.raises(
+        quire.InvalidArgumentError, match=f"^base has {sizes.base - 1} bytes; 3 blocks need {sizes.base}$"
+    ):
         quire.make_views(spec, 3, base[:-1], None, k_scales, v_scales)
     with pytest.raises(quire.InvalidArgumentError, match="^k_scale_base is not given; it must have 384 bytes$"):
         quire.make_views(spec, 3, base)
@@ -161,7 +202,7 @@ def test_allocated_memory_is_aligned_and_zero():
     assert cache.key_cache.data_ptr % 64 == 0 and not np.asarray(cache.key_cache).any()
 
 
-# ---- plans --------------------------------------------------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_runs_calls_inside_its_bounds(cpu_library):
@@ -172,11 +213,13 @@ def test_a_plan_runs_calls_inside_its_bounds(cpu_library):
     assert plan.describe().startswith("cpu") and plan.describe() in repr(plan) and plan.tensor_cores is False
     workspace = cpu_library.array(np.empty(plan.workspace_bytes + 16, np.uint8))
     start = -quire.Tensor(workspace).data_ptr % 16
-    workspace = workspace[start:start + plan.workspace_bytes]
+    workspace = workspace[start : start + plan.workspace_bytes]
     quire.run_unified_attention(plan, **problem.read, workspace=workspace)
     assert (cpu_library.numpy(problem.read["out"]) == expected).all()
     if plan.workspace_bytes:
-        with pytest.raises(quire.InvalidArgumentError, match=f"^workspace has 0 bytes; the plan needs {plan.workspace_bytes}$"):
+        with pytest.raises(
+            quire.InvalidArgumentError, match=f"^workspace has 0 bytes; the plan needs {plan.workspace_bytes}$"
+        ):
             quire.run_unified_attention(plan, **problem.read)
     longer = Problem(array=cpu_library.array, lengths=(301, 7), query_lens=(1, 3))
     with pytest.raises(quire.InvalidArgumentError, match="but the plan was made for at most"):
@@ -184,14 +227,25 @@ def test_a_plan_runs_calls_inside_its_bounds(cpu_library):
 
 
 def test_plans_are_pure():
-    problem = quire.AttentionProblem(mode="int4_per_token_head", num_q_heads=32, num_kv_heads=8, head_size=128,
-                                     block_size=16, max_num_tokens=64, max_batch=64, max_query_len=1, max_seq_len=8192)
+    problem = quire.AttentionProblem(
+        mode="int4_per_token_head",
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        block_size=16,
+        max_num_tokens=64,
+        max_batch=64,
+        max_query_len=1,
+        max_seq_len=8192,
+    )
     assert problem.head_size_v == 128
     plan = quire.plan_unified_attention(problem)
     support = quire.supports(problem)
     assert support.workspace_bytes == plan.workspace_bytes and support.tensor_cores == plan.tensor_cores
     assert dataclasses.replace(plan.problem, arch=None) == problem
-    with pytest.raises(quire.InvalidArgumentError, match="^num_q_heads is 31; it must be a multiple of num_kv_heads, 8$"):
+    with pytest.raises(
+        quire.InvalidArgumentError, match="^num_q_heads is 31; it must be a multiple of num_kv_heads, 8$"
+    ):
         quire.supports(dataclasses.replace(problem, num_q_heads=31))
     with pytest.raises(quire.InvalidArgumentError, match="^device is 'tpu'; supported: cpu, cuda and cuda:<index>$"):
         quire.supports(dataclasses.replace(problem, device="tpu"))

@@ -12,7 +12,9 @@ def test_the_page_is_true():
     names = {}
     programs = 0
     # A program, then at most a line of prose, then what it prints.
-    for code, printed in re.findall(r"```python\n(.*?)```\n(?:\n(?:It prints\n\n)?```\n(.*?)```)?", PAGE.read_text(), re.DOTALL):
+    for code, printed in re.findall(
+        r"```python\n(.*?)```\n(?:\n(?:It prints\n\n)?```\n(.*?)```)?", PAGE.read_text(), re.DOTALL
+    ):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(compile(code, str(PAGE), "exec"), names)

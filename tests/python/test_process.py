@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import quire
 from problems import Problem
 
@@ -17,22 +16,31 @@ from problems import Problem
 def python(code, timeout=300):
     """Runs code in a process of its own, with quire's tests on its path; gives what it printed."""
     path = os.pathsep.join([str(Path(quire.__file__).parents[1]), str(Path(__file__).parent)])
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
 
 
 def test_import_brings_no_other_library():
-    assert python("""
+    assert (
+        python(r"""
         import sys, quire
         print([name for name in ("numpy", "torch", "jax", "cupy", "nanobind") if name in sys.modules])
-    """) == "[]\n"
+    """)
+        == "[]\n"
+    )
 
 
 def test_no_library_is_needed():
-    assert python("""
+    assert (
+        python(r"""
         import array, quire
         x, out = array.array("f", [1.0] * 32), array.array("f", [0.0] * 32)
         quire.hadamard(x, out)
@@ -41,7 +49,9 @@ def test_no_library_is_needed():
         row = memoryview(x).cast("B").cast("f", (1, 1, 32))
         quire.reshape_and_cache(row, row, cache, array.array("q", [0]))
         print(out[:2].tolist(), set(memoryview(cache.key_cache).tolist()[0][0][0]))
-    """) == "[32.0, 0.0] {127}\n"
+    """)
+        == "[32.0, 0.0] {127}\n"
+    )
 
 
 def test_other_threads_run_while_an_op_does():
@@ -85,7 +95,8 @@ def test_threads_that_call_at_the_same_time_get_the_same_bits():
 
 
 def test_a_forked_child_computes():
-    assert python("""
+    assert (
+        python(r"""
         import os, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of fork() where there are threads
         from problems import Problem
@@ -96,7 +107,9 @@ def test_a_forked_child_computes():
             problem.read["out"][...] = 0
             os._exit(0 if (problem.run() == expected).all() else 1)
         print(os.waitpid(child, 0)[1], (problem.run() == expected).all())
-    """) == "0 True\n"
+    """)
+        == "0 True\n"
+    )
 
 
 def test_multiprocessing_computes():
@@ -119,7 +132,9 @@ def test_multiprocessing_computes():
 
 def test_no_call_copies_its_arrays():
     """The high-water mark of a process's memory stays where it was, over calls whose arrays take 96 MiB."""
-    grown_kib, copied_kib = map(int, python("""
+    grown_kib, copied_kib = map(
+        int,
+        python(r"""
         import re
         import numpy as np
         import quire
@@ -148,14 +163,16 @@ def test_no_call_copies_its_arrays():
         grown = high_water_mark() - before
         copies = key.copy(), value.copy(), query.copy(), out.copy()
         print(grown, high_water_mark() - before - grown)
-    """).split())
+    """).split(),
+    )
     assert copied_kib > 80 << 10  # what a copy would show
     assert grown_kib < 4 << 10
 
 
 def test_the_interpreter_ends_quietly():
     """With views, plans and backends alive, and nothing said on the way out."""
-    assert python("""
+    assert (
+        python(r"""
         from problems import Problem
         import quire
 
@@ -169,7 +186,9 @@ def test_the_interpreter_ends_quietly():
         backend.problem, backend.plan = problem, quire.plan_unified_attention(quire.problem_of(**problem.read))
         view = memoryview(problem.cache.key_cache)
         print("done")
-    """) == "done\n"
+    """)
+        == "done\n"
+    )
 
 
 def test_cycles_through_views_are_collected():
@@ -194,10 +213,13 @@ def test_cycles_through_views_are_collected():
 @pytest.mark.parametrize("order", [["torch", "quire"], ["quire", "torch"]], ids=" first, ".join)
 def test_beside_torch_in_either_order(torch, order):
     """Two OpenMP libraries in one process, and both compute."""
-    assert python(f"""
+    assert (
+        python(f"""
         import {order[0]}, {order[1]}
         x = torch.ones(64, 64) @ torch.ones(64, 64)
         out = torch.empty(64, 64)
         quire.hadamard(x, out)
         print(out[0, 0].item(), (x @ x)[0, 0].item())
-    """) == "4096.0 262144.0\n"
+    """)
+        == "4096.0 262144.0\n"
+    )

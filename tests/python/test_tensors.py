@@ -8,7 +8,6 @@ import weakref
 
 import numpy as np
 import pytest
-
 import quire
 from conftest import CARRIERS, bfloat16_bits, bfloat16_values
 
@@ -30,10 +29,18 @@ def test_every_dtype_is_seen_in_place(cpu_library, dtype):
         assert view.data_ptr == address(array)
 
 
-@pytest.mark.parametrize("view", [
-    lambda a: a[:, ::2], lambda a: a[1:, :, 1:3], lambda a: a.swapaxes(0, 2), lambda a: a[0], lambda a: a[0, 0, 0:1],
-    lambda a: a[:0],
-], ids=["step", "slice", "transposed", "row", "one", "empty"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a[:, ::2],
+        lambda a: a[1:, :, 1:3],
+        lambda a: a.swapaxes(0, 2),
+        lambda a: a[0],
+        lambda a: a[0, 0, 0:1],
+        lambda a: a[:0],
+    ],
+    ids=["step", "slice", "transposed", "row", "one", "empty"],
+)
 def test_views_keep_their_strides(cpu_library, view):
     array = view(cpu_library.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4)))
     seen = quire.Tensor(array)
@@ -49,8 +56,12 @@ def test_flags_are_bytes(cpu_library):
 
 
 def test_objects_of_other_kinds(rng):
-    for source, dtype in ((b"abc", "uint8"), (bytearray(3), "uint8"), (memoryview(np.ones(3, np.float16)), "float16"),
-                          ((ctypes.c_float * 3)(), "float32")):
+    for source, dtype in (
+        (b"abc", "uint8"),
+        (bytearray(3), "uint8"),
+        (memoryview(np.ones(3, np.float16)), "float16"),
+        ((ctypes.c_float * 3)(), "float32"),
+    ):
         assert quire.Tensor(source).dtype == dtype and quire.Tensor(source).shape == (3,)
     assert quire.Tensor(b"abc").read_only and not quire.Tensor(bytearray(3)).read_only
 
@@ -89,6 +100,21 @@ def test_a_capsule_tells_what_is_read_only():
     assert quire.Tensor(OnlyDlpack(array)).read_only
     with pytest.raises(quire.InvalidArgumentError, match="^out is read-only, and the call writes to it"):
         quire.hadamard(np.ones(4, np.float32), OnlyDlpack(array))
+
+
+def test_a_gpus_array_is_told_the_stream():
+    class OnGpu(OnlyDlpack):  # as far as it says
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self, stream, **options):
+            self.streams.append(stream)
+            return self.array.__dlpack__(**options)
+
+    for stream, told in ((None, 1), (0, 1), (4096, 4096)):
+        x = OnGpu(np.ones(4, np.float32))
+        quire.hadamard(x, np.empty(4, np.float32), stream=stream)
+        assert x.streams == [told]  # 1 is DLPack's number of CUDA's default stream
 
 
 def test_a_capsule_is_dropped_after_the_call():
@@ -201,20 +227,24 @@ def test_jax_arrays_are_read_and_not_written():
             quire.hadamard(out, x)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def hadamard_of(x):
     quire.hadamard(x, np.empty(4, np.float32))
 
 
-@pytest.mark.parametrize("array, sentence", [
-    (np.ones(4), "x is float64; quire knows float32, float16"),
-    (np.ones(4, ">f4"), "x is >f4; quire knows"),
-    (np.ones(4, "c8"), "x is complex64; quire knows"),
-    (np.ones((1,) * 7, np.float32), "x has 7 dimensions; supported: 0 to 6"),
-    (np.ones(4, [("a", "f4"), ("b", "i1")])["a"], "x has a stride of 5 bytes, which is no multiple"),
-], ids=["float64", "swapped", "complex", "dimensions", "odd stride"])
+@pytest.mark.parametrize(
+    "array, sentence",
+    [
+        (np.ones(4), "x is float64; quire knows float32, float16"),
+        (np.ones(4, ">f4"), "x is >f4; quire knows"),
+        (np.ones(4, "c8"), "x is complex64; quire knows"),
+        (np.ones((1,) * 7, np.float32), "x has 7 dimensions; supported: 0 to 6"),
+        (np.ones(4, [("a", "f4"), ("b", "i1")])["a"], "x has a stride of 5 bytes, which is no multiple"),
+    ],
+    ids=["float64", "swapped", "complex", "dimensions", "odd stride"],
+)
 def test_arrays_that_quire_cannot_read(array, sentence):
     with pytest.raises(quire.InvalidArgumentError) as caught:
         hadamard_of(array)
@@ -234,7 +264,9 @@ def test_read_only_outputs_are_refused():
     out = np.zeros(4, np.float32)
     out.flags.writeable = False
     for array in (out, quire.Tensor(out), memoryview(out)):
-        with pytest.raises(quire.InvalidArgumentError, match="^out is read-only, and the call writes to it; give a writable"):
+        with pytest.raises(
+            quire.InvalidArgumentError, match="^out is read-only, and the call writes to it; give a writable"
+        ):
             quire.hadamard(np.ones(4, np.float32), array)
     assert not out.any()
     hadamard_of(out)  # to read
@@ -242,7 +274,9 @@ def test_read_only_outputs_are_refused():
 
 def test_what_requires_grad_is_refused(torch):
     x = torch.ones(4, requires_grad=True)
-    with pytest.raises(quire.InvalidArgumentError, match=r"^x requires grad, and quire has no backward pass; give it as x.detach\(\)$"):
+    with pytest.raises(
+        quire.InvalidArgumentError, match=r"^x requires grad, and quire has no backward pass; give it as x.detach\(\)$"
+    ):
         hadamard_of(x)
     with pytest.raises(quire.InvalidArgumentError, match="^x requires grad"):
         hadamard_of(torch.nn.Parameter(torch.ones(4)))
@@ -276,6 +310,7 @@ def test_exceptions_of_the_array_pass_through():
     with pytest.raises(RuntimeError, match="lost"):
         hadamard_of(Broken())
     with pytest.raises(quire.InvalidArgumentError, match="on a device of DLPack type 8"):
+
         class Elsewhere(OnlyDlpack):
             def __dlpack__(self, **options):
                 capsule = self.array.__dlpack__(**options)
