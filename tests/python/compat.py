@@ -13,8 +13,17 @@ DEVICES = ["cpu"] + (["cuda:0"] if cuda_is_there() and torch.cuda.is_available()
 class Batch:
     """A paged batch: rows of K and V, the caches that hold them in order, and what a call needs beside them."""
 
-    def __init__(self, device="cpu", lens=((3, 40), (1, 17), (7, 7)), heads=(4, 2), head_size=64, head_size_v=None,
-                 block_size=16, dtype=torch.float32, seed=0):
+    def __init__(
+        self,
+        device="cpu",
+        lens=((3, 40), (1, 17), (7, 7)),
+        heads=(4, 2),
+        head_size=64,
+        head_size_v=None,
+        block_size=16,
+        dtype=torch.float32,
+        seed=0,
+    ):
         generator = torch.Generator().manual_seed(seed)
         head_size_v = head_size_v or head_size
         self.lens, self.heads, self.block_size, self.dtype = lens, heads, block_size, dtype
@@ -49,8 +58,10 @@ class Batch:
         """Two caches of noise, and scale caches."""
         shape = (self.num_blocks, self.block_size, self.heads[1])
         dtype = dtype or self.dtype
-        bytes_ = [torch.randint(0, 40, (*shape, width * dtype.itemsize), dtype=torch.uint8, device=self.device)
-                  for width in (row or self.head_size, row_v or row or self.head_size_v)]
+        bytes_ = [
+            torch.randint(0, 40, (*shape, width * dtype.itemsize), dtype=torch.uint8, device=self.device)
+            for width in (row or self.head_size, row_v or row or self.head_size_v)
+        ]
         scales = [torch.full(shape, float("nan"), device=self.device) for _ in range(2)]
         return [cache.view(dtype) for cache in bytes_] + scales
 
@@ -61,19 +72,60 @@ class Batch:
             cache.view(-1, *cache.shape[2:])[self.slots] = rows.to(cache.dtype)
         return key_cache, value_cache
 
-    def args(self, key_cache, value_cache, out=None, query=None, causal=True, window_size=(-1, -1), softcap=0.0,
-             q_descale=None, k_descale=None, v_descale=None):
+    def args(
+        self,
+        key_cache,
+        value_cache,
+        out=None,
+        query=None,
+        causal=True,
+        window_size=(-1, -1),
+        softcap=0.0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+    ):
         """The positional arguments of vLLM's unified_attention."""
-        return (self.query if query is None else query, key_cache, value_cache, self.out if out is None else out,
-                self.cu_seqlens_q, max(q for q, _ in self.lens), self.seq_lens, max(keys for _, keys in self.lens),
-                self.scale, causal, window_size, self.block_table, softcap, q_descale, k_descale, v_descale)
+        return (
+            self.query if query is None else query,
+            key_cache,
+            value_cache,
+            self.out if out is None else out,
+            self.cu_seqlens_q,
+            max(q for q, _ in self.lens),
+            self.seq_lens,
+            max(keys for _, keys in self.lens),
+            self.scale,
+            causal,
+            window_size,
+            self.block_table,
+            softcap,
+            q_descale,
+            k_descale,
+            v_descale,
+        )
 
-    def expected(self, key=None, value=None, query=None, visible=None, softcap=0.0, sinks=None, alibi_slopes=None,
-                 use_alibi_sqrt=False, qq_bias=None):
+    def expected(
+        self,
+        key=None,
+        value=None,
+        query=None,
+        visible=None,
+        softcap=0.0,
+        sinks=None,
+        alibi_slopes=None,
+        use_alibi_sqrt=False,
+        qq_bias=None,
+    ):
         """Attention in float64. visible(b, p, j): which keys j the positions p of sequence b see, causal by default."""
-        key, value, query = (x.double().cpu() for x in (self.key if key is None else key,
-                                                        self.value if value is None else value,
-                                                        self.query if query is None else query))
+        key, value, query = (
+            x.double().cpu()
+            for x in (
+                self.key if key is None else key,
+                self.value if value is None else value,
+                self.query if query is None else query,
+            )
+        )
         group = self.heads[0] // self.heads[1]
         outs, first_key, first_query = [], 0, 0
         for b, (queries, keys) in enumerate(self.lens):

@@ -28,24 +28,44 @@ def head_size_v(monkeypatch):
 
 
 def config(heads=(4, 2), head_size=96, mode="NONE", sizes=()):
-    model = SimpleNamespace(get_num_attention_heads=lambda parallel: heads[0], get_num_kv_heads=lambda parallel: heads[1],
-                            get_head_size=lambda: head_size)
-    return SimpleNamespace(model_config=model, parallel_config=None, compilation_config=SimpleNamespace(
-        cudagraph_mode=SimpleNamespace(name=mode), cudagraph_capture_sizes=list(sizes)))
+    model = SimpleNamespace(
+        get_num_attention_heads=lambda parallel: heads[0],
+        get_num_kv_heads=lambda parallel: heads[1],
+        get_head_size=lambda: head_size,
+    )
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(name=mode), cudagraph_capture_sizes=list(sizes)
+        ),
+    )
 
 
 def metadata(batch, builder=TritonAttentionMetadataBuilder, prefix=0, **fields):
-    common = SimpleNamespace(num_actual_tokens=batch.query.shape[0], max_query_len=max(q for q, _ in batch.lens),
-                             max_seq_len=max(keys for _, keys in batch.lens), query_start_loc=batch.cu_seqlens_q,
-                             seq_lens=batch.seq_lens, block_table_tensor=batch.block_table, slot_mapping=batch.slots,
-                             **fields)
-    made = builder(SimpleNamespace(block_size=batch.block_size), ["layer"], config(batch.heads, batch.head_size),
-                   torch.device(batch.device))
+    common = SimpleNamespace(
+        num_actual_tokens=batch.query.shape[0],
+        max_query_len=max(q for q, _ in batch.lens),
+        max_seq_len=max(keys for _, keys in batch.lens),
+        query_start_loc=batch.cu_seqlens_q,
+        seq_lens=batch.seq_lens,
+        block_table_tensor=batch.block_table,
+        slot_mapping=batch.slots,
+        **fields,
+    )
+    made = builder(
+        SimpleNamespace(block_size=batch.block_size),
+        ["layer"],
+        config(batch.heads, batch.head_size),
+        torch.device(batch.device),
+    )
     return made.build(prefix, common)
 
 
 def impl(batch, cls=TritonAttentionImpl, kv_cache_dtype="auto", sliding_window=None, **options):
-    return cls(batch.heads[0], batch.head_size, batch.scale, batch.heads[1], None, sliding_window, kv_cache_dtype, **options)
+    return cls(
+        batch.heads[0], batch.head_size, batch.scale, batch.heads[1], None, sliding_window, kv_cache_dtype, **options
+    )
 
 
 def layer(device):
@@ -55,8 +75,16 @@ def layer(device):
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, size", [("NONE", 128), ("INT8_PER_TOKEN_HEAD", 128), ("FP8_PER_TOKEN_HEAD", 128),
-                                        ("INT4_PER_TOKEN_HEAD", 64), ("INT2_PER_TOKEN_HEAD", 32)])
+@pytest.mark.parametrize(
+    "mode, size",
+    [
+        ("NONE", 128),
+        ("INT8_PER_TOKEN_HEAD", 128),
+        ("FP8_PER_TOKEN_HEAD", 128),
+        ("INT4_PER_TOKEN_HEAD", 64),
+        ("INT2_PER_TOKEN_HEAD", 32),
+    ],
+)
 def test_page_formulas(mode, size):
     """block * heads * (row of K + row of V) * itemsize, and 2 * block * heads * 4 for the scales."""
     mode = KVQuantMode[mode]
@@ -66,8 +94,15 @@ def test_page_formulas(mode, size):
     scales = 2 * 16 * 8 * 4 if mode.is_per_token_head else 0
     assert spec._effective_head_size == size
     assert spec.page_size_bytes == 16 * 8 * 2 * size * dtype.itemsize + scales
-    wide = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, head_size_v=64, dtype=dtype, kv_quant_mode=mode,
-                             page_size_padded=1 << 20)
+    wide = FullAttentionSpec(
+        block_size=16,
+        num_kv_heads=8,
+        head_size=128,
+        head_size_v=64,
+        dtype=dtype,
+        kv_quant_mode=mode,
+        page_size_padded=1 << 20,
+    )
     assert wide.real_page_size_bytes == 16 * 8 * (size + size // 2) * dtype.itemsize + scales
     assert wide.page_size_bytes == 1 << 20
     with pytest.raises(AssertionError, match="page_size_padded"):
@@ -84,12 +119,18 @@ def test_cache_shapes(monkeypatch):
     for backend in (plain, diffkv):
         with pytest.raises(ValueError, match="16"):
             backend.get_kv_cache_shape(5, 24, 8, 128)
-    orders = {"NHD": ((0, 1, 2, 3, 4), (1, 0, 2, 3, 4, 5), (0, 1, 2, 3), (1, 0, 2, 3, 4)),
-              "HND": ((0, 1, 3, 2, 4), (1, 2, 4, 0, 3, 5), (0, 2, 1, 3), (1, 3, 0, 2, 4))}
+    orders = {
+        "NHD": ((0, 1, 2, 3, 4), (1, 0, 2, 3, 4, 5), (0, 1, 2, 3), (1, 0, 2, 3, 4)),
+        "HND": ((0, 1, 3, 2, 4), (1, 2, 4, 0, 3, 5), (0, 2, 1, 3), (1, 3, 0, 2, 4)),
+    }
     for name, expected in orders.items():
         monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", name)
-        assert (plain.get_kv_cache_stride_order(), plain.get_kv_cache_stride_order(True),
-                diffkv.get_kv_cache_stride_order(), diffkv.get_kv_cache_stride_order(True)) == expected
+        assert (
+            plain.get_kv_cache_stride_order(),
+            plain.get_kv_cache_stride_order(True),
+            diffkv.get_kv_cache_stride_order(),
+            diffkv.get_kv_cache_stride_order(True),
+        ) == expected
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "DNH")
     with pytest.raises(ValueError, match="DNH"):
         plain.get_kv_cache_stride_order()
@@ -98,7 +139,9 @@ def test_cache_shapes(monkeypatch):
 def test_what_the_backends_say():
     plain, diffkv = TritonAttentionBackend, TritonAttentionDiffKVBackend
     assert (plain.get_name(), diffkv.get_name()) == ("TRITON_ATTN", "TRITON_ATTN_DIFFKV")
-    assert diffkv.get_impl_cls() is TritonAttentionDiffKVImpl and issubclass(TritonAttentionDiffKVImpl, TritonAttentionImpl)
+    assert diffkv.get_impl_cls() is TritonAttentionDiffKVImpl and issubclass(
+        TritonAttentionDiffKVImpl, TritonAttentionImpl
+    )
     assert diffkv.get_builder_cls() is TritonAttentionDiffKVMetadataBuilder
     assert issubclass(TritonAttentionDiffKVMetadataBuilder, TritonAttentionMetadataBuilder)
     assert plain.supports_head_size(32) and not plain.supports_head_size(31)
@@ -138,9 +181,20 @@ def test_builder_build():
     assert cascade.use_cascade is True and cascade.suffix_kv_lens.tolist() == [35, 12, 2]
     assert cascade.cu_prefix_query_lens.tolist() == [0, 11] and cascade.prefix_kv_lens.tolist() == [5]
     builder = TritonAttentionMetadataBuilder(SimpleNamespace(block_size=16), [], config(), torch.device("cpu"))
-    common = SimpleNamespace(**{name: getattr(made, name) for name in (
-        "num_actual_tokens", "max_query_len", "max_seq_len", "query_start_loc", "seq_lens", "slot_mapping")},
-        block_table_tensor=made.block_table)
+    common = SimpleNamespace(
+        **{
+            name: getattr(made, name)
+            for name in (
+                "num_actual_tokens",
+                "max_query_len",
+                "max_seq_len",
+                "query_start_loc",
+                "seq_lens",
+                "slot_mapping",
+            )
+        },
+        block_table_tensor=made.block_table,
+    )
     assert builder.build_for_cudagraph_capture(common).seq_lens.tolist() == [1, 1, 1]
     made.mm_prefix_range = {0: [(1, 3), (5, 6)], 1: [], 2: [(0, 2)]}
     assert made.mm_prefix_range_tensor.tolist() == [[[1, 3], [5, 6]], [[0, 0], [0, 0]], [[0, 2], [0, 0]]]
@@ -159,8 +213,18 @@ def test_diffkv_refuses():
     layer_impl = impl(batch, TritonAttentionDiffKVImpl)
     assert layer_impl.fused_rope_kvcache_supported() is False
     forward = inspect.signature(TritonAttentionDiffKVImpl.forward)
-    assert list(forward.parameters) == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output",
-                                        "output_scale", "output_block_scale"]
+    assert list(forward.parameters) == [
+        "self",
+        "layer",
+        "query",
+        "key",
+        "value",
+        "kv_cache",
+        "attn_metadata",
+        "output",
+        "output_scale",
+        "output_block_scale",
+    ]
     nothing = (None, batch.query, None, None, None)
     for scales in ((1.0, None), (None, 1.0)):  # before the metadata is looked at
         with pytest.raises(NotImplementedError, match="output scale"):
@@ -210,10 +274,18 @@ def test_diffkv_of_fp8_where_it_is_allowed(device, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize("kv_cache_dtype, dtype, bound", [
-    ("auto", torch.float32, None), ("fp8", torch.uint8, 0.06), ("fp8_e5m2", torch.uint8, 0.06),
-    ("int8_per_token_head", torch.int8, 0.02), ("fp8_per_token_head", torch.uint8, 0.06),
-    ("int4_per_token_head", torch.uint8, 0.25), ("int2_per_token_head", torch.uint8, 0.75)])
+@pytest.mark.parametrize(
+    "kv_cache_dtype, dtype, bound",
+    [
+        ("auto", torch.float32, None),
+        ("fp8", torch.uint8, 0.06),
+        ("fp8_e5m2", torch.uint8, 0.06),
+        ("int8_per_token_head", torch.int8, 0.02),
+        ("fp8_per_token_head", torch.uint8, 0.06),
+        ("int4_per_token_head", torch.uint8, 0.25),
+        ("int2_per_token_head", torch.uint8, 0.75),
+    ],
+)
 def test_the_plain_backend(device, heads_first, kv_cache_dtype, dtype, bound):
     batch = Batch(device)
     shape = TritonAttentionBackend.get_kv_cache_shape(batch.num_blocks, 16, 2, 64, kv_cache_dtype)
@@ -240,7 +312,8 @@ def test_an_encoder(device, window):
     assert_near(batch.out, expected, FP32_BOUND[device])
     with pytest.raises(NotImplementedError, match="int8"):
         impl(batch, kv_cache_dtype="int8_per_token_head", attn_type="encoder").forward(
-            None, batch.query, batch.key, batch.value, None, metadata(batch), batch.out)
+            None, batch.query, batch.key, batch.value, None, metadata(batch), batch.out
+        )
 
 
 def test_the_plain_implementation():
@@ -256,7 +329,8 @@ def test_the_plain_implementation():
     assert plain.forward(None, batch.query, None, None, None, None, batch.out) is batch.out and not batch.out.any()
     with pytest.raises(AssertionError, match="cascade"):
         plain.forward(None, batch.query, None, None, None, SimpleNamespace(use_cascade=True), batch.out)
-    static = SimpleNamespace(dtype=torch.float8_e4m3fn, symmetric=True, scale2=None,
-                             scale=SimpleNamespace(static=True, group_shape=(-1, -1)))
+    static = SimpleNamespace(
+        dtype=torch.float8_e4m3fn, symmetric=True, scale2=None, scale=SimpleNamespace(static=True, group_shape=(-1, -1))
+    )
     dynamic = SimpleNamespace(**{**vars(static), "scale": SimpleNamespace(static=False, group_shape=(-1, -1))})
     assert plain.fused_output_quant_supported(static) and not plain.fused_output_quant_supported(dynamic)

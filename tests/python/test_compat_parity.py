@@ -1,4 +1,5 @@
-"""quire.compat beside vLLM's own functions, where vLLM 0.33.0 can be imported (its *.py files do; see scripts/vllm-tests)."""
+"""quire.compat beside vLLM's own functions, where vLLM 0.33.0 can be imported (its *.py files do; see
+scripts/vllm-tests)."""
 
 import inspect
 import math
@@ -24,14 +25,18 @@ except ImportError as error:
     pytest.skip(f"vLLM cannot be imported: {error}", allow_module_level=True)
 
 FUNCTIONS = [
-    (triton_unified_attention, "unified_attention"), (triton_unified_attention_diffkv, "unified_attention_diffkv"),
+    (triton_unified_attention, "unified_attention"),
+    (triton_unified_attention_diffkv, "unified_attention_diffkv"),
     (triton_reshape_and_cache_flash, "triton_reshape_and_cache_flash"),
     (triton_reshape_and_cache_flash, "triton_reshape_and_cache_flash_diffkv"),
     (triton_reshape_and_cache_flash, "triton_reshape_and_cache_flash_per_token_head_quant"),
     (triton_turboquant_store, "triton_turboquant_store"),
     (triton_turboquant_decode, "triton_turboquant_decode_attention"),
-    (int4_per_token_head, "single_rht"), (int4_per_token_head, "fast_hadamard_transform"),
-    (int4_per_token_head, "reshape_and_cache_int4"), (int4_per_token_head, "unified_attention_int4")]
+    (int4_per_token_head, "single_rht"),
+    (int4_per_token_head, "fast_hadamard_transform"),
+    (int4_per_token_head, "reshape_and_cache_int4"),
+    (int4_per_token_head, "unified_attention_int4"),
+]
 
 
 @pytest.mark.parametrize("module, name", FUNCTIONS, ids=[name for _, name in FUNCTIONS])
@@ -53,10 +58,33 @@ def test_the_enum_is_vllms():
             assert getattr(mine, key) == getattr(theirs, key), (name, key)
 
 
-@pytest.mark.parametrize("dtype", [
-    "auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "int8_per_token_head",
-    "int4_per_token_head", "fp8_per_token_head", "nvfp4", "nvfp4_4over6", "nvfp4_ds_mla", "turboquant_k8v4",
-    "turboquant_3bit_nc", "octave_k3v4", "octave_k3v3_compact", "ultraquant_4bit", "int4", "", "int2_per_token_head"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "auto",
+        "bfloat16",
+        "float16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+        "fp8_inc",
+        "fp8_ds_mla",
+        "int8_per_token_head",
+        "int4_per_token_head",
+        "fp8_per_token_head",
+        "nvfp4",
+        "nvfp4_4over6",
+        "nvfp4_ds_mla",
+        "turboquant_k8v4",
+        "turboquant_3bit_nc",
+        "octave_k3v4",
+        "octave_k3v3_compact",
+        "ultraquant_4bit",
+        "int4",
+        "",
+        "int2_per_token_head",
+    ],
+)
 def test_modes_of_strings_are_vllms(dtype):
     assert ours.get_kv_quant_mode(dtype).name == interface.get_kv_quant_mode(dtype).name
     for name in ("is_quantized_kv_cache", "kv_cache_uses_per_token_head_scales"):
@@ -83,10 +111,22 @@ def test_turboquant_with_vllms_tables_and_sizes(preset, d):
     rotation = h / math.sqrt(d)
     centroids, midpoints = solve_lloyd_max(d, config.centroid_bits)
     cache = torch.zeros(batch.num_blocks, 16, 2, config.slot_size_aligned, dtype=torch.uint8)
-    shared = {"mse_bits": config.key_mse_bits, "key_packed_size": config.key_packed_size,
-              "value_quant_bits": config.effective_value_quant_bits, "key_fp8": config.key_fp8}
+    shared = {
+        "mse_bits": config.key_mse_bits,
+        "key_packed_size": config.key_packed_size,
+        "value_quant_bits": config.effective_value_quant_bits,
+        "key_fp8": config.key_fp8,
+    }
     ours.triton_turboquant_store(batch.key, batch.value, cache, batch.slots.int(), rotation, midpoints, **shared)
     out = ours.triton_turboquant_decode_attention(
-        batch.query, cache, batch.block_table, batch.seq_lens, rotation, centroids, batch.scale, **shared,
-        norm_correction=config.norm_correction)
+        batch.query,
+        cache,
+        batch.block_table,
+        batch.seq_lens,
+        rotation,
+        centroids,
+        batch.scale,
+        **shared,
+        norm_correction=config.norm_correction,
+    )
     assert_near(out, batch.expected(), 0.5)

@@ -13,8 +13,12 @@ import quire
 from quire.compat import vllm, vllm_quant_kv
 from quire.compat.vllm_quant_kv import KVQuantMode, QuantKVBackend, get_backend, has_backend, register
 
-PER_TOKEN_HEAD = [KVQuantMode.INT8_PER_TOKEN_HEAD, KVQuantMode.FP8_PER_TOKEN_HEAD, KVQuantMode.INT4_PER_TOKEN_HEAD,
-                  KVQuantMode.INT2_PER_TOKEN_HEAD]
+PER_TOKEN_HEAD = [
+    KVQuantMode.INT8_PER_TOKEN_HEAD,
+    KVQuantMode.FP8_PER_TOKEN_HEAD,
+    KVQuantMode.INT4_PER_TOKEN_HEAD,
+    KVQuantMode.INT2_PER_TOKEN_HEAD,
+]
 
 
 @pytest.fixture
@@ -37,7 +41,9 @@ class Mine(IntEnum):
 class MyBackend(QuantKVBackend):
     mode = Mine.MINE
 
-    def reshape_and_cache(self, key, value, key_cache, value_cache, slot_mapping, *, k_scale_cache=None, v_scale_cache=None):
+    def reshape_and_cache(
+        self, key, value, key_cache, value_cache, slot_mapping, *, k_scale_cache=None, v_scale_cache=None
+    ):
         self.called = (key, k_scale_cache)
 
 
@@ -46,20 +52,37 @@ class MyBackend(QuantKVBackend):
 
 def test_the_enum():
     assert [(mode.name, int(mode)) for mode in KVQuantMode] == [
-        ("NONE", 0), ("FP8_PER_TENSOR", 1), ("INT8_PER_TOKEN_HEAD", 2), ("FP8_PER_TOKEN_HEAD", 3),
-        ("INT4_PER_TOKEN_HEAD", 4), ("INT2_PER_TOKEN_HEAD", 5), ("NVFP4", 6)]
+        ("NONE", 0),
+        ("FP8_PER_TENSOR", 1),
+        ("INT8_PER_TOKEN_HEAD", 2),
+        ("FP8_PER_TOKEN_HEAD", 3),
+        ("INT4_PER_TOKEN_HEAD", 4),
+        ("INT2_PER_TOKEN_HEAD", 5),
+        ("NVFP4", 6),
+    ]
     assert [mode for mode in KVQuantMode if mode.is_per_token_head] == PER_TOKEN_HEAD
     assert [mode for mode in KVQuantMode if mode.is_nvfp4] == [KVQuantMode.NVFP4]
     assert {mode.name: mode.packing_factor for mode in KVQuantMode if mode.packing_factor != 1} == {
-        "INT4_PER_TOKEN_HEAD": 2, "INT2_PER_TOKEN_HEAD": 4}
+        "INT4_PER_TOKEN_HEAD": 2,
+        "INT2_PER_TOKEN_HEAD": 4,
+    }
     assert KVQuantMode.INT2_PER_TOKEN_HEAD.packed_head_size(128) == 32
     with pytest.raises(AssertionError, match="127.*INT4_PER_TOKEN_HEAD"):
         KVQuantMode.INT4_PER_TOKEN_HEAD.packed_head_size(127)
 
 
 def test_functions_of_strings():
-    modes = {"fp8": "FP8_PER_TENSOR", "fp8_e4m3": "FP8_PER_TENSOR", "fp8_e5m2": "FP8_PER_TENSOR", "nvfp4": "NVFP4",
-             "fp8_inc": "FP8_PER_TENSOR", "auto": "NONE", "bfloat16": "NONE", "turboquant_k8v4": "NONE", "unknown": "NONE"}
+    modes = {
+        "fp8": "FP8_PER_TENSOR",
+        "fp8_e4m3": "FP8_PER_TENSOR",
+        "fp8_e5m2": "FP8_PER_TENSOR",
+        "nvfp4": "NVFP4",
+        "fp8_inc": "FP8_PER_TENSOR",
+        "auto": "NONE",
+        "bfloat16": "NONE",
+        "turboquant_k8v4": "NONE",
+        "unknown": "NONE",
+    }
     modes |= {f"{name}_per_token_head": f"{name.upper()}_PER_TOKEN_HEAD" for name in ("int2", "int4", "int8", "fp8")}
     for name, mode in modes.items():
         assert vllm_quant_kv.get_kv_quant_mode(name) is KVQuantMode[mode]
@@ -86,20 +109,34 @@ def test_the_base_class_is_abstract():
 def test_arguments_of_the_base_class():
     def kinds(function):
         parameters = inspect.signature(function).parameters.values()
-        return ([p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD],
-                {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY})
+        return (
+            [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD],
+            {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY},
+        )
 
     required = inspect.Parameter.empty
     assert kinds(QuantKVBackend.reshape_and_cache) == (
-        ["self", "key", "value", "key_cache", "value_cache", "slot_mapping"], {"k_scale_cache": None, "v_scale_cache": None})
-    names = ("cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale window_size block_table softcap sinks "
-             "alibi_slopes use_alibi_sqrt qq_bias output_scale mm_prefix_range").split()
-    optional = ("k_scale_cache v_scale_cache seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max "
-                "softmax_segm_expsum").split()
+        ["self", "key", "value", "key_cache", "value_cache", "slot_mapping"],
+        {"k_scale_cache": None, "v_scale_cache": None},
+    )
+    names = (
+        "cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale window_size block_table softcap sinks "
+        "alibi_slopes use_alibi_sqrt qq_bias output_scale mm_prefix_range"
+    ).split()
+    optional = (
+        "k_scale_cache v_scale_cache seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max "
+        "softmax_segm_expsum"
+    ).split()
     positional, keywords = kinds(QuantKVBackend.unified_attention)
     assert positional == ["self", "q", "k_cache", "v_cache", "out"]
     assert list(keywords.items()) == [(name, required) for name in names] + [(name, None) for name in optional]
-    assert kinds(QuantKVBackend.allocate_scale_caches)[0] == ["self", "num_blocks", "block_size", "num_kv_heads", "device"]
+    assert kinds(QuantKVBackend.allocate_scale_caches)[0] == [
+        "self",
+        "num_blocks",
+        "block_size",
+        "num_kv_heads",
+        "device",
+    ]
 
 
 def test_defaults_of_the_base_class():
@@ -159,7 +196,8 @@ def test_a_module_of_the_users(registry, tmp_path, monkeypatch):
     (tmp_path / "forgets_to_register.py").write_text("")
     (tmp_path / "my_quant_kv.py").write_text(
         "from quire.compat import vllm_quant_kv\nfrom test_compat_quant_kv import MyBackend\n"
-        "vllm_quant_kv.register(MyBackend())\n")
+        "vllm_quant_kv.register(MyBackend())\n"
+    )
     registry._MODULES[Mine.MINE] = "forgets_to_register"
     assert has_backend(Mine.MINE)
     with pytest.raises(RuntimeError, match="forgets_to_register.*MINE"):
@@ -195,8 +233,9 @@ def test_a_users_backend_of_one_of_quires_modes(registry):
     get_backend(KVQuantMode.FP8_PER_TOKEN_HEAD)  # whose module has a backend of int8, too
     assert get_backend(KVQuantMode.INT8_PER_TOKEN_HEAD) is mine
     key = torch.zeros(1, 1, 64)
-    vllm_quant_kv.triton_reshape_and_cache_flash_per_token_head_quant(key, key, key, key, "scales", None, None,
-                                                                      KVQuantMode.INT8_PER_TOKEN_HEAD)
+    vllm_quant_kv.triton_reshape_and_cache_flash_per_token_head_quant(
+        key, key, key, key, "scales", None, None, KVQuantMode.INT8_PER_TOKEN_HEAD
+    )
     assert mine.called[0] is key and mine.called[1] == "scales"
 
 
@@ -226,14 +265,32 @@ def test_backends_store_and_read(device, mode):
     scales = backend.allocate_scale_caches(batch.num_blocks, 16, 2, torch.device(device))
     with pytest.raises(AssertionError, match=f"{mode.name}.*k_scale_cache"):
         backend.reshape_and_cache(batch.key, batch.value, key_cache, value_cache, batch.slots)
-    backend.reshape_and_cache(batch.key, batch.value, key_cache, value_cache, batch.slots, k_scale_cache=scales[0],
-                              v_scale_cache=scales[1])
+    backend.reshape_and_cache(
+        batch.key, batch.value, key_cache, value_cache, batch.slots, k_scale_cache=scales[0], v_scale_cache=scales[1]
+    )
     options = {"k_scale_cache": scales[0], "v_scale_cache": scales[1]}
     backend.unified_attention(
-        batch.query, key_cache, value_cache, batch.out, cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=7,
-        seqused_k=batch.seq_lens, max_seqlen_k=40, softmax_scale=batch.scale, window_size=(-1, -1),
-        block_table=batch.block_table, softcap=0.0, sinks=None, alibi_slopes=None, use_alibi_sqrt=False, qq_bias=None,
-        output_scale=None, mm_prefix_range=None, seq_threshold_3D=0, **options)
+        batch.query,
+        key_cache,
+        value_cache,
+        batch.out,
+        cu_seqlens_q=batch.cu_seqlens_q,
+        max_seqlen_q=7,
+        seqused_k=batch.seq_lens,
+        max_seqlen_k=40,
+        softmax_scale=batch.scale,
+        window_size=(-1, -1),
+        block_table=batch.block_table,
+        softcap=0.0,
+        sinks=None,
+        alibi_slopes=None,
+        use_alibi_sqrt=False,
+        qq_bias=None,
+        output_scale=None,
+        mm_prefix_range=None,
+        seq_threshold_3D=0,
+        **options,
+    )
     assert_near(batch.out, batch.expected(), {8: 0.06, 4: 0.25, 2: 0.75}[8 // mode.packing_factor])
     first = batch.out.clone()
     vllm_quant_kv.unified_attention(*batch.args(key_cache, value_cache), kv_quant_mode=mode, **options)
@@ -254,8 +311,12 @@ def test_attention_asks_a_registered_backend(registry):
     register(Reads())
     batch = Batch()
     caches = batch.caches(torch.uint8, 16)
-    vllm_quant_kv.unified_attention(*batch.args(*caches[:2]), kv_quant_mode=KVQuantMode.INT2_PER_TOKEN_HEAD,
-                                    k_scale_cache=caches[2], v_scale_cache=caches[3])
+    vllm_quant_kv.unified_attention(
+        *batch.args(*caches[:2]),
+        kv_quant_mode=KVQuantMode.INT2_PER_TOKEN_HEAD,
+        k_scale_cache=caches[2],
+        v_scale_cache=caches[3],
+    )
     accepted = set(inspect.signature(QuantKVBackend.unified_attention).parameters)
     options = get_backend(KVQuantMode.INT2_PER_TOKEN_HEAD).options
     assert set(options) <= accepted and options["sinks"] is None and options["k_scale_cache"] is caches[2]
@@ -290,12 +351,29 @@ def test_packed_rows_without_a_mode(row):
 
 def test_names_of_the_documents():
     store = inspect.signature(vllm_quant_kv.triton_reshape_and_cache_flash_per_token_head_quant)
-    assert list(store.parameters) == ["key", "value", "key_cache", "value_cache", "k_scale_cache", "v_scale_cache",
-                                      "slot_mapping", "kv_quant_mode"]
+    assert list(store.parameters) == [
+        "key",
+        "value",
+        "key_cache",
+        "value_cache",
+        "k_scale_cache",
+        "v_scale_cache",
+        "slot_mapping",
+        "kv_quant_mode",
+    ]
     assert store.parameters["kv_quant_mode"].default is None
     assert vllm_quant_kv._single_rht is vllm_quant_kv.single_rht is vllm.single_rht
     assert vllm_quant_kv.fast_hadamard_transform is vllm.fast_hadamard_transform
     assert list(inspect.signature(vllm_quant_kv.triton_turboquant_store).parameters) == [
-        "key", "value", "kv_cache", "slot_mapping", "PiT", "midpoints", "mse_bits", "key_packed_size", "value_quant_bits",
-        "key_fp8"]
+        "key",
+        "value",
+        "kv_cache",
+        "slot_mapping",
+        "PiT",
+        "midpoints",
+        "mse_bits",
+        "key_packed_size",
+        "value_quant_bits",
+        "key_fp8",
+    ]
     assert all(hasattr(vllm_quant_kv, name) for name in vllm_quant_kv.__all__)

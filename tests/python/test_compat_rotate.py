@@ -48,7 +48,9 @@ def test_hadamard_keeps_shape_and_dtype(device, dtype):
         out = vllm.fast_hadamard_transform(x)
         assert out.shape == x.shape and out.dtype == dtype and out.is_contiguous() and torch.equal(x, before)
         if x.numel():
-            assert_near(out, x.cpu().double() @ sylvester(64), {torch.float32: 3e-6, torch.float16: 5e-4}.get(dtype, 4e-3))
+            assert_near(
+                out, x.cpu().double() @ sylvester(64), {torch.float32: 3e-6, torch.float16: 5e-4}.get(dtype, 4e-3)
+            )
     strided = torch.randn(64, 6, device=device).t()[::2]
     assert_near(vllm.fast_hadamard_transform(strided), strided.cpu().double() @ sylvester(64), 3e-6)
     with pytest.raises(AssertionError, match="96"):
@@ -84,12 +86,22 @@ def turboquant(batch, key_bits, value_bits, extra=0):
     d, key_fp8 = batch.head_size, key_bits == 8
     key_bytes = d if key_fp8 else math.ceil(d * key_bits / 8) + 2
     slot = key_bytes + math.ceil(d * value_bits / 8) + 4
-    cache = torch.full((batch.num_blocks, batch.block_size, batch.heads[1], slot + slot % 2 + extra), 55, dtype=torch.uint8,
-                       device=batch.device)
-    shared = {"mse_bits": 0 if key_fp8 else key_bits, "key_packed_size": key_bytes, "value_quant_bits": value_bits,
-              "key_fp8": key_fp8}
+    cache = torch.full(
+        (batch.num_blocks, batch.block_size, batch.heads[1], slot + slot % 2 + extra),
+        55,
+        dtype=torch.uint8,
+        device=batch.device,
+    )
+    shared = {
+        "mse_bits": 0 if key_fp8 else key_bits,
+        "key_packed_size": key_bytes,
+        "value_quant_bits": value_bits,
+        "key_fp8": key_fp8,
+    }
     rotation, centroids, midpoints = tables(key_bits if not key_fp8 else 3, d, batch.device)
-    vllm.triton_turboquant_store(batch.key, batch.value, cache, batch.slots.to(torch.int32), rotation, midpoints, **shared)
+    vllm.triton_turboquant_store(
+        batch.key, batch.value, cache, batch.slots.to(torch.int32), rotation, midpoints, **shared
+    )
     return cache, slot, rotation, centroids, shared
 
 
@@ -102,15 +114,27 @@ def test_turboquant(device, key_bits, value_bits):
 
     def decode(**options):
         return vllm.triton_turboquant_decode_attention(
-            batch.query, cache, batch.block_table, batch.seq_lens, rotation, centroids, batch.scale, **shared,
-            norm_correction=key_bits != 8, **options)
+            batch.query,
+            cache,
+            batch.block_table,
+            batch.seq_lens,
+            rotation,
+            centroids,
+            batch.scale,
+            **shared,
+            norm_correction=key_bits != 8,
+            **options,
+        )
 
     out = decode()
     assert out.dtype == torch.float16 and out.shape == batch.query.shape
     assert_near(out, batch.expected(), {8: 0.1, 4: 0.2, 3: 0.3}[key_bits] + {4: 0.1, 3: 0.2}[value_bits])
 
-    buffers = {"output_buf": torch.zeros(5, 4, 128, dtype=torch.float16, device=device), "mid_o_buf": None,
-               "lse_buf": torch.full((5, 4), float("nan"), device=device)}
+    buffers = {
+        "output_buf": torch.zeros(5, 4, 128, dtype=torch.float16, device=device),
+        "mid_o_buf": None,
+        "lse_buf": torch.full((5, 4), float("nan"), device=device),
+    }
     same = decode(**buffers, PiT=rotation, max_num_kv_splits=4)
     assert torch.equal(same, out) and same.data_ptr() == buffers["output_buf"].data_ptr()
     assert buffers["lse_buf"][:3].isfinite().all() and buffers["lse_buf"][3:].isnan().all()
@@ -125,8 +149,17 @@ def test_turboquant(device, key_bits, value_bits):
     # The same rows by the ops, in a slot without room behind it.
     views = quire.turboquant_views(cache, 128, 8 if shared["key_fp8"] else key_bits, value_bits)
     by_ops = torch.empty_like(out)
-    quire.unified_attention(batch.query, by_ops, views, batch.cu_seqlens_q, batch.seq_lens, batch.block_table, batch.scale,
-                            max_query_len=1, max_seq_len=cache.shape[1] * batch.block_table.shape[1])
+    quire.unified_attention(
+        batch.query,
+        by_ops,
+        views,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.block_table,
+        batch.scale,
+        max_query_len=1,
+        max_seq_len=cache.shape[1] * batch.block_table.shape[1],
+    )
     assert torch.equal(by_ops, out)
 
 

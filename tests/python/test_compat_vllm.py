@@ -13,34 +13,35 @@ from quire.compat.vllm import KVQuantMode
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 # vLLM 0.33.0's, in its order.
-UNIFIED = """q k v out cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale causal window_size block_table softcap
-    q_descale k_descale v_descale seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max
-    softmax_segm_expsum alibi_slopes output_scale qq_bias sinks mm_prefix_range rswa_prefix_lens rswa_window use_alibi_sqrt
-    kv_quant_mode k_scale_cache v_scale_cache chunk_lookback use_td mm_prefix_clamp_sliding_window"""
-DIFFKV = """q k v out cu_seqlens_q seqused_k softmax_scale causal window_size block_table softcap max_seqlen_q alibi_slopes
-    sinks use_alibi_sqrt seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max softmax_segm_expsum
-    k_descale v_descale q_descale"""
 SIGNATURES = {
-    vllm.unified_attention: UNIFIED,
-    vllm.unified_attention_diffkv: DIFFKV,
-    vllm.triton_reshape_and_cache_flash: "key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale "
-                                         "interleaved_v_pack_factor",
-    vllm.triton_reshape_and_cache_flash_diffkv: "key value kv_cache slot_mapping kv_cache_dtype k_scale v_scale",
-    vllm.triton_reshape_and_cache_flash_per_token_head_quant: "key value key_cache value_cache k_scale_cache v_scale_cache "
-                                                              "slot_mapping kv_quant_mode",
-    vllm.triton_turboquant_store: "key value kv_cache slot_mapping PiT midpoints mse_bits key_packed_size value_quant_bits "
-                                  "key_fp8",
-    vllm.triton_turboquant_decode_attention: "query kv_cache block_table seq_lens Pi centroids scale mse_bits "
-                                             "key_packed_size value_quant_bits key_fp8 norm_correction PiT mid_o_buf "
-                                             "output_buf lse_buf buf_holder max_num_kv_splits",
-    vllm.single_rht: "x inverse",
-    vllm.fast_hadamard_transform: "x",
+    "unified_attention": """
+        q k v out cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale causal window_size block_table softcap
+        q_descale k_descale v_descale seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max
+        softmax_segm_expsum alibi_slopes output_scale qq_bias sinks mm_prefix_range rswa_prefix_lens rswa_window
+        use_alibi_sqrt kv_quant_mode k_scale_cache v_scale_cache chunk_lookback use_td
+        mm_prefix_clamp_sliding_window""",
+    "unified_attention_diffkv": """
+        q k v out cu_seqlens_q seqused_k softmax_scale causal window_size block_table softcap max_seqlen_q alibi_slopes
+        sinks use_alibi_sqrt seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max
+        softmax_segm_expsum k_descale v_descale q_descale""",
+    "triton_reshape_and_cache_flash": """
+        key value key_cache value_cache slot_mapping kv_cache_dtype k_scale v_scale interleaved_v_pack_factor""",
+    "triton_reshape_and_cache_flash_diffkv": "key value kv_cache slot_mapping kv_cache_dtype k_scale v_scale",
+    "triton_reshape_and_cache_flash_per_token_head_quant": """
+        key value key_cache value_cache k_scale_cache v_scale_cache slot_mapping kv_quant_mode""",
+    "triton_turboquant_store": """
+        key value kv_cache slot_mapping PiT midpoints mse_bits key_packed_size value_quant_bits key_fp8""",
+    "triton_turboquant_decode_attention": """
+        query kv_cache block_table seq_lens Pi centroids scale mse_bits key_packed_size value_quant_bits key_fp8
+        norm_correction PiT mid_o_buf output_buf lse_buf buf_holder max_num_kv_splits""",
+    "single_rht": "x inverse",
+    "fast_hadamard_transform": "x",
 }
 
 
 def test_signatures(device):
-    for function, names in SIGNATURES.items():
-        assert list(inspect.signature(function).parameters) == names.split(), function.__name__
+    for name, names in SIGNATURES.items():
+        assert list(inspect.signature(getattr(vllm, name)).parameters) == names.split(), name
 
 
 def window(width):
@@ -63,6 +64,7 @@ def spans(spans_of, inner):
             if first < last:
                 seen = seen | ((p >= first) & (p <= last) & (j >= first) & (j <= last))
         return seen
+
     return visible
 
 
@@ -82,8 +84,10 @@ CASES = {
     "chunks": ({"chunk_lookback": 1, "window_size": (11, 0)}, {"visible": chunks(12, 1)}),
     "square roots without slopes": ({"use_alibi_sqrt": True}, {}),
     "R-SWA": ({"rswa_window": 3, "rswa_prefix_lens": [5, 0, 2]}, {"visible": r_swa((5, 0, 2), 3)}),
-    "R-SWA in a window's place": ({"rswa_window": 3, "rswa_prefix_lens": [5, 0, 2], "window_size": (1, 0)},
-                                  {"visible": r_swa((5, 0, 2), 3)}),
+    "R-SWA in a window's place": (
+        {"rswa_window": 3, "rswa_prefix_lens": [5, 0, 2], "window_size": (1, 0)},
+        {"visible": r_swa((5, 0, 2), 3)},
+    ),
     "half of R-SWA": ({"rswa_window": 3}, {}),
     "spans": ({"mm_prefix_range": SPANS}, {"visible": spans(SPANS, CAUSAL)}),
     "spans and a window": ({"mm_prefix_range": SPANS, "window_size": (3, 0)}, {"visible": spans(SPANS, window(4))}),
@@ -134,17 +138,21 @@ def test_integers_of_64_bits(device):
 def test_scratch_and_descriptors_are_ignored(device):
     batch = Batch(device)
     scratch = {f"softmax_segm_{name}": torch.empty(0, 4, 16, device=device) for name in ("output", "max", "expsum")}
-    vllm.unified_attention(*batch.args(*batch.plain_caches()), seq_threshold_3D=0, num_par_softmax_segments=16, use_td=True,
-                           **scratch)
+    vllm.unified_attention(
+        *batch.args(*batch.plain_caches()), seq_threshold_3D=0, num_par_softmax_segments=16, use_td=True, **scratch
+    )
     assert_near(batch.out, batch.expected(), FP32_BOUND[device])
 
 
 def fp8_caches(batch, k_scale, v_scale):
     key_cache, value_cache, _, _ = batch.caches(torch.uint8)
-    vllm.triton_reshape_and_cache_flash(batch.key, batch.value, key_cache, value_cache, batch.slots, "fp8_e5m2", k_scale,
-                                        v_scale)
-    decoded = [(rows / scale).to(torch.float8_e4m3fn).float() * scale
-               for rows, scale in ((batch.key, k_scale), (batch.value, v_scale))]
+    vllm.triton_reshape_and_cache_flash(
+        batch.key, batch.value, key_cache, value_cache, batch.slots, "fp8_e5m2", k_scale, v_scale
+    )
+    decoded = [
+        (rows / scale).to(torch.float8_e4m3fn).float() * scale
+        for rows, scale in ((batch.key, k_scale), (batch.value, v_scale))
+    ]
     return key_cache, value_cache, decoded
 
 
@@ -156,11 +164,19 @@ def test_fp8_per_tensor_and_its_names(device, form):
     # Every name of fp8 means e4m3fn: PyTorch's own cast is the witness.
     stored = key_cache.view(torch.float8_e4m3fn).view(-1, *key_cache.shape[2:])[batch.slots].float() * k_scale
     assert torch.equal(stored, key)
-    descales = [{"no dimension": lambda s: s, "one element": lambda s: s[None], "number": float,
-                 "of each head": lambda s: s.expand(3, 2)}[form](scale) for scale in (k_scale, v_scale)]
+    descales = [
+        {
+            "no dimension": lambda s: s,
+            "one element": lambda s: s[None],
+            "number": float,
+            "of each head": lambda s: s.expand(3, 2),
+        }[form](scale)
+        for scale in (k_scale, v_scale)
+    ]
     for caches in ((key_cache, value_cache), [cache.view(torch.float8_e4m3fn) for cache in (key_cache, value_cache)]):
-        vllm.unified_attention(*batch.args(*caches, k_descale=descales[0], v_descale=descales[1]),
-                               kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+        vllm.unified_attention(
+            *batch.args(*caches, k_descale=descales[0], v_descale=descales[1]), kv_quant_mode=KVQuantMode.FP8_PER_TENSOR
+        )
         assert_near(batch.out, batch.expected(key, value), FP32_BOUND[device])
 
 
@@ -168,9 +184,13 @@ def test_fp8_query(device):
     batch = Batch(device)
     q_scale = torch.tensor(0.25, device=device)
     query = (batch.query / q_scale).to(torch.float8_e4m3fn)
-    key_cache, value_cache, (key, value) = fp8_caches(batch, torch.tensor(0.5, device=device), torch.tensor(0.3, device=device))
-    vllm.unified_attention(*batch.args(key_cache, value_cache, query=query, q_descale=q_scale, k_descale=0.5, v_descale=0.3),
-                           kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+    key_cache, value_cache, (key, value) = fp8_caches(
+        batch, torch.tensor(0.5, device=device), torch.tensor(0.3, device=device)
+    )
+    vllm.unified_attention(
+        *batch.args(key_cache, value_cache, query=query, q_descale=q_scale, k_descale=0.5, v_descale=0.3),
+        kv_quant_mode=KVQuantMode.FP8_PER_TENSOR,
+    )
     assert_near(batch.out, batch.expected(key, value, query.float() * q_scale), 2 * FP32_BOUND[device])
 
 
@@ -186,9 +206,13 @@ def test_descales_are_of_fp8_per_tensor_alone(device):
 
 
 # mode, dtype of the cache, elements of a row for each of the cache, bound on the error of 4-, 8- and 2-bit rows
-MODES = [("INT8_PER_TOKEN_HEAD", torch.int8, 1, 0.02), ("FP8_PER_TOKEN_HEAD", torch.float8_e4m3fn, 1, 0.06),
-         ("FP8_PER_TOKEN_HEAD", torch.uint8, 1, 0.06), ("INT4_PER_TOKEN_HEAD", torch.uint8, 2, 0.25),
-         ("INT2_PER_TOKEN_HEAD", torch.uint8, 4, 0.75)]
+MODES = [
+    ("INT8_PER_TOKEN_HEAD", torch.int8, 1, 0.02),
+    ("FP8_PER_TOKEN_HEAD", torch.float8_e4m3fn, 1, 0.06),
+    ("FP8_PER_TOKEN_HEAD", torch.uint8, 1, 0.06),
+    ("INT4_PER_TOKEN_HEAD", torch.uint8, 2, 0.25),
+    ("INT2_PER_TOKEN_HEAD", torch.uint8, 4, 0.75),
+]
 
 
 class Elsewhere(enum.IntEnum):
@@ -209,8 +233,12 @@ def test_pages_with_inline_scales(device, mode, dtype, factor, bound):
     stored = {"key": batch.key, "value": batch.value, "slot_mapping": batch.slots, "kv_quant_mode": Elsewhere[mode]}
     names = ("key_cache", "value_cache", "k_scale_cache", "v_scale_cache")
     vllm.triton_reshape_and_cache_flash_per_token_head_quant(**stored, **dict(zip(names, separate)))
-    vllm.unified_attention(*batch.args(*separate[:2], k_descale=3.0, v_descale=3.0), kv_quant_mode=Elsewhere[mode],
-                           k_scale_cache=separate[2], v_scale_cache=separate[3])
+    vllm.unified_attention(
+        *batch.args(*separate[:2], k_descale=3.0, v_descale=3.0),
+        kv_quant_mode=Elsewhere[mode],
+        k_scale_cache=separate[2],
+        v_scale_cache=separate[3],
+    )
     assert_near(batch.out, batch.expected(), bound)
     expected = batch.out.clone()
 
@@ -224,17 +252,26 @@ def test_pages_with_inline_scales(device, mode, dtype, factor, bound):
         views = dict(zip(names, (key_cache, value_cache, *scales)))
         vllm.triton_reshape_and_cache_flash_per_token_head_quant(**stored, **views)
         batch.out.fill_(float("nan"))
-        vllm.unified_attention(*batch.args(key_cache, value_cache), kv_quant_mode=Elsewhere[mode], k_scale_cache=scales[0],
-                               v_scale_cache=scales[1])
+        vllm.unified_attention(
+            *batch.args(key_cache, value_cache),
+            kv_quant_mode=Elsewhere[mode],
+            k_scale_cache=scales[0],
+            v_scale_cache=scales[1],
+        )
         assert torch.equal(batch.out, expected)
-        untouched = page.view(torch.uint8).reshape(-1, page.shape[-1]) if not heads_first else page.contiguous().view(
-            -1, page.shape[-1])
+        untouched = (
+            page.view(torch.uint8).reshape(-1, page.shape[-1])
+            if not heads_first
+            else page.contiguous().view(-1, page.shape[-1])
+        )
         free = torch.ones(untouched.shape[0], dtype=torch.bool, device=device)
         free.view(-1, 2)[batch.slots] = False
         assert (untouched[free] == 77).all()
 
 
-@pytest.mark.parametrize("mode, dtype", [("INT8_PER_TOKEN_HEAD", torch.int8), ("FP8_PER_TOKEN_HEAD", torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "mode, dtype", [("INT8_PER_TOKEN_HEAD", torch.int8), ("FP8_PER_TOKEN_HEAD", torch.float8_e4m3fn)]
+)
 def test_narrow_heads(device, mode, dtype):
     """Head sizes below those of quire's ops, as in vLLM's tests."""
     key = torch.tensor([[[-127.0, -2.6, -2.4, -1.6, -1.4, -0.6, -0.4, 127.0]]] * 3, dtype=torch.bfloat16, device=device)
@@ -282,7 +319,9 @@ def test_head_major_caches(device):
     assert torch.equal(key_cache[block, :, :, offset].reshape(-1, 2, 64), batch.key)
     assert torch.equal(value_cache[block, :, :, offset], batch.value)
     with pytest.raises(NotImplementedError):
-        vllm.triton_reshape_and_cache_flash(batch.key, batch.value, key_cache, value_cache, batch.slots, "auto", 1.0, 1.0, 4)
+        vllm.triton_reshape_and_cache_flash(
+            batch.key, batch.value, key_cache, value_cache, batch.slots, "auto", 1.0, 1.0, 4
+        )
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
@@ -298,12 +337,36 @@ def test_diffkv(device, kv_cache_dtype):
         cache = cache.view(torch.float8_e4m3fn)
         key, value = ((rows / scale).to(torch.float8_e4m3fn).float() * scale for rows in (key, value))
         descales = {"k_descale": scale, "v_descale": scale}
-    vllm.unified_attention_diffkv(batch.query, cache[..., :96], cache[..., 96:], batch.out, batch.cu_seqlens_q,
-                                  batch.seq_lens, batch.scale, True, (7, 0), batch.block_table, 0, max_seqlen_q=7, **descales)
+    vllm.unified_attention_diffkv(
+        batch.query,
+        cache[..., :96],
+        cache[..., 96:],
+        batch.out,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.scale,
+        True,
+        (7, 0),
+        batch.block_table,
+        0,
+        max_seqlen_q=7,
+        **descales,
+    )
     assert_near(batch.out, batch.expected(key, value, visible=window(8)), FP32_BOUND[device])
     with pytest.raises(AssertionError):
-        vllm.unified_attention_diffkv(batch.query, cache[..., :96], cache[..., 96:], batch.out, batch.cu_seqlens_q,
-                                      batch.seq_lens, batch.scale, False, (7, 0), batch.block_table, 0)
+        vllm.unified_attention_diffkv(
+            batch.query,
+            cache[..., :96],
+            cache[..., 96:],
+            batch.out,
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            batch.scale,
+            False,
+            (7, 0),
+            batch.block_table,
+            0,
+        )
 
 
 def test_output_scale(device):
@@ -324,13 +387,30 @@ def test_output_scale(device):
 def test_int4_by_its_own_functions(device):
     batch = Batch(device)
     caches = batch.caches(torch.uint8, 32)
-    vllm.reshape_and_cache_int4(batch.key, batch.value, *caches[:2], batch.slots, k_scale_cache=caches[2],
-                                v_scale_cache=caches[3])
-    vllm.unified_attention_int4(batch.query, *caches[:2], batch.out, cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=7,
-                                seqused_k=batch.seq_lens, max_seqlen_k=40, softmax_scale=batch.scale, window_size=(-1, -1),
-                                block_table=batch.block_table, softcap=0.0, sinks=None, alibi_slopes=None,
-                                use_alibi_sqrt=False, qq_bias=None, output_scale=None, mm_prefix_range=None,
-                                k_scale_cache=caches[2], v_scale_cache=caches[3])
+    vllm.reshape_and_cache_int4(
+        batch.key, batch.value, *caches[:2], batch.slots, k_scale_cache=caches[2], v_scale_cache=caches[3]
+    )
+    vllm.unified_attention_int4(
+        batch.query,
+        *caches[:2],
+        batch.out,
+        cu_seqlens_q=batch.cu_seqlens_q,
+        max_seqlen_q=7,
+        seqused_k=batch.seq_lens,
+        max_seqlen_k=40,
+        softmax_scale=batch.scale,
+        window_size=(-1, -1),
+        block_table=batch.block_table,
+        softcap=0.0,
+        sinks=None,
+        alibi_slopes=None,
+        use_alibi_sqrt=False,
+        qq_bias=None,
+        output_scale=None,
+        mm_prefix_range=None,
+        k_scale_cache=caches[2],
+        v_scale_cache=caches[3],
+    )
     assert_near(batch.out, batch.expected(), 0.25)
 
 
@@ -340,9 +420,13 @@ def test_refusals(device):
     with pytest.raises(AssertionError, match="sinks"):
         vllm.unified_attention(*batch.args(*caches), sinks=torch.zeros(3, device=device))
     with pytest.raises(AssertionError, match="k_scale_cache"):
-        vllm.unified_attention(*batch.args(*batch.caches(torch.int8)[:2]), kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD)
+        vllm.unified_attention(
+            *batch.args(*batch.caches(torch.int8)[:2]), kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD
+        )
     with pytest.raises(ValueError, match="mm_prefix_range"):
-        vllm.unified_attention(*batch.args(*caches), mm_prefix_range=torch.zeros(3, 2, dtype=torch.int32, device=device))
+        vllm.unified_attention(
+            *batch.args(*caches), mm_prefix_range=torch.zeros(3, 2, dtype=torch.int32, device=device)
+        )
     with pytest.raises(AssertionError, match="lookback"):
         vllm.unified_attention(*batch.args(*caches, window_size=(1, 0)), chunk_lookback=4)
     for mode in (KVQuantMode.NVFP4, 5, KVQuantMode.CUSTOM):
@@ -354,8 +438,9 @@ def test_refusals(device):
         with pytest.raises(AssertionError, match=name):
             vllm.triton_reshape_and_cache_flash(batch.key, batch.value, *caches, batch.slots, name, None, None)
     with pytest.raises(ValueError, match="torch.float32"):
-        vllm.triton_reshape_and_cache_flash_per_token_head_quant(batch.key, batch.value, *batch.caches(), batch.slots,
-                                                                 KVQuantMode.NONE)
+        vllm.triton_reshape_and_cache_flash_per_token_head_quant(
+            batch.key, batch.value, *batch.caches(), batch.slots, KVQuantMode.NONE
+        )
 
 
 def test_batch_invariance(device, monkeypatch):
@@ -365,7 +450,22 @@ def test_batch_invariance(device, monkeypatch):
     caches = whole.plain_caches()
     vllm.unified_attention(*whole.args(*caches))
     alone = torch.empty_like(whole.out[:1])
-    vllm.unified_attention(whole.query[:1], *caches, alone, whole.cu_seqlens_q[:2], 1, whole.seq_lens[:1], 700, whole.scale,
-                           True, (-1, -1), whole.block_table[:1], 0, None, None, None)
+    vllm.unified_attention(
+        whole.query[:1],
+        *caches,
+        alone,
+        whole.cu_seqlens_q[:2],
+        1,
+        whole.seq_lens[:1],
+        700,
+        whole.scale,
+        True,
+        (-1, -1),
+        whole.block_table[:1],
+        0,
+        None,
+        None,
+        None,
+    )
     assert torch.equal(alone, whole.out[:1])
     assert_near(whole.out, whole.expected(), FP32_BOUND[device])

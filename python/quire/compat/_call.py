@@ -63,9 +63,18 @@ def int32(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(torch.int32)
 
 
-def store(mode: str, key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
-          slot_mapping: torch.Tensor, k_scale_cache: torch.Tensor | None = None,
-          v_scale_cache: torch.Tensor | None = None, k_scale: Any = None, v_scale: Any = None) -> None:
+def store(
+    mode: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> None:
     """reshape_and_cache of NHD caches whose last dimension may be wider than the row."""
     head_size, head_size_v = key.shape[-1], value.shape[-1]
     if min(head_size, head_size_v) < MIN_HEAD_SIZE and mode in ("int8_per_token_head", "fp8_per_token_head"):
@@ -74,7 +83,9 @@ def store(mode: str, key: torch.Tensor, value: torch.Tensor, key_cache: torch.Te
     if key_cache.ndim == 4:
         key_cache, value_cache = rows_of(key_cache, mode, head_size), rows_of(value_cache, mode, head_size_v)
     views = quire.KVCacheViews(key_cache, value_cache, k_scale_cache, v_scale_cache, mode=mode)
-    quire.reshape_and_cache(key, value, views, slot_mapping, k_scale=float32(k_scale, key), v_scale=float32(v_scale, key))
+    quire.reshape_and_cache(
+        key, value, views, slot_mapping, k_scale=float32(k_scale, key), v_scale=float32(v_scale, key)
+    )
 
 
 def _store_narrow(mode, key, value, key_cache, value_cache, slot_mapping, k_scale_cache, v_scale_cache):
@@ -98,15 +109,39 @@ def _store_narrow(mode, key, value, key_cache, value_cache, slot_mapping, k_scal
         scales[block, offset] = own_scales[written, 0]
 
 
-def attend(mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, *, cu_seqlens_q: torch.Tensor,
-           seqused_k: torch.Tensor, block_table: torch.Tensor, softmax_scale: float, causal: bool | torch.Tensor,
-           window_size: Any, softcap: float | None, max_seqlen_q: int, max_seqlen_k: int,
-           sinks: torch.Tensor | None = None, alibi_slopes: torch.Tensor | None = None, use_alibi_sqrt: bool = False,
-           qq_bias: torch.Tensor | None = None, mm_prefix_range: torch.Tensor | None = None,
-           mm_prefix_clamp: bool = False, rswa_prefix_lens: torch.Tensor | None = None, rswa_window: int | None = None,
-           chunk_lookback: int = -1, q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
-           output_scale: Any = None, k_scale_cache: torch.Tensor | None = None,
-           v_scale_cache: torch.Tensor | None = None, lse: torch.Tensor | None = None) -> None:
+def attend(
+    mode: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    softmax_scale: float,
+    causal: bool | torch.Tensor,
+    window_size: Any,
+    softcap: float | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    use_alibi_sqrt: bool = False,
+    qq_bias: torch.Tensor | None = None,
+    mm_prefix_range: torch.Tensor | None = None,
+    mm_prefix_clamp: bool = False,
+    rswa_prefix_lens: torch.Tensor | None = None,
+    rswa_window: int | None = None,
+    chunk_lookback: int = -1,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    output_scale: Any = None,
+    k_scale_cache: torch.Tensor | None = None,
+    v_scale_cache: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> None:
     """unified_attention with vLLM's conventions; what it raises and quire does not, vLLM raises in the same way."""
     if sinks is not None:
         assert sinks.shape[0] == q.shape[1], f"sinks has {sinks.shape[0]} elements; q has {q.shape[1]} heads"
@@ -137,8 +172,13 @@ def attend(mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: to
         options["alibi_slopes"], options["use_alibi_sqrt"] = float32(alibi_slopes, q), use_alibi_sqrt
     if softcap is not None and softcap > 0:
         options["softcap"] = float(softcap)
-    for name, value in (("sinks", sinks), ("qq_bias", qq_bias), ("q_descale", q_descale), ("k_descale", k_descale),
-                        ("v_descale", v_descale)):
+    for name, value in (
+        ("sinks", sinks),
+        ("qq_bias", qq_bias),
+        ("q_descale", q_descale),
+        ("k_descale", k_descale),
+        ("v_descale", v_descale),
+    ):
         if value is not None:
             options[name] = float32(value, q)
 
@@ -149,11 +189,17 @@ def attend(mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: to
     elif output_scale is not None:
         target = torch.empty(out.shape, dtype=torch.float32, device=out.device)
 
-    views = quire.KVCacheViews(rows_of(k, mode, q.shape[-1]), rows_of(v, mode, out.shape[-1]), k_scale_cache,
-                               v_scale_cache, mode=mode)
+    views = quire.KVCacheViews(
+        rows_of(k, mode, q.shape[-1]), rows_of(v, mode, out.shape[-1]), k_scale_cache, v_scale_cache, mode=mode
+    )
     args = (q, target, views, int32(cu_seqlens_q), int32(seqused_k), int32(block_table), float(softmax_scale))
-    options.update(sliding_window=window, chunk_lookback=chunk_lookback, lse=lse, max_query_len=int(max_seqlen_q),
-                   max_seq_len=int(max_seqlen_k))
+    options.update(
+        sliding_window=window,
+        chunk_lookback=chunk_lookback,
+        lse=lse,
+        max_query_len=int(max_seqlen_q),
+        max_seq_len=int(max_seqlen_k),
+    )
     if BATCH_INVARIANT:
         _attend_batch_invariant(args, options)
     else:

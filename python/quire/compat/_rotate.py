@@ -20,8 +20,8 @@ def _rotated(x: torch.Tensor, *, inverse: bool = False, signs: bool = False) -> 
 def fast_hadamard_transform(x: torch.Tensor) -> torch.Tensor:
     """H x along the last dimension, H the Walsh-Hadamard matrix of Sylvester's order with H H = d I.
 
-    x: [..., d] Float, d a power of two (AssertionError) up to 512. Returns a new tensor of x's shape and dtype, computed
-    in fp32 and rounded once.
+    x: [..., d] Float, d a power of two (AssertionError) up to 512. Returns a new tensor of x's shape and dtype,
+    computed in fp32 and rounded once.
     """
     d = x.shape[-1]
     assert d & (d - 1) == 0, f"the last dimension is {d}; supported: powers of two"

@@ -3,9 +3,9 @@
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention      # before
     from quire.compat.vllm import unified_attention                                   # after
 
-Tensors are PyTorch's, on the CPU or on a GPU, and are never copied but for dtypes that vLLM's kernels convert while they
-load (slopes, sinks and the like, a few numbers each). N query tokens of B sequences, T stored tokens, Hq query heads,
-Hk KV heads, head sizes d of K and dv of V. docs/python_vllm.md lists every difference.
+Tensors are PyTorch's, on the CPU or on a GPU, and are never copied but for dtypes that vLLM's kernels convert while
+they load (slopes, sinks and the like, a few numbers each). N query tokens of B sequences, T stored tokens, Hq query
+heads, Hk KV heads, head sizes d of K and dv of V. docs/python_vllm.md lists every difference.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def unified_attention(
     """Paged attention, written into ``out``.
 
     q: [N, Hq, d] Float or float8. k: [num_blocks, block_size, Hk, row], v the same with V's row; rows of float, float8,
-    int8, or packed in uint8; the last dimension may be wider than the row, as vLLM's views with inline scales are.
-    out: [N, Hq, dv] Float or float8_e4m3fn. cu_seqlens_q: [B + 1], seqused_k: [B], block_table: [B, max_blocks], integers.
+    int8, or packed in uint8; the last dimension may be wider than the row, as vLLM's views with inline scales are. out:
+    [N, Hq, dv] Float or float8_e4m3fn. cu_seqlens_q: [B + 1], seqused_k: [B], block_table: [B, max_blocks], integers.
     max_seqlen_q, max_seqlen_k: bounds on the lengths; quire plans with them, so on CUDA they must hold.
 
     causal: a bool, or a bool or integer of each sequence. window_size: (W - 1, anything); below 0: none. softcap: None
@@ -173,14 +173,37 @@ def unified_attention(
         q_descale = k_descale = v_descale = None
     elif q.dtype not in _call.FLOAT8:
         q_descale = None
-    _call.attend(_call.mode_of(name, k), q, k, v, out, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k,
-                 block_table=block_table, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-                 softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, sinks=sinks,
-                 alibi_slopes=alibi_slopes, use_alibi_sqrt=use_alibi_sqrt, qq_bias=qq_bias,
-                 mm_prefix_range=mm_prefix_range, mm_prefix_clamp=mm_prefix_clamp_sliding_window,
-                 rswa_prefix_lens=rswa_prefix_lens, rswa_window=rswa_window, chunk_lookback=chunk_lookback,
-                 q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, output_scale=output_scale,
-                 k_scale_cache=k_scale_cache, v_scale_cache=v_scale_cache)
+    _call.attend(
+        _call.mode_of(name, k),
+        q,
+        k,
+        v,
+        out,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        use_alibi_sqrt=use_alibi_sqrt,
+        qq_bias=qq_bias,
+        mm_prefix_range=mm_prefix_range,
+        mm_prefix_clamp=mm_prefix_clamp_sliding_window,
+        rswa_prefix_lens=rswa_prefix_lens,
+        rswa_window=rswa_window,
+        chunk_lookback=chunk_lookback,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        output_scale=output_scale,
+        k_scale_cache=k_scale_cache,
+        v_scale_cache=v_scale_cache,
+    )
 
 
 def unified_attention_int4(
@@ -212,11 +235,33 @@ def unified_attention_int4(
     softmax_segm_expsum: torch.Tensor | None = None,
 ) -> None:
     """unified_attention of INT4_PER_TOKEN_HEAD, causal: q and out are not rotated, the cache is."""
-    unified_attention(q, k_cache, v_cache, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, True,
-                      window_size, block_table, softcap, None, None, None, alibi_slopes=alibi_slopes,
-                      output_scale=output_scale, qq_bias=qq_bias, sinks=sinks, mm_prefix_range=mm_prefix_range,
-                      use_alibi_sqrt=use_alibi_sqrt, kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
-                      k_scale_cache=k_scale_cache, v_scale_cache=v_scale_cache)
+    unified_attention(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        cu_seqlens_q,
+        max_seqlen_q,
+        seqused_k,
+        max_seqlen_k,
+        softmax_scale,
+        True,
+        window_size,
+        block_table,
+        softcap,
+        None,
+        None,
+        None,
+        alibi_slopes=alibi_slopes,
+        output_scale=output_scale,
+        qq_bias=qq_bias,
+        sinks=sinks,
+        mm_prefix_range=mm_prefix_range,
+        use_alibi_sqrt=use_alibi_sqrt,
+        kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
+        k_scale_cache=k_scale_cache,
+        v_scale_cache=v_scale_cache,
+    )
 
 
 def unified_attention_diffkv(
@@ -246,17 +291,34 @@ def unified_attention_diffkv(
 ) -> None:
     """Paged attention where K and V have head sizes of their own, both views of one packed cache.
 
-    q: [N, Hq, d]. k: [num_blocks, block_size, Hk, d], v: [num_blocks, block_size, Hk, dv], Float or float8, last stride 1.
-    out: [N, Hq, dv]. Descales are applied where they are given. The other arguments are those of unified_attention.
+    q: [N, Hq, d]. k: [num_blocks, block_size, Hk, d], v: [num_blocks, block_size, Hk, dv], Float or float8, last stride
+    1. out: [N, Hq, dv]. Descales are applied where they are given. The other arguments are those of unified_attention.
     AssertionError where causal is not true, as in vLLM. max_seqlen_q must bound the query lengths; those of keys are
     bounded by what block_table has room for.
     """
     assert causal, "causal is not true; unified_attention serves the others"
-    _call.attend(_call.mode_of("NONE", k), q, k, v, out, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k,
-                 block_table=block_table, softmax_scale=softmax_scale, causal=True, window_size=window_size,
-                 softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=_call.table_bound(block_table, k), sinks=sinks,
-                 alibi_slopes=alibi_slopes, use_alibi_sqrt=use_alibi_sqrt, q_descale=q_descale, k_descale=k_descale,
-                 v_descale=v_descale)
+    _call.attend(
+        _call.mode_of("NONE", k),
+        q,
+        k,
+        v,
+        out,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=True,
+        window_size=window_size,
+        softcap=softcap,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=_call.table_bound(block_table, k),
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        use_alibi_sqrt=use_alibi_sqrt,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+    )
 
 
 def triton_reshape_and_cache_flash(
@@ -272,11 +334,11 @@ def triton_reshape_and_cache_flash(
 ) -> None:
     """Stores rows as they are, or divided by k_scale and v_scale as float8_e4m3fn.
 
-    key, value: [T, Hk, d] Float or float8. Caches: [num_blocks, block_size, Hk, d], or head-major, K [num_blocks, Hk,
-    d / x, block_size, x] with V [num_blocks, Hk, d, block_size]. slot_mapping: [<= T] integers, negative: skipped.
+    key, value: [T, Hk, d] Float or float8. Caches: [num_blocks, block_size, Hk, d], or head-major, K [num_blocks, Hk, d
+    / x, block_size, x] with V [num_blocks, Hk, d, block_size]. slot_mapping: [<= T] integers, negative: skipped.
     kv_cache_dtype: "auto" and the names of floats: what the cache's dtype says, scales ignored; "fp8*", fp8_e5m2
-    included: float8_e4m3fn, in caches of any dtype of one byte. AssertionError for other names, NotImplementedError for an
-    interleaved_v_pack_factor.
+    included: float8_e4m3fn, in caches of any dtype of one byte. AssertionError for other names, NotImplementedError for
+    an interleaved_v_pack_factor.
     """
     if interleaved_v_pack_factor:
         raise NotImplementedError(f"interleaved_v_pack_factor is {interleaved_v_pack_factor}; supported: 0")
@@ -297,8 +359,16 @@ def triton_reshape_and_cache_flash_diffkv(
 ) -> None:
     """Stores K rows and behind them V rows: kv_cache is [num_blocks, block_size, Hk, d + dv], of any strides."""
     d = key.shape[-1]
-    triton_reshape_and_cache_flash(key, value, kv_cache[..., :d], kv_cache[..., d : d + value.shape[-1]], slot_mapping,
-                                   kv_cache_dtype, k_scale, v_scale)
+    triton_reshape_and_cache_flash(
+        key,
+        value,
+        kv_cache[..., :d],
+        kv_cache[..., d : d + value.shape[-1]],
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+    )
 
 
 def _flash_mode(kv_cache_dtype: str, key_cache: torch.Tensor, value_cache: torch.Tensor) -> tuple[str, Any, Any]:
@@ -307,7 +377,8 @@ def _flash_mode(kv_cache_dtype: str, key_cache: torch.Tensor, value_cache: torch
         e4m3 = torch.float8_e4m3fn
         return "fp8", key_cache.view(e4m3), value_cache.view(e4m3)
     assert kv_cache_dtype in ("auto", "float16", "half", "bfloat16", "float32", "float"), (
-        f"kv_cache_dtype is {kv_cache_dtype}; supported: auto, float16, bfloat16, float32 and fp8")
+        f"kv_cache_dtype is {kv_cache_dtype}; supported: auto, float16, bfloat16, float32 and fp8"
+    )
     return _call.mode_of("NONE", key_cache), key_cache, value_cache
 
 
@@ -323,8 +394,8 @@ def triton_reshape_and_cache_flash_per_token_head_quant(
 ) -> None:
     """Quantizes rows with a scale for each (token, head) and stores them.
 
-    key: [T, Hk, d], value: [T, Hk, dv] Float. Caches: [num_blocks, block_size, Hk, row or wider] int8, float8_e4m3fn, or
-    uint8. Scale caches: [num_blocks, block_size, Hk] float32, of any strides: views into the pages do. slot_mapping:
+    key: [T, Hk, d], value: [T, Hk, dv] Float. Caches: [num_blocks, block_size, Hk, row or wider] int8, float8_e4m3fn,
+    or uint8. Scale caches: [num_blocks, block_size, Hk] float32, of any strides: views into the pages do. slot_mapping:
     integers, negative: skipped. kv_quant_mode: a *_PER_TOKEN_HEAD member; with another, as in vLLM, the dtype of the
     cache decides, and ValueError where it is neither int8 nor float8_e4m3fn.
     """
@@ -333,8 +404,9 @@ def triton_reshape_and_cache_flash_per_token_head_quant(
         name = {torch.int8: "INT8_PER_TOKEN_HEAD", torch.float8_e4m3fn: "FP8_PER_TOKEN_HEAD"}.get(key_cache.dtype, "")
         if not name:
             raise ValueError(f"key_cache is {key_cache.dtype}; supported: torch.int8, torch.float8_e4m3fn")
-    _call.store(_call.mode_of(name, key_cache), key, value, key_cache, value_cache, slot_mapping, k_scale_cache,
-                v_scale_cache)
+    _call.store(
+        _call.mode_of(name, key_cache), key, value, key_cache, value_cache, slot_mapping, k_scale_cache, v_scale_cache
+    )
 
 
 def reshape_and_cache_int4(
@@ -348,5 +420,6 @@ def reshape_and_cache_int4(
     v_scale_cache: torch.Tensor,
 ) -> None:
     """Rotates, quantizes and stores rows as INT4_PER_TOKEN_HEAD."""
-    triton_reshape_and_cache_flash_per_token_head_quant(key, value, key_cache, value_cache, k_scale_cache, v_scale_cache,
-                                                        slot_mapping, KVQuantMode.INT4_PER_TOKEN_HEAD)
+    triton_reshape_and_cache_flash_per_token_head_quant(
+        key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, KVQuantMode.INT4_PER_TOKEN_HEAD
+    )

@@ -13,8 +13,8 @@ per token and head are there. To bring a mode of your own:
     quant_kv.register(MyBackend())               # or quant_kv._MODULES[MyMode.MINE] = "my.module", which does this
 
 Beside it: the functions of ``triton_reshape_and_cache_flash`` and ``triton_turboquant_store``, and the classes of the
-DiffKV attention backend with their parents. Everything is checked against the documents' words: names, arguments, shapes,
-types of exceptions. docs/python_vllm.md has the table of names.
+DiffKV attention backend with their parents. Everything is checked against the documents' words: names, arguments,
+shapes, types of exceptions. docs/python_vllm.md has the table of names.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ _REGISTRY: dict[Any, QuantKVBackend] = {}
 def register(backend: QuantKVBackend) -> None:
     """Makes an instance the backend of its ``mode``.
 
-    A second instance of a class of the same name is ignored: the first stays. RuntimeError where a class of another name
-    serves the mode already; but one that is registered before quire's own was asked for takes its place.
+    A second instance of a class of the same name is ignored: the first stays. RuntimeError where a class of another
+    name serves the mode already; but one that is registered before quire's own was asked for takes its place.
     """
     mode = mode_key(backend.mode)
     present = _REGISTRY.setdefault(mode, backend)
     if type(present).__name__ != type(backend).__name__:
-        raise RuntimeError(f"{mode.name} has a backend of class {type(present).__name__} already; {type(backend).__name__} "
-                           f"cannot be registered too")
+        raise RuntimeError(
+            f"{mode.name} has a backend of class {type(present).__name__} already; {type(backend).__name__} "
+            f"cannot be registered too"
+        )
 
 
 def _register_own(backend: QuantKVBackend) -> None:
@@ -67,8 +69,8 @@ def _register_own(backend: QuantKVBackend) -> None:
 def get_backend(mode: Any) -> QuantKVBackend:
     """The backend of a mode, imported at the first call that asks for it.
 
-    ValueError for NONE, which stores what it is given, and for a mode without an entry in ``_MODULES``; RuntimeError where
-    the module of that entry does not register one.
+    ValueError for NONE, which stores what it is given, and for a mode without an entry in ``_MODULES``; RuntimeError
+    where the module of that entry does not register one.
     """
     mode = mode_key(mode)
     if mode is KVQuantMode.NONE:
@@ -76,12 +78,15 @@ def get_backend(mode: Any) -> QuantKVBackend:
     if mode not in _REGISTRY:
         module = _MODULES.get(mode)
         if module is None:
-            raise ValueError(f"{mode.name} has no backend: add its module to quire.compat.vllm_quant_kv._MODULES, or "
-                             f"register an instance")
+            raise ValueError(
+                f"{mode.name} has no backend: add its module to quire.compat.vllm_quant_kv._MODULES, or "
+                f"register an instance"
+            )
         importlib.import_module(module)
         if mode not in _REGISTRY:
-            raise RuntimeError(f"module {module} registers no backend of {mode.name}; it should call register(...) when it "
-                               f"is imported")
+            raise RuntimeError(
+                f"module {module} registers no backend of {mode.name}; it should call register(...) when it is imported"
+            )
     return _REGISTRY[mode]
 
 

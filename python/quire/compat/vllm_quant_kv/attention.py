@@ -37,7 +37,8 @@ def next_power_of_2(n: int) -> int:
 
 @dataclasses.dataclass
 class TritonAttentionMetadata:
-    """What forward needs of a step. Its softmax buffers have vLLM's shapes; quire's kernels bring their own workspace."""
+    """What forward needs of a step. Its softmax buffers have vLLM's shapes; quire's kernels bring their own
+    workspace."""
 
     num_actual_tokens: int  # without padding
     max_query_len: int
@@ -86,7 +87,12 @@ class TritonAttentionMetadataBuilder:
         """Reads kv_cache_spec.block_size, vllm_config.model_config (get_num_attention_heads and get_num_kv_heads of
         vllm_config.parallel_config, get_head_size) and vllm_config.compilation_config (cudagraph_mode,
         cudagraph_capture_sizes)."""
-        self.kv_cache_spec, self.layer_names, self.vllm_config, self.device = kv_cache_spec, layer_names, vllm_config, device
+        self.kv_cache_spec, self.layer_names, self.vllm_config, self.device = (
+            kv_cache_spec,
+            layer_names,
+            vllm_config,
+            device,
+        )
         self.block_size = kv_cache_spec.block_size
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         self.num_heads_q = model.get_num_attention_heads(parallel)
@@ -118,19 +124,31 @@ class TritonAttentionMetadataBuilder:
         metadata.seq_lens.fill_(1)
         return metadata
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TritonAttentionMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> TritonAttentionMetadata:
         """The metadata of a batch. Reads num_actual_tokens, max_query_len, max_seq_len, query_start_loc, seq_lens,
         block_table_tensor and slot_mapping of common_attn_metadata, and causal where it has one."""
         common = common_attn_metadata
         metadata = TritonAttentionMetadata(
-            num_actual_tokens=common.num_actual_tokens, max_query_len=common.max_query_len,
-            query_start_loc=common.query_start_loc, max_seq_len=common.max_seq_len, seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor, slot_mapping=common.slot_mapping,
-            seq_threshold_3D=self.seq_threshold_3D, num_par_softmax_segments=self.num_par_softmax_segments,
-            softmax_segm_output=self.softmax_segm_output, softmax_segm_max=self.softmax_segm_max,
-            softmax_segm_expsum=self.softmax_segm_expsum, use_cascade=common_prefix_len > 0,
-            common_prefix_len=common_prefix_len, causal=getattr(common, "causal", True))
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            seq_threshold_3D=self.seq_threshold_3D,
+            num_par_softmax_segments=self.num_par_softmax_segments,
+            softmax_segm_output=self.softmax_segm_output,
+            softmax_segm_max=self.softmax_segm_max,
+            softmax_segm_expsum=self.softmax_segm_expsum,
+            use_cascade=common_prefix_len > 0,
+            common_prefix_len=common_prefix_len,
+            causal=getattr(common, "causal", True),
+        )
         if metadata.use_cascade:
+
             def numbers(*values: int) -> torch.Tensor:
                 return torch.tensor(values, dtype=torch.int32, device=self.device)
 
@@ -158,14 +176,26 @@ class TritonAttentionBackend:
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = [
-        "auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "int2_per_token_head", "int4_per_token_head",
-        "int8_per_token_head", "fp8_per_token_head"]
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+        "int2_per_token_head",
+        "int4_per_token_head",
+        "int8_per_token_head",
+        "fp8_per_token_head",
+    ]
     forward_includes_kv_cache_update: bool = False
 
     #: (layout, with a layer axis) to the order of strides.
     _stride_orders: ClassVar[dict[tuple[str, bool], tuple[int, ...]]] = {
-        ("NHD", False): (0, 1, 2, 3, 4), ("HND", False): (0, 1, 3, 2, 4),
-        ("NHD", True): (1, 0, 2, 3, 4, 5), ("HND", True): (1, 2, 4, 0, 3, 5)}
+        ("NHD", False): (0, 1, 2, 3, 4),
+        ("HND", False): (0, 1, 3, 2, 4),
+        ("NHD", True): (1, 0, 2, 3, 4, 5),
+        ("HND", True): (1, 2, 4, 0, 3, 5),
+    }
 
     @staticmethod
     def get_name() -> str:
@@ -180,8 +210,9 @@ class TritonAttentionBackend:
         return TritonAttentionMetadataBuilder
 
     @staticmethod
-    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int,
-                           cache_dtype_str: str = "auto") -> tuple[int, ...]:
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
         """(num_blocks, 2, block_size, num_kv_heads, row): K and V; a row ends with its fp32 scale where it has one.
         ValueError where block_size is no multiple of 16."""
         check_block_size(block_size)
@@ -221,12 +252,24 @@ class TritonAttentionImpl:
     _k_scale_cache: torch.Tensor | None = None
     _v_scale_cache: torch.Tensor | None = None
 
-    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, alibi_slopes: list[float] | None,
-                 sliding_window: int | None, kv_cache_dtype: str, logits_soft_cap: float | None = None,
-                 attn_type: str = AttentionType.DECODER, kv_sharing_target_layer_name: str | None = None,
-                 sinks: torch.Tensor | None = None, use_alibi_sqrt: bool = False, chunk_lookback: int = -1) -> None:
-        """sliding_window: W keys with the query's own, None: all. logits_soft_cap: None or 0: none. AssertionError where
-        sinks are not one for each head."""
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        use_alibi_sqrt: bool = False,
+        chunk_lookback: int = -1,
+    ) -> None:
+        """sliding_window: W keys with the query's own, None: all. logits_soft_cap: None or 0: none. AssertionError
+        where sinks are not one for each head."""
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
         self.num_queries_per_kv = num_heads // num_kv_heads
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
@@ -255,16 +298,23 @@ class TritonAttentionImpl:
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Whether forward takes an output_scale of this kind: static, per tensor, symmetric, float8_e4m3fn."""
         scale = getattr(quant_key, "scale", None)
-        return (scale is not None and quant_key.dtype == FP8_DTYPE and scale.static and quant_key.symmetric
-                and getattr(quant_key, "scale2", None) is None and tuple(scale.group_shape) == (-1, -1))
+        return (
+            scale is not None
+            and quant_key.dtype == FP8_DTYPE
+            and scale.static
+            and quant_key.symmetric
+            and getattr(quant_key, "scale2", None) is None
+            and tuple(scale.group_shape) == (-1, -1)
+        )
 
     def fused_rope_kvcache_supported(self) -> bool:
         """False: quire's store does not apply rotary embeddings."""
         return False
 
     def _ensure_scale_caches(self, kv_cache: torch.Tensor) -> None:
-        """Makes the views of the fp32 scales at the ends of the rows. vLLM fills them with 1 here; that would wipe out the
-        scales of a cache that another layer shares, and rows that were not written are never read, so this does not."""
+        """Makes the views of the fp32 scales at the ends of the rows. vLLM fills them with 1 here; that would wipe out
+        the scales of a cache that another layer shares, and rows that were not written are never read, so this does
+        not."""
         if self._k_scale_cache is not None:
             return
         bytes_ = kv_cache.view(torch.uint8)
@@ -279,24 +329,42 @@ class TritonAttentionImpl:
         key_cache, value_cache = kv_cache.unbind(1)
         return key_cache, value_cache
 
-    def do_kv_cache_update(self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
-                           slot_mapping: torch.Tensor) -> None:
-        """Stores key and value [T, num_kv_heads, head_size]; layer._k_scale and layer._v_scale are those of fp8 per tensor.
-        Encoders keep no cache, and nothing happens."""
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Stores key and value [T, num_kv_heads, head_size]; layer._k_scale and layer._v_scale are those of fp8 per
+        tensor. Encoders keep no cache, and nothing happens."""
         if self._is_encoder:
             return
         key_cache, value_cache = self._caches(kv_cache)
         if self._is_per_token_head_quant:
             triton_reshape_and_cache_flash_per_token_head_quant(
-                key, value, key_cache, value_cache, self._k_scale_cache, self._v_scale_cache, slot_mapping,
-                kv_quant_mode=self._kv_quant_mode)
+                key,
+                value,
+                key_cache,
+                value_cache,
+                self._k_scale_cache,
+                self._v_scale_cache,
+                slot_mapping,
+                kv_quant_mode=self._kv_quant_mode,
+            )
         else:
-            triton_reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype,
-                                           layer._k_scale, layer._v_scale)
+            triton_reshape_and_cache_flash(
+                key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
+            )
 
-    def forward(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
-                attn_metadata: TritonAttentionMetadata | None, output: torch.Tensor,
-                output_scale: torch.Tensor | None = None, output_block_scale: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attends with query [T, num_heads, head_size] and writes output, of the same shape, up to num_actual_tokens.
 
         Returns output; without metadata, filled with 0. key and value are an encoder's; others read the cache.
@@ -309,32 +377,71 @@ class TritonAttentionImpl:
         assert attn_metadata.use_cascade is False, "use_cascade is not False; this backend has no cascade attention"
         num_tokens = attn_metadata.num_actual_tokens
         if self._is_encoder:
-            return self._forward_encoder_attention(query[:num_tokens], key[:num_tokens], value[:num_tokens],
-                                                   output[:num_tokens], attn_metadata, layer)
+            return self._forward_encoder_attention(
+                query[:num_tokens], key[:num_tokens], value[:num_tokens], output[:num_tokens], attn_metadata, layer
+            )
         key_cache, value_cache = self._caches(kv_cache)
         per_tensor = self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
         fp8_query = per_tensor and query.dtype == self.fp8_dtype
         unified_attention(
-            query[:num_tokens], key_cache, value_cache, output[:num_tokens], attn_metadata.query_start_loc,
-            attn_metadata.max_query_len, attn_metadata.seq_lens, attn_metadata.max_seq_len, self.scale,
-            attn_metadata.causal, self.sliding_window, attn_metadata.block_table, self.logits_soft_cap,
-            layer._q_scale if fp8_query else None, layer._k_scale if per_tensor else None,
-            layer._v_scale if per_tensor else None, alibi_slopes=self.alibi_slopes, use_alibi_sqrt=self.use_alibi_sqrt,
-            sinks=self.sinks, output_scale=output_scale, mm_prefix_range=attn_metadata.mm_prefix_range_tensor,
-            kv_quant_mode=self._kv_quant_mode, k_scale_cache=self._k_scale_cache, v_scale_cache=self._v_scale_cache,
-            **({} if self.chunk_lookback < 0 else {"chunk_lookback": self.chunk_lookback}))
+            query[:num_tokens],
+            key_cache,
+            value_cache,
+            output[:num_tokens],
+            attn_metadata.query_start_loc,
+            attn_metadata.max_query_len,
+            attn_metadata.seq_lens,
+            attn_metadata.max_seq_len,
+            self.scale,
+            attn_metadata.causal,
+            self.sliding_window,
+            attn_metadata.block_table,
+            self.logits_soft_cap,
+            layer._q_scale if fp8_query else None,
+            layer._k_scale if per_tensor else None,
+            layer._v_scale if per_tensor else None,
+            alibi_slopes=self.alibi_slopes,
+            use_alibi_sqrt=self.use_alibi_sqrt,
+            sinks=self.sinks,
+            output_scale=output_scale,
+            mm_prefix_range=attn_metadata.mm_prefix_range_tensor,
+            kv_quant_mode=self._kv_quant_mode,
+            k_scale_cache=self._k_scale_cache,
+            v_scale_cache=self._v_scale_cache,
+            **({} if self.chunk_lookback < 0 else {"chunk_lookback": self.chunk_lookback}),
+        )
         return output
 
-    def _forward_encoder_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
-                                   attn_metadata: TritonAttentionMetadata, layer: Any) -> torch.Tensor:
+    def _forward_encoder_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata,
+        layer: Any,
+    ) -> torch.Tensor:
         """Attention in both directions over key and value themselves: a cache whose pages have one token."""
         if is_quantized_kv_cache(self.kv_cache_dtype):
             raise NotImplementedError(f"kv_cache_dtype is {self.kv_cache_dtype}; an encoder keeps its keys as they are")
         starts = attn_metadata.query_start_loc
         longest = attn_metadata.max_query_len
         pages = starts[:-1, None] + torch.arange(longest, dtype=starts.dtype, device=starts.device)
-        _call.attend("auto", query, key.unsqueeze(1), value.unsqueeze(1), output, cu_seqlens_q=starts,
-                     seqused_k=attn_metadata.seq_lens, block_table=pages, softmax_scale=self.scale, causal=False,
-                     window_size=self.sliding_window, softcap=self.logits_soft_cap, max_seqlen_q=longest,
-                     max_seqlen_k=longest, sinks=self.sinks)
+        _call.attend(
+            "auto",
+            query,
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            output,
+            cu_seqlens_q=starts,
+            seqused_k=attn_metadata.seq_lens,
+            block_table=pages,
+            softmax_scale=self.scale,
+            causal=False,
+            window_size=self.sliding_window,
+            softcap=self.logits_soft_cap,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            sinks=self.sinks,
+        )
         return output

@@ -26,7 +26,8 @@ class QuantKVBackend(ABC):
     def packed_head_size(self, head_size: int) -> int:
         """Elements of the cache for a row: ``head_size // packing_factor``; AssertionError where that leaves a rest."""
         assert head_size % self.packing_factor == 0, (
-            f"head_size is {head_size}; {self.mode.name} packs multiples of {self.packing_factor}")
+            f"head_size is {head_size}; {self.mode.name} packs multiples of {self.packing_factor}"
+        )
         return head_size // self.packing_factor
 
     def allocate_scale_caches(
@@ -36,8 +37,8 @@ class QuantKVBackend(ABC):
         num_kv_heads: int,
         device: torch.device,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The scale caches of K and V: zeros [num_blocks, block_size, num_kv_heads] float32 on ``device``, or (None, None)
-        where ``needs_scale_caches`` is False. Override it for another shape or dtype."""
+        """The scale caches of K and V: zeros [num_blocks, block_size, num_kv_heads] float32 on ``device``, or (None,
+        None) where ``needs_scale_caches`` is False. Override it for another shape or dtype."""
         if not self.needs_scale_caches:
             return (None, None)
         shape = (num_blocks, block_size, num_kv_heads)
@@ -88,6 +89,6 @@ class QuantKVBackend(ABC):
         softmax_segm_max: torch.Tensor | None = None,
         softmax_segm_expsum: torch.Tensor | None = None,
     ) -> None:
-        """Causal paged attention over the caches of this mode, written into ``out``; quire.compat.vllm.unified_attention
-        explains the arguments. NotImplementedError in this class."""
+        """Causal paged attention over the caches of this mode, written into ``out``;
+        quire.compat.vllm.unified_attention explains the arguments. NotImplementedError in this class."""
         raise NotImplementedError(f"{type(self).__name__} has no attention of its own")

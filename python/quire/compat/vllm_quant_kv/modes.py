@@ -37,15 +37,16 @@ class KVQuantMode(enum.IntEnum):
     def packed_head_size(self, head_size: int) -> int:
         """``head_size // packing_factor``; AssertionError where that leaves a rest."""
         assert head_size % self.packing_factor == 0, (
-            f"head_size is {head_size}; {self.name} packs multiples of {self.packing_factor}")
+            f"head_size is {head_size}; {self.name} packs multiples of {self.packing_factor}"
+        )
         return head_size // self.packing_factor
 
 
 def mode_key(mode: Any) -> Any:
     """The member of KVQuantMode that a mode means: members of other enums by name, plain ints by number.
 
-    A member of an enum of the user's stays itself. Its number must be none of KVQuantMode's, or the two would be one key
-    of a dict (ValueError).
+    A member of an enum of the user's stays itself. Its number must be none of KVQuantMode's, or the two would be one
+    key of a dict (ValueError).
     """
     if isinstance(mode, KVQuantMode):
         return mode

@@ -33,11 +33,24 @@ class PerTokenHeadBackend(QuantKVBackend):
         v_scale_cache: torch.Tensor | None = None,
     ) -> None:
         assert k_scale_cache is not None and v_scale_cache is not None, (
-            f"{self.mode.name} needs k_scale_cache and v_scale_cache")
-        triton_reshape_and_cache_flash_per_token_head_quant(key, value, key_cache, value_cache, k_scale_cache,
-                                                            v_scale_cache, slot_mapping, self.mode)
+            f"{self.mode.name} needs k_scale_cache and v_scale_cache"
+        )
+        triton_reshape_and_cache_flash_per_token_head_quant(
+            key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, self.mode
+        )
 
-    def unified_attention(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor,
-                          **options: Any) -> None:
-        unified_attention(q, k_cache, v_cache, out, causal=True, q_descale=None, k_descale=None, v_descale=None,
-                          kv_quant_mode=self.mode, **options)
+    def unified_attention(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor, **options: Any
+    ) -> None:
+        unified_attention(
+            q,
+            k_cache,
+            v_cache,
+            out,
+            causal=True,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            kv_quant_mode=self.mode,
+            **options,
+        )

@@ -12,8 +12,8 @@ SCALE_BYTES = 4  # fp32, for each (token, head) of K and of V
 
 
 def _effective_head_size(head_size: int, kv_quant_mode: KVQuantMode) -> int:
-    """Elements of the cache that a row's data takes: d, d / 2 for int4, d / 4 for int2. Its scale is not in it; the page
-    formula adds that."""
+    """Elements of the cache that a row's data takes: d, d / 2 for int4, d / 4 for int2. Its scale is not in it; the
+    page formula adds that."""
     return kv_quant_mode.packed_head_size(head_size)
 
 
@@ -21,8 +21,8 @@ def _effective_head_size(head_size: int, kv_quant_mode: KVQuantMode) -> int:
 class AttentionSpec:
     """One layer's cache: pages of ``block_size`` tokens of ``num_kv_heads`` heads, elements of ``dtype``.
 
-    ``page_size_padded``: the bytes of a page where a group of layers has pages of one size; AssertionError where that is
-    less than what is in it.
+    ``page_size_padded``: the bytes of a page where a group of layers has pages of one size; AssertionError where that
+    is less than what is in it.
     """
 
     block_size: int
