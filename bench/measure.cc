@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "cuda/device_memory.h"
 #include "measure_cuda.h"
 
 namespace quire::bench {
@@ -13,10 +14,16 @@ double now_ms() {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// What a measurement on CUDA returns, run while `device` is the current one.
+Result<double> on_device(Device device, const std::function<Result<double>()>& measure) {
+  const CurrentDevice current(device);
+  return current.status() ? measure() : current.status();
+}
+
 }  // namespace
 
 Result<double> median_ms(Device device, const Call& call, int num_calls, double budget_ms) {
-  if (device.is_cuda()) return cuda::median_ms(call, num_calls, budget_ms);
+  if (device.is_cuda()) return on_device(device, [&] { return cuda::median_ms(call, num_calls, budget_ms); });
   std::vector<double> times;
   if (Status status = call(0, nullptr); !status) return status;  // warm up
   const double begin = now_ms();
@@ -31,7 +38,7 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
 }
 
 Result<double> linear_read_bandwidth(Device device) {
-  if (device.is_cuda()) return cuda::linear_read_bandwidth();
+  if (device.is_cuda()) return on_device(device, [&] { return cuda::linear_read_bandwidth(device); });
   constexpr std::int64_t kWords = (std::int64_t{2} << 30) / 8;
   std::vector<std::uint64_t> memory(static_cast<std::size_t>(kWords), 1);
   volatile std::uint64_t sink = 0;
@@ -50,7 +57,7 @@ Result<double> linear_read_bandwidth(Device device) {
 }
 
 Result<double> copy_bandwidth(Device device) {
-  if (device.is_cuda()) return cuda::copy_bandwidth();
+  if (device.is_cuda()) return on_device(device, [&] { return cuda::copy_bandwidth(device); });
   constexpr std::size_t kBytes = std::size_t{1} << 30;
   constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
   std::vector<std::uint8_t> from(kBytes, 1);
@@ -69,8 +76,8 @@ Result<double> copy_bandwidth(Device device) {
   return 2.0 * kBytes / (*ms * 1e-3);
 }
 
-Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
-  return cuda::page_read_ms(reads, table);
+Result<double> page_read_ms(Device device, const std::vector<PageRead>& reads, const PageTable& table) {
+  return on_device(device, [&] { return cuda::page_read_ms(device, reads, table); });
 }
 
 }  // namespace quire::bench

@@ -54,8 +54,8 @@ struct CudaTimer {
   }
 };
 
-// How a kernel walks linear memory: blocks of a grid-stride loop a multiprocessor (0: as many blocks as cover it once),
-// threads of a block, and 16-byte words a thread has in flight.
+// How a kernel walks linear memory: the blocks of a grid-stride loop for each multiprocessor (0: as many blocks as
+// cover the memory once), the threads of a block, and the 16-byte words that a thread has in flight.
 struct Launch {
   int blocks, threads, words;
 };
@@ -64,9 +64,10 @@ constexpr Launch kLinearLaunches[] = {{2, 256, 4},  {2, 512, 4},  {2, 1024, 4}, 
                                       {16, 256, 4}, {32, 128, 4}, {0, 128, 4},  {0, 256, 1},  {0, 256, 4},
                                       {0, 256, 8},  {0, 512, 4},  {0, 1024, 4}, {0, 512, 1},  {0, 1024, 1}};
 
-constexpr unsigned kUnlikely = 0x12345678U;  // a sum of bytes that are all 1 never is: keeps the loads
+// The sum of bytes that are all 1 is never this, but the compiler cannot know it and keeps the loads.
+constexpr unsigned kUnlikely = 0x12345678U;
 
-// Reads `count` words, and writes them to `to` where kCopy.
+// Reads `count` words, and writes them to `to` where kCopy is set.
 template <bool kCopy, int kWords>
 __global__ void walk_linear(const uint4* from, uint4* to, std::int64_t count, unsigned* sink) {
   unsigned sum = 0;
@@ -101,11 +102,11 @@ void launch_linear(const Launch& launch, int num_multiprocessors, const uint4* f
   kernel<<<blocks, launch.threads, 0, stream>>>(from, to, count, sink);
 }
 
-// Milliseconds of the best launch of the list.
+// The milliseconds of the best launch of the list.
 template <bool kCopy>
-Result<double> best_linear_ms(std::size_t bytes) {
+Result<double> best_linear_ms(Device device, std::size_t bytes) {
   using quire::cuda::DeviceBuffer;
-  const Result<Arch> arch = device_arch(Device::cuda());
+  const Result<Arch> arch = device_arch(device);
   if (!arch) return arch.status();
   Result<DeviceBuffer> from = DeviceBuffer::allocate(bytes);
   if (!from) return from.status();
@@ -135,7 +136,7 @@ struct PageRuns {
   int runs, heads;
 };
 
-// A head's rows; one run where they lie side by side.
+// The rows of each head, as one run where they lie side by side.
 PageRuns runs_of_heads(const PageRead& read) {
   PageRuns pages{read.row(0, 0, 0), read.block_stride, read.slot_stride, read.head_stride,
                  read.row_bytes,    read.block_size,   read.num_heads};
@@ -146,7 +147,7 @@ PageRuns runs_of_heads(const PageRead& read) {
   return pages;
 }
 
-// All heads together, in runs as long as nothing lies between rows.
+// The rows of all heads together, in runs that are as long as nothing lies between rows.
 PageRuns runs_of_pages(const PageRead& read) {
   PageRuns pages = runs_of_heads(read);
   if (pages.runs == 1 && read.head_stride == pages.run_bytes) {
@@ -161,22 +162,23 @@ PageRuns runs_of_pages(const PageRead& read) {
       pages.runs = 1;
     }
   } else {
-    return pages;  // by heads
+    return pages;  // by heads, since the rows of all heads are no runs
   }
   pages.heads = 1;
   return pages;
 }
 
-// Block (sequence, head, split) reads its share of the sequence's pages, each thread the same words of several of them.
+// Block (sequence, head, split) reads its share of the sequence's pages; each thread reads the same words of several
+// pages.
 __global__ void read_pages(const __grid_constant__ PageRuns pages, const std::int32_t* table, std::int64_t max_blocks,
                            unsigned* sink) {
-  constexpr int kPages = 4;  // in flight
+  constexpr int kPages = 4;  // pages in flight
   table += blockIdx.x * max_blocks;
   const auto per_split = static_cast<int>((max_blocks + gridDim.z - 1) / gridDim.z);
   const int begin = static_cast<int>(blockIdx.z) * per_split;
   const int end = min(begin + per_split, static_cast<int>(max_blocks));
   const std::uint8_t* base = pages.base + blockIdx.y * pages.head_stride;
-  // Words of the aligned cover of a run, wherever it starts.
+  // The 16-byte words of the aligned cover of a run, wherever the run starts.
   const bool aligned =
       ((reinterpret_cast<std::uintptr_t>(base) | pages.block_stride | pages.run_stride | pages.run_bytes) & 15) == 0;
   const int words = static_cast<int>(aligned ? pages.run_bytes / 16 : (pages.run_bytes + 30) / 16);
@@ -211,7 +213,7 @@ __global__ void read_pages(const __grid_constant__ PageRuns pages, const std::in
 Result<double> median_ms(const Call& call, int num_calls, double budget_ms) {
   std::vector<double> times;
   CudaTimer timer;
-  for (int i = 0; i < num_calls; ++i) {  // warm up outside the graph: attributes, lazy loading
+  for (int i = 0; i < num_calls; ++i) {  // warms up outside the graph: attributes, lazy loading
     if (Status status = call(i, timer.stream); !status) return status;
   }
   if (Status status = cuda_status(cudaStreamSynchronize(timer.stream), "warm-up"); !status) return status;
@@ -234,22 +236,22 @@ Result<double> median_ms(const Call& call, int num_calls, double budget_ms) {
   return median(times);
 }
 
-Result<double> linear_read_bandwidth() {
+Result<double> linear_read_bandwidth(Device device) {
   constexpr std::size_t kBytes = std::size_t{2} << 30;
-  const Result<double> ms = best_linear_ms<false>(kBytes);
+  const Result<double> ms = best_linear_ms<false>(device, kBytes);
   if (!ms) return ms;
   return kBytes / (*ms * 1e-3);
 }
 
-Result<double> copy_bandwidth() {
+Result<double> copy_bandwidth(Device device) {
   constexpr std::size_t kBytes = std::size_t{1} << 30;
-  const Result<double> ms = best_linear_ms<true>(kBytes);
+  const Result<double> ms = best_linear_ms<true>(device, kBytes);
   if (!ms) return ms;
   return 2.0 * kBytes / (*ms * 1e-3);
 }
 
-Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table) {
-  const Result<Arch> arch = device_arch(Device::cuda());
+Result<double> page_read_ms(Device device, const std::vector<PageRead>& reads, const PageTable& table) {
+  const Result<Arch> arch = device_arch(device);
   if (!arch) return arch.status();
   Result<quire::cuda::DeviceBuffer> sink = quire::cuda::DeviceBuffer::allocate(16);
   if (!sink) return sink.status();

@@ -1,4 +1,4 @@
-// Timing on either device, and the ceilings that results are held against. No CUDA types.
+// Timing on either device, and the ceilings that results are compared with. There are no CUDA types here.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,25 @@
 
 namespace quire::bench {
 
-// Milliseconds of one call: the median of many. On CUDA calls 0, 1, .. num_calls - 1 are captured into one graph (so
-// that `call` may rotate among buffers), which is replayed; on the CPU they are timed one by one. Every call must be
+// The milliseconds of one call: the median of many. On CUDA the calls 0 to num_calls - 1 are captured into one graph,
+// which is replayed, so that `call` may rotate among buffers; on the CPU they are timed one by one. Every call must be
 // capturable.
 using Call = std::function<Status(int index, void* stream)>;
 Result<double> median_ms(Device device, const Call& call, int num_calls, double budget_ms);
 
-// Bytes a second of the best linear read of 2 GiB on the device, and of the best copy of 1 GiB (bytes read and
-// written). CUDA: kernels of 16-byte accesses over a fixed list of launches; CPU: all threads.
+// The bytes a second of the best linear read of 2 GiB on the device, and of the best copy of 1 GiB (bytes read and
+// written). CUDA runs kernels of 16-byte accesses over a fixed list of launches; the CPU uses all threads.
 Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
-// Multiply-adds a second of the CPU's threads, with nothing else to do: in fp32, and of bf16 and int16 products in pairs.
+// The multiply-adds a second of the CPU's threads where nothing else limits them: in fp32, and of pairs of bf16 and
+// int16.
 struct ProductRates {
   double float32 = 0.0, bfloat16 = 0.0, int16 = 0.0;
 };
 ProductRates product_rates();
 
-// The rows of one cache tensor, as some sequences hold them through a block table; scales are rows of their own.
+// The rows of one cache tensor, as some sequences hold them through a block table. Scales are rows of their own.
 struct PageRead : attention::PagedRows {
   std::int64_t row_bytes = 0;
   int num_heads = 0, block_size = 0;
@@ -39,10 +40,11 @@ struct PageTable {
   int batch = 0, copies = 1;
 };
 
-// Milliseconds of kernels that do nothing but read the whole pages of one copy of the table, all of `reads`: what a
-// layout allows. The best of a fixed list of launches, by heads (a thread block reads one head's rows, as attention
-// does) and by whole pages where nothing lies between rows. Rows at any address: what is read is their 16-byte aligned
-// cover, so up to 15 bytes before and after a tensor's rows must be readable. Calls rotate among the copies. CUDA only.
-Result<double> page_read_ms(const std::vector<PageRead>& reads, const PageTable& table);
+// The milliseconds of kernels that only read the whole pages of one copy of the table, for all of `reads`: the most
+// that a layout allows. It is the best of a fixed list of launches, by heads (a thread block reads the rows of one
+// head, as attention does) and by whole pages where nothing lies between rows. Rows may start at any address. What is
+// read is their 16-byte aligned cover, so up to 15 bytes before and after a tensor's rows must be readable. Calls
+// rotate among the copies. Only CUDA has it.
+Result<double> page_read_ms(Device device, const std::vector<PageRead>& reads, const PageTable& table);
 
 }  // namespace quire::bench

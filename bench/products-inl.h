@@ -1,4 +1,4 @@
-// Products of operands that stay in registers, as fast as the processor issues them.
+// Products of operands that stay in registers, issued as fast as the processor can.
 #if defined(QUIRE_BENCH_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_BENCH_PRODUCTS_INL_H_
 #undef QUIRE_BENCH_PRODUCTS_INL_H_
@@ -16,7 +16,7 @@ namespace {
 #if QUIRE_CPU_HAS_PAIRS
 template <class Products>
 double multiply_pairs(int rounds) {
-  constexpr int kSums = 12;  // independent of each other: more than an instruction takes cycles, twice over
+  constexpr int kSums = 12;  // independent sums: more than twice the cycles of an instruction
   const typename Products::Factor factor;
   hn::Vec<typename Products::Sum> sums[kSums];
   HWY_UNROLL(12)
@@ -56,7 +56,7 @@ double multiply_floats(int rounds) {
   return static_cast<double>(rounds) * kSums * kFloats;
 }
 
-// `rounds` rounds; returns how many multiply-adds that were. A target without 16-bit operands multiplies fp32.
+// Does `rounds` rounds and returns how many multiply-adds those were. A target without 16-bit operands multiplies fp32.
 double multiply([[maybe_unused]] Operand operand, int rounds) {
 #if QUIRE_CPU_HAS_PAIRS
   if (operand == Operand::kBFloat16) return multiply_pairs<BFloat16Products>(rounds);

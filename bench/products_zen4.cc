@@ -1,4 +1,4 @@
-// As src/cpu/zen4.cc: compiled with AVX-512, VNNI, BF16 and VBMI, run where the processor has them.
+// Compiled with AVX-512, VNNI, BF16 and VBMI like src/cpu/zen4.cc; it runs where the processor has them.
 #include "products_zen4.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

@@ -17,6 +17,8 @@ Each figure is the least of 300 short rounds that take turns, so that a busy mac
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -180,25 +182,25 @@ def main():
     options = parser.parse_args()
     DEVICE = options.device
     quire.set_num_threads(1)
-    results = {"quire": quire.__version__}
-    if DEVICE == "cpu":
-        results["numpy"] = {
-            "version": np.__version__,
-            **measure(f"NumPy {np.__version__}", lambda values: values, options.calls),
-        }
+    versions = {"Python": ".".join(map(str, sys.version_info[:3])), "NumPy": np.__version__}
+    libraries = {}
     try:
         import torch
     except ImportError:
         print("PyTorch is not installed")
     else:
         torch.set_num_threads(1)
+        versions["PyTorch"] = torch.__version__
         array = lambda values: torch.from_numpy(values.copy()).to(DEVICE)
-        results["torch"] = {
-            "version": torch.__version__,
-            **measure(f"PyTorch {torch.__version__}", array, options.calls),
-        }
+        libraries["PyTorch"] = measure(f"PyTorch {torch.__version__}", array, options.calls)
+    if DEVICE == "cpu":
+        libraries["NumPy"] = measure(f"NumPy {np.__version__}", lambda values: values, options.calls)
+    for name in ("apache-tvm-ffi", "nanobind"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        record = {"device": DEVICE, "versions": versions, "libraries": libraries}
+        pathlib.Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

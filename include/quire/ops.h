@@ -95,7 +95,11 @@ QUIRE_API Result<AttentionProblem> problem_of(const UnifiedAttentionArgs& args);
 QUIRE_API Status run_unified_attention(const AttentionPlan& plan, const UnifiedAttentionArgs& args, void* workspace,
                                        std::size_t workspace_bytes, void* stream);
 
-// Does it all in one call: it finds the problem, plans, finds a workspace and runs.
+// Does it all in one call: it finds the problem, makes a plan, runs it, and drops the plan. Where the plan has a
+// workspace (where keys are split, or a kernel keeps partial results), the call allocates one: on the CPU from operator
+// new until it returns, on CUDA by cudaMallocAsync and cudaFreeAsync in `stream`, so a captured call becomes memory
+// nodes of the graph. A caller that must not allocate plans once and calls run_unified_attention with a workspace of
+// its own.
 QUIRE_API Status unified_attention(const UnifiedAttentionArgs& args, void* stream);
 
 // Combines two partial results over disjoint key sets exactly: out = sum_i exp(lse_i - lse) out_i, lse = log sum exp

@@ -291,6 +291,8 @@ static inline quire_attention_args quire_attention_args_default(void) {
 }
 
 /* Plans, finds a workspace, and runs. */
+/* Plans in each call, and allocates a workspace where the plan has one; see unified_attention in ops.h.
+   quire_run_unified_attention does neither. */
 QUIRE_API quire_code quire_unified_attention(const quire_attention_args* args, void* stream);
 
 typedef struct quire_merge_args { /* MergeAttnStatesArgs of ops.h */

@@ -142,7 +142,7 @@ def get_backend(mode: str | KVQuantMode) -> QuantKVBackend:
     InvalidArgumentError for the modes of NONE (nothing to quantize) and FP8_PER_TENSOR (both ops serve them without a
     backend), NotFoundError where a registered mode has none.
     """
-    written_in_python = _quire.backend_object(_name(mode))
+    written_in_python: QuantKVBackend | None = _quire.backend_object(_name(mode))
     if written_in_python is not None:
         return written_in_python
     name = _quire.mode_info(_name(mode))["name"]

@@ -127,13 +127,13 @@ def allocate_cache(
 
 def _device_allocator(device: str) -> Callable[[int], Any]:
     try:
-        import torch
+        import torch  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         pass
     else:
         return lambda num_bytes: torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     try:
-        import cupy
+        import cupy  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise _quire_unsupported(device) from None
 

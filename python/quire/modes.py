@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
 from . import _quire
 
@@ -48,7 +49,7 @@ class ModeInfo:
     composed: bool  # True where it is spelled k=<format>,v=<format> and is no row of the table
 
 
-def _info(fields: dict) -> ModeInfo:
+def _info(fields: dict[str, Any]) -> ModeInfo:
     value = fields.pop("kv_quant_mode")
     return ModeInfo(kv_quant_mode=None if value is None else KVQuantMode(value), **fields)
 

@@ -141,14 +141,15 @@ const KnownClass& known_class(PyTypeObject* type) {
   return place = found;
 }
 
-// 1: yes, 0: no, -1: a Python exception is set.
-int requires_grad(PyObject* array) {
-  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  PyObject* value = PyObject_GetAttr(array, name);
-  if (value == nullptr) return -1;
-  const int result = value == Py_False ? 0 : PyObject_IsTrue(value);
+// Refuses an array that requires grad.
+bool check_no_grad(const char* name, PyObject* array) {
+  static PyObject* const attribute = PyUnicode_InternFromString("requires_grad");
+  PyObject* value = PyObject_GetAttr(array, attribute);
+  if (value == nullptr) return false;
+  const int required = value == Py_False ? 0 : PyObject_IsTrue(value);
   Py_DECREF(value);
-  return result;
+  if (required <= 0) return required == 0;
+  return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name + ".detach()");
 }
 
 // The dtype of a format of the struct module, native or little-endian; -1: none of ours.
@@ -241,15 +242,8 @@ bool Reader::read(const Argument& argument) {
     return true;
   }
   const KnownClass& known = known_class(Py_TYPE(array));
-  if (known.has_requires_grad) {
-    const int yes = requires_grad(array);
-    if (yes < 0) return false;
-    if (yes > 0) {
-      return refuse(std::string(name) + " requires grad, and quire has no backward pass; give it as " + name +
-                    ".detach()");
-    }
-  }
-  if (known.api != nullptr) return read_exchange(argument, *known.api);
+  if (known.api != nullptr) return read_exchange(argument, *known.api, known.has_requires_grad);
+  if (known.has_requires_grad && !check_no_grad(name, array)) return false;
   if (PyObject_CheckBuffer(array) != 0) {
     const int done = read_buffer(argument);
     if (done != 0) return done > 0;
@@ -299,9 +293,11 @@ bool Reader::decide_stream() {
   return PyErr_Occurred() == nullptr;
 }
 
-bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api) {
+bool Reader::read_exchange(const Argument& argument, const dlpack::ExchangeApi& api, bool has_requires_grad) {
   dlpack::Tensor view;
   if (api.tensor_from_object(argument.array, &view) != 0) return false;
+  const bool differentiable = view.dtype.code == dlpack::kFloat || view.dtype.code == dlpack::kBFloat;
+  if (has_requires_grad && differentiable && !check_no_grad(argument.name, argument.array)) return false;
   Tensor tensor;
   if (!convert(argument.name, view, as_, &tensor)) return false;
   argument.give(tensor);

@@ -65,7 +65,7 @@ class Reader {
   static constexpr int kMost = 32;  // arrays of a call
 
   bool read(const Argument& argument);
-  bool read_exchange(const Argument& argument, const dlpack::ExchangeApi& api);
+  bool read_exchange(const Argument& argument, const dlpack::ExchangeApi& api, bool has_requires_grad);
   bool read_dlpack(const Argument& argument);
   bool take_capsule(const Argument& argument, PyObject* capsule);
   int read_buffer(const Argument& argument);           // 1: done, 0: not this way, -1: an exception is set

@@ -17,18 +17,17 @@ Status outside(const char* what, std::size_t offset, std::size_t bytes, std::siz
 
 }  // namespace
 
-Status device_available() {
+Status device_available(int index) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) return unsupported(std::string("no CUDA device: ") + cudaGetErrorString(error));
   if (count == 0) return unsupported("no CUDA device");
-  return {};
+  return device_arch(Device::cuda(index)).status();  // which says how many there are
 }
 
-std::string device_description() {
-  int device = 0;
+std::string device_description(int index) {
   cudaDeviceProp properties;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess) return {};
+  if (cudaGetDeviceProperties(&properties, index) != cudaSuccess) return {};
   char memory[32];
   std::snprintf(memory, sizeof(memory), "%.1f GiB", static_cast<double>(properties.totalGlobalMem) / (1U << 30));
   return std::string(properties.name) + ", sm_" + std::to_string(properties.major) + std::to_string(properties.minor) +
@@ -84,3 +83,21 @@ Status DeviceBuffer::poison(std::uint8_t value) {
 }
 
 }  // namespace quire::cuda
+
+namespace quire {
+
+CurrentDevice::CurrentDevice(Device device) {
+  if (device.is_cpu()) return;
+  status_ = cuda::device_available(device.index);
+  int current = 0;
+  if (status_) status_ = cuda::cuda_status(cudaGetDevice(&current), "device");
+  if (!status_ || current == device.index) return;
+  status_ = cuda::cuda_status(cudaSetDevice(device.index), "device");
+  if (status_) before_ = current;
+}
+
+CurrentDevice::~CurrentDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+}  // namespace quire

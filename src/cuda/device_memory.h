@@ -2,9 +2,10 @@
 // no #if at its users: a build without CUDA has it too, and there every request for the device is refused in a
 // sentence.
 //
-//   DeviceBuffer     one owned allocation on the CUDA device
-//   Memory           one on either device
-//   DeviceMirror     the tensors of a call on the device
+//   CurrentDevice    makes a device the thread's current one for a while
+//   DeviceBuffer     one owned allocation on a CUDA device
+//   Memory           one on any device
+//   DeviceMirror     the tensors of a call on a CUDA device
 //   run_on_device    runs an op on a GPU with arguments that live on the host
 #pragma once
 
@@ -21,13 +22,14 @@
 
 namespace quire::cuda {
 
-// Ok where a CUDA device can be used; otherwise the driver's reason, or that this build has no CUDA.
-Status device_available();
+// Ok where cuda:index can be used; otherwise the driver's reason, how many devices there are, or that this build has no
+// CUDA.
+Status device_available(int index = 0);
 
 // "NVIDIA H200, sm_90, 132 SMs, 139.8 GiB", or empty.
-std::string device_description();
+std::string device_description(int index = 0);
 
-// Waits for everything on the device and reports its first error.
+// Waits for everything on the current device and reports its first error.
 Status synchronize();
 
 // An allocation on the current device.
@@ -85,12 +87,12 @@ class TensorRef {
   ConstTensor* read_ = nullptr;
 };
 
-// Copies of the host memory that some tensors span. Tensors whose spans overlap (K and V of one buffer, inline scales)
+// Copies on a device of the host memory that some tensors span. Tensors whose spans overlap (K and V of one buffer, inline scales)
 // share a copy, so every stride keeps its meaning; alignment up to 256 bytes is kept too.
 class DeviceMirror {
  public:
-  // Points every defined host tensor of the list at its copy on cuda:0; those on the device stay where they are.
-  static Result<DeviceMirror> upload(const std::vector<TensorRef>& tensors);
+  // Points every defined host tensor of the list at its copy on `device`; those on a GPU stay where they are.
+  static Result<DeviceMirror> upload(const std::vector<TensorRef>& tensors, Device device = Device::cuda());
 
   // Copies what `host`, one of the tensors as it was before upload, spans back to where it points.
   Status download(const Tensor& host) const;
@@ -103,6 +105,7 @@ class DeviceMirror {
   };
   const Region* find(const ConstTensor& host) const;
 
+  Device device_ = Device::cuda();
   std::vector<Region> regions_;
 };
 
@@ -116,28 +119,48 @@ std::vector<TensorRef> tensors_of(HadamardArgs& args);
 // does.
 void fill_in_bounds(UnifiedAttentionArgs& args);
 
-// Calls `op` with copies of the host tensors among args' (those on the device stay where they are), waits, and copies
-// what an op of these arguments writes back to the host tensors among them.
-Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op);
-Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op);
-Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op);
-Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op);
+// Calls `op` with copies on `device` of the host tensors among args' (those on a GPU stay where they are), waits, and
+// copies what an op of these arguments writes back to the host tensors among them. `device` is current meanwhile.
+Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op,
+                     Device device = Device::cuda());
+Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op,
+                     Device device = Device::cuda());
+Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op,
+                     Device device = Device::cuda());
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op,
+                     Device device = Device::cuda());
 
 }  // namespace quire::cuda
 
 namespace quire {
 
+// Makes a CUDA device the thread's current one for as long as it lives, and at its end the one that was before; for the
+// CPU it does nothing. The status says where there is no such device. The ops need none of this: they go where their
+// tensors are. What calls CUDA by itself does.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(Device device);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+  const Status& status() const { return status_; }
+
+ private:
+  Status status_;
+  [[maybe_unused]] int before_ = -1;  // -1: nothing to put back; unused without CUDA
+};
+
 // Ok where the device can be used in this build on this machine.
 Status device_available(Device device);
 
-// The device in words, "cpu" or cuda::device_description().
+// The device in words, "cpu" or cuda::device_description(index).
 std::string device_description(Device device);
 
 // Waits for the device's work; reports its first error.
 Status synchronize(Device device);
 
-// Memory on either device, aligned to 64 bytes at least; freed with its last copy. On CUDA it is on the current device:
-// the tools and the runner use cuda:0 alone.
+// Memory on any device, aligned to 64 bytes at least; freed with its last copy.
 class Memory {
  public:
   // Zeroed. Zero bytes give no pointer.

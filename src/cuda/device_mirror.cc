@@ -38,9 +38,11 @@ std::vector<TensorRef> all_tensors(Args& args) {
 }
 
 template <class Args>
-Status run_mirrored(const Args& args, const std::function<Status(const Args&)>& op) {
+Status run_mirrored(const Args& args, const std::function<Status(const Args&)>& op, Device device) {
+  const CurrentDevice current(device);
+  if (!current.status()) return current.status();
   Args copies = args;
-  const Result<DeviceMirror> mirror = DeviceMirror::upload(all_tensors(copies));
+  const Result<DeviceMirror> mirror = DeviceMirror::upload(all_tensors(copies), device);
   if (!mirror.ok()) return mirror.status();
   if (Status status = op(copies); !status) return status;
   if (Status status = cuda::synchronize(); !status) return status;
@@ -87,13 +89,16 @@ void TensorRef::set(const ConstTensor& tensor) const {
   std::ranges::copy(tensor.strides, written_->strides);
 }
 
-Result<DeviceMirror> DeviceMirror::upload(const std::vector<TensorRef>& tensors) {
+Result<DeviceMirror> DeviceMirror::upload(const std::vector<TensorRef>& tensors, Device device) {
+  const CurrentDevice current(device);
+  if (!current.status()) return current.status();
   std::vector<std::pair<std::uintptr_t, std::uintptr_t>> spans;
   for (const TensorRef& tensor : tensors) {
     if (on_host(tensor.get()) && has_memory(tensor.get())) spans.push_back(span_of(tensor.get()));
   }
   std::ranges::sort(spans);
   DeviceMirror mirror;
+  mirror.device_ = device;
   for (const auto& [begin, end] : spans) {
     if (!mirror.regions_.empty() && begin < mirror.regions_.back().end) {
       mirror.regions_.back().end = std::max(mirror.regions_.back().end, end);
@@ -119,7 +124,7 @@ Result<DeviceMirror> DeviceMirror::upload(const std::vector<TensorRef>& tensors)
       tensor.data = static_cast<std::uint8_t*>(region->copy.data()) + region->padding +
                     (reinterpret_cast<std::uintptr_t>(tensor.data) - region->begin);
     }
-    tensor.device = Device::cuda();
+    tensor.device = device;
     ref.set(tensor);
   }
   return mirror;
@@ -138,6 +143,8 @@ Status DeviceMirror::download(const Tensor& host) const {
   if (!has_memory(host)) return {};
   const Region* region = find(host);
   if (region == nullptr) return invalid_argument("a tensor to download was not among those uploaded");
+  const CurrentDevice current(device_);
+  if (!current.status()) return current.status();
   const auto span = span_of(host);
   return region->copy.copy_out(reinterpret_cast<void*>(span.first), span.second - span.first,
                                region->padding + (span.first - region->begin));
@@ -148,36 +155,45 @@ std::vector<TensorRef> tensors_of(UnifiedAttentionArgs& args) { return all_tenso
 std::vector<TensorRef> tensors_of(MergeAttnStatesArgs& args) { return all_tensors(args); }
 std::vector<TensorRef> tensors_of(HadamardArgs& args) { return all_tensors(args); }
 
-Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op) {
-  return run_mirrored(args, op);
+Status run_on_device(const ReshapeAndCacheArgs& args, const std::function<Status(const ReshapeAndCacheArgs&)>& op,
+                     Device device) {
+  return run_mirrored(args, op, device);
 }
 
-Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op) {
+Status run_on_device(const UnifiedAttentionArgs& args, const std::function<Status(const UnifiedAttentionArgs&)>& op,
+                     Device device) {
   UnifiedAttentionArgs bounded = args;
   fill_in_bounds(bounded);
-  return run_mirrored(bounded, op);
+  return run_mirrored(bounded, op, device);
 }
 
-Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op) {
-  return run_mirrored(args, op);
+Status run_on_device(const MergeAttnStatesArgs& args, const std::function<Status(const MergeAttnStatesArgs&)>& op,
+                     Device device) {
+  return run_mirrored(args, op, device);
 }
 
-Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op) {
-  return run_mirrored(args, op);
+Status run_on_device(const HadamardArgs& args, const std::function<Status(const HadamardArgs&)>& op, Device device) {
+  return run_mirrored(args, op, device);
 }
 
 }  // namespace cuda
 
-Status device_available(Device device) { return device.is_cpu() ? Status() : cuda::device_available(); }
+Status device_available(Device device) { return device.is_cpu() ? Status() : cuda::device_available(device.index); }
 
 std::string device_description(Device device) {
-  return device.is_cpu() ? std::string(device_type_name(device.type)) : cuda::device_description();
+  return device.is_cpu() ? std::string(device_type_name(device.type)) : cuda::device_description(device.index);
 }
 
-Status synchronize(Device device) { return device.is_cpu() ? Status() : cuda::synchronize(); }
+Status synchronize(Device device) {
+  if (device.is_cpu()) return {};
+  const CurrentDevice current(device);
+  return current.status() ? cuda::synchronize() : current.status();
+}
 
 Result<Memory> Memory::allocate(Device device, std::size_t bytes) {
   if (device.is_cuda()) {
+    const CurrentDevice current(device);
+    if (!current.status()) return current.status();
     Result<cuda::DeviceBuffer> buffer = cuda::DeviceBuffer::allocate(bytes);
     if (!buffer) return buffer.status();
     if (Status status = buffer->poison(0); !status) return status;
@@ -196,6 +212,8 @@ Result<Memory> Memory::allocate(Device device, std::size_t bytes) {
 
 Result<Memory> Memory::copy_of(Device device, const void* host, std::size_t bytes) {
   if (device.is_cuda()) {
+    const CurrentDevice current(device);
+    if (!current.status()) return current.status();
     Result<cuda::DeviceBuffer> buffer = cuda::DeviceBuffer::copy_of(host, bytes);
     if (!buffer) return buffer.status();
     return own(std::move(buffer).value());

@@ -3,12 +3,12 @@
 
 namespace quire::cuda {
 
-Status device_available() {
+Status device_available(int) {
   return unsupported(
       "device is cuda, but this build has no CUDA; configure with -DQUIRE_CUDA=ON where nvcc is installed");
 }
 
-std::string device_description() { return {}; }
+std::string device_description(int) { return {}; }
 
 Status synchronize() { return device_available(); }
 
@@ -23,3 +23,10 @@ Status DeviceBuffer::copy_out(void*, std::size_t, std::size_t) const { return de
 Status DeviceBuffer::poison(std::uint8_t) { return device_available(); }
 
 }  // namespace quire::cuda
+
+namespace quire {
+
+CurrentDevice::CurrentDevice(Device device) : status_(device_available(device)) {}
+CurrentDevice::~CurrentDevice() = default;
+
+}  // namespace quire

@@ -87,7 +87,7 @@ class Fields {
   }
   const Status& status() const { return status_; }
 
-  // A value for a message, cut to a length that fits one, in printable ASCII.
+  // A value as it appears in a message: printable ASCII, cut to a length that fits.
   static std::string shown(const json& value) {
     std::string dumped = value.dump(-1, ' ', true, json::error_handler_t::replace);
     if (dumped.size() > 60) dumped = dumped.substr(0, 57) + "...";
@@ -256,7 +256,8 @@ std::vector<double> rope_frequencies(const RopeConfig& rope, int head_size) {
     double frequency = std::pow(rope.theta, -2.0 * static_cast<double>(i) / head_size);
     if (rope.scaling == RopeConfig::Scaling::kLinear) frequency /= rope.factor;
     if (rope.scaling == RopeConfig::Scaling::kLlama3) {
-      // Turns over the original context: many stay as they were, few are slowed by `factor`, a linear blend between.
+      // A frequency that makes many turns over the original context stays as it was, and one that makes few is slower
+      // by `factor`; between them lies a linear blend.
       const double turns = static_cast<double>(rope.original_max_position) * frequency / (2.0 * std::numbers::pi);
       const double blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
       const double keep = std::min(std::max(blend, 0.0), 1.0);

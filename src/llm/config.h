@@ -23,7 +23,7 @@ struct RopeConfig {
   enum class Scaling { kNone, kLinear, kLlama3 };
   double theta = 10000.0;
   Scaling scaling = Scaling::kNone;
-  double factor = 1.0;  // kLinear, kLlama3: how much slower the (low) frequencies turn
+  double factor = 1.0;  // kLinear, kLlama3: by which factor the (low) frequencies turn slower
   double low_freq_factor = 1.0, high_freq_factor = 4.0;
   std::int64_t original_max_position = 8192;
 };
@@ -54,13 +54,13 @@ struct ModelConfig {
   int kv_size() const { return num_kv_heads * head_size; }
 };
 
-// `source` opens the sentence of a refusal: the path the text came from.
+// Parses the text of a config.json. `source`, the path it came from, begins the sentence of a refusal.
 Result<ModelConfig> parse_config(const std::string& json_text, const std::string& source);
 
 // Reads DIR/config.json.
 Result<ModelConfig> load_config(const std::string& model_dir);
 
-// inv_freq[head_size / 2], scaling applied.
+// inv_freq[head_size / 2], with the scaling applied.
 std::vector<double> rope_frequencies(const RopeConfig& rope, int head_size);
 
 }  // namespace quire::llm

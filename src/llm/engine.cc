@@ -51,7 +51,7 @@ Result<std::vector<Engine::Output>> Engine::step() {
     waiting_.pop_front();
   }
 
-  // Sequences that generate come first: a long prompt delays no one's next token.
+  // Sequences that generate come first, so that a long prompt delays nobody's next token.
   Batch batch;
   struct Part {
     Running* running;

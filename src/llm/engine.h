@@ -37,7 +37,8 @@ class Engine {
   // `model` outlives the engine.
   static Result<Engine> create(Model& model, const EngineOptions& options);
 
-  // Returns the request's id. Refused where the prompt is empty, holds an id outside the vocabulary, or can never fit.
+  // Adds a request and returns its id. It is refused where the prompt is empty, holds an id outside of the vocabulary,
+  // or can never fit.
   Result<int> add(const Request& request);
 
   bool busy() const { return !waiting_.empty() || !running_.empty(); }
@@ -46,15 +47,16 @@ class Engine {
     int request = 0;
     std::int32_t token = 0;
     bool finished = false;
-    std::vector<float> logits;  // [vocab_size] the token was picked from, where keep_logits
+    std::vector<float> logits;  // [vocab_size], those that the token was picked from; empty without keep_logits
   };
-  // Runs one batch; one output for each sequence that got a new token.
+  // Runs one batch. There is one output for each sequence that got a new token.
   Result<std::vector<Output>> step();
 
   void keep_logits(bool keep) { keep_logits_ = keep; }
   const KVCache& cache() const { return cache_; }
   const BlockAllocator& allocator() const { return allocator_; }
-  std::int64_t tokens_computed() const { return tokens_computed_; }  // prompts and new ones, shared ones not
+  // Tokens of prompts and new ones; shared ones are not computed.
+  std::int64_t tokens_computed() const { return tokens_computed_; }
 
  private:
   struct Running {

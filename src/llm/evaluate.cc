@@ -29,7 +29,7 @@ struct Lane {
   std::int64_t num_scored = 0, num_positions = 0, num_same_top = 0;
   std::int64_t num_tokens = 0;
   double seconds = 0.0;
-  std::unique_ptr<Lane> on_cpu;  // against_cpu: computes the keys and values, runs first
+  std::unique_ptr<Lane> on_cpu;  // with against_cpu: the partner that runs first and computes the keys and values
 
   std::optional<double> perplexity() const {
     if (num_scored == 0) return std::nullopt;
@@ -56,7 +56,7 @@ Result<Lane> make_lane(const ModelConfig& config, ModeId mode, const std::vector
   return Lane(std::move(*cache));
 }
 
-// log of the sum of exp, the largest taken out.
+// The log of the sum of exponentials, computed after the largest is subtracted.
 double log_sum_exp(const float* x, int n) {
   const float largest = *std::max_element(x, x + n);
   double sum = 0.0;
@@ -87,7 +87,7 @@ void to_distributions(const std::vector<float>& logits, std::int64_t rows, int v
   }
 }
 
-// next[row]: the token that follows, -1 where none is scored.
+// next[row] is the token that follows, or -1 where none is scored.
 void score_chunk(const std::vector<float>& logits, const Distributions& reference,
                  const std::vector<std::int32_t>& next, int vocab_size, Lane& lane) {
   double nll_sum = 0.0, kl_sum = 0.0;
@@ -100,7 +100,7 @@ void score_chunk(const std::vector<float>& logits, const Distributions& referenc
     const float* p = reference.p.data() + row * vocab_size;
     const double lse = log_sum_exp(x, vocab_size);
     double kl = 0.0;
-    // Rounded as the reference's log_p is, so that equal logits give exactly 0.
+    // log p is rounded as the reference's log_p is, so that equal logits give exactly 0.
     for (int i = 0; i < vocab_size; ++i) kl += p[i] * (log_p[i] - static_cast<float>(x[i] - lse));
     kl_sum += kl;
     num_same_top += argmax(x, vocab_size) == reference.top[static_cast<std::size_t>(row)] ? 1 : 0;
@@ -141,7 +141,7 @@ class Evaluation {
     if (total_tokens_ == 0) return invalid_argument("there is nothing to evaluate: no whole window and no prompts");
 
     for (const ModeInfo& mode : options_.modes) {
-      // A batch of prompts may leave one partly filled block for each.
+      // Every prompt of a batch may leave one block partly filled.
       Result<Lane> lane =
           make_lane(config_, mode.id, options_.skip_layers, std::max(window_tokens_, 2 * longest), options_.device);
       if (!lane.ok()) return lane.status();
@@ -181,7 +181,7 @@ class Evaluation {
   }
 
  private:
-  // The answer's last token is compared, not run.
+  // The last token of the answer is compared but need not be run.
   static std::int64_t length(const EvalPrompt& prompt) {
     return static_cast<std::int64_t>(prompt.prompt.size() + prompt.answer.size()) - 1;
   }

@@ -7,15 +7,13 @@
 //   recall, arithmetic   share of prompts whose greedy continuation is the answer, token for token
 //
 // q, k and v are handed to the cache in the model's own dtype, in the reference too, as an engine would: so the
-// divergence is the cost of the cache alone, and a bf16 cache of a bf16 model has none. (That rounding, about 2e-5 nats
-// for tiny-lm, is counted in with qkv_dtype = float32.)
+// divergence is the cost of the cache alone, and a bf16 cache of a bf16 model has none. (With qkv_dtype = float32 the
+// cost of that rounding counts too.)
 //
 // Two devices round differently, and a difference in the last bit of a hidden state moves some keys and values across a
 // rounding boundary of a quantized format; from there on the two caches hold other noise of the same size, and their
-// perplexities differ by it. (tiny-lm on one CPU, attention's output changed by 1e-7 of itself: up to 0.3 % over 4096
-// tokens; over 65536, 0.02 % in 3 and 4 bits and 0.12 % in int2.) against_cpu takes that noise out: each window also
-// goes through a cache on the CPU, and the device's cache is given the very keys and values that the CPU's was, so that
-// only the ops differ.
+// perplexities differ by it. against_cpu takes that noise out: each window also goes through a cache on the CPU, and the
+// device's cache is given the very keys and values that the CPU's was, so that only the ops differ.
 //
 // A greedy continuation equals the answer exactly where each answer token is the largest logit after the prompt and the
 // answer tokens before it: prompt and answer run as one prefill, and nothing is decoded step by step.
@@ -36,10 +34,10 @@ namespace quire::llm {
 
 struct EvalPrompt {
   std::vector<std::int32_t> prompt, answer;
-  std::int64_t context = 0;  // nominal length, the key that recall is reported under; 0 where the file has none
+  std::int64_t context = 0;  // the nominal length that recall is reported under; 0 where the file has none
 };
 
-// One JSON object {"prompt": [ids], "answer": [ids], "context": n} per line; "context" may be missing.
+// Reads one JSON object {"prompt": [ids], "answer": [ids], "context": n} per line; "context" may be missing.
 Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config);
 
 struct EvalSets {

@@ -291,7 +291,7 @@ void Model::rope(float* heads, int num_heads, std::int64_t num_tokens) const {
   }
 }
 
-// normed_ -> projected_, through the cache.
+// Reads normed_ and writes projected_, by attention through the cache.
 Status Model::attention_block(int layer_index, const Batch& batch, const Tensor& block_table, KVCache& cache) {
   const Layer& layer = layers_[static_cast<std::size_t>(layer_index)];
   const ModelConfig& c = config_;
@@ -348,7 +348,7 @@ Status Model::attention_block(int layer_index, const Batch& batch, const Tensor&
   return {};
 }
 
-// normed_ -> projected_.
+// Reads normed_ and writes projected_.
 void Model::mlp_block(const Layer& layer, std::int64_t n) {
   const std::int64_t size = config_.intermediate_size;
   layer.gate_up.run(normed_.data(), n, gate_up_.data());
@@ -431,7 +431,7 @@ Status Model::forward(const Batch& batch, KVCache& cache, float* logits) {
   }
 
   const auto num_rows = static_cast<std::int64_t>(batch.logit_rows.size());
-  for (std::int64_t row = 0; row < num_rows; ++row) {  // rows ascend: none is overwritten before it is read
+  for (std::int64_t row = 0; row < num_rows; ++row) {  // rows ascend, so no row is overwritten before it is read
     std::copy_n(hidden_.data() + batch.logit_rows[static_cast<std::size_t>(row)] * hidden_size, hidden_size,
                 normed_.data() + row * hidden_size);
   }

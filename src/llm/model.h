@@ -51,13 +51,13 @@ class Model {
 
   // The keys and values of one forward pass, per layer [N, k | v], before they are rounded or stored.
   using KVTape = std::vector<std::vector<float>>;
-  // The passes to come fill `tape`, or take its keys and values for their own (of a pass over the same tokens), so that
-  // two passes differ in attention only; null ends that.
+  // Until null is given, the passes to come either record their keys and values in `tape` or take those of the tape in
+  // place of their own (in a pass over the same tokens). Two such passes differ in attention only.
   void record_kv(KVTape* tape) { recorded_ = tape, replayed_ = nullptr; }
   void replay_kv(const KVTape* tape) { recorded_ = nullptr, replayed_ = tape; }
 
-  // Writes logits [R, vocab_size], R = batch.logit_rows.size(). An error where one of them is NaN or infinite. Not for
-  // two threads at once: it owns its scratch memory.
+  // Writes logits [R, vocab_size], where R = batch.logit_rows.size(). It is an error if one of them is NaN or infinite.
+  // Two threads must not run one model at once, since it owns its scratch memory.
   Status forward(const Batch& batch, KVCache& cache, float* logits);
 
  private:

@@ -9,7 +9,7 @@
 
 namespace quire::llm {
 
-// Each id in [0, vocab_size); a refusal is one sentence that starts with the path.
+// Every id lies in [0, vocab_size). A refusal is one sentence that starts with the path.
 Result<std::vector<std::int32_t>> read_npy_tokens(const std::string& path, int vocab_size);
 
 }  // namespace quire::llm

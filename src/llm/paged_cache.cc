@@ -89,17 +89,18 @@ void KVCache::fill_in(const Layer& layer, Args& args) {
 Status KVCache::reshape_and_cache(int layer, ReshapeAndCacheArgs args) const {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
   const auto store = [](const ReshapeAndCacheArgs& a) { return quire::reshape_and_cache(a, nullptr); };
-  return device_.is_cpu() ? store(args) : cuda::run_on_device(args, store);
+  return device_.is_cpu() ? store(args) : cuda::run_on_device(args, store, device_);
 }
 
 Status KVCache::unified_attention(int layer, UnifiedAttentionArgs args) {
   fill_in(layers_[static_cast<std::size_t>(layer)], args);
 
   if (device_.is_cpu()) return attend(args);
-  return cuda::run_on_device(args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); });
+  return cuda::run_on_device(
+      args, [this](const UnifiedAttentionArgs& on_device) { return attend(on_device); }, device_);
 }
 
-// Every tensor is on the cache's device.
+// Here every tensor is on the cache's device.
 Status KVCache::attend(const UnifiedAttentionArgs& args) {
   Result<AttentionProblem> problem = problem_of(args);
   if (!problem.ok()) return problem.status();
@@ -167,7 +168,7 @@ bool BlockAllocator::reserve(Sequence& sequence, std::int64_t num_tokens) {
       parent = prefix->id;
     }
   }
-  // Shared blocks that nobody uses at the moment leave the free list too.
+  // Shared blocks that nobody uses at the moment leave the free list as well.
   const auto from_free =
       needed - std::count_if(shared.begin(), shared.end(), [&](auto id) { return use_count(id) > 0; });
   if (from_free > num_free()) return false;
@@ -189,7 +190,7 @@ void BlockAllocator::publish(const Sequence& sequence) {
     Block& block = blocks_[static_cast<std::size_t>(sequence.blocks[static_cast<std::size_t>(i)])];
     const Prefix* prefix = find(parent, sequence.tokens, i);
     if (prefix == nullptr) {
-      if (block.key != nullptr) return;  // known under another parent that was forgotten: leave it
+      if (block.key != nullptr) return;  // it is known under another parent, which was forgotten
       const auto begin = sequence.tokens.begin() + i * block_size_;
       const Prefix fresh{++last_prefix_id_, sequence.blocks[static_cast<std::size_t>(i)]};
       const auto inserted = prefixes_.emplace(PrefixKey(parent, {begin, begin + block_size_}), fresh).first;
@@ -201,7 +202,7 @@ void BlockAllocator::publish(const Sequence& sequence) {
 }
 
 void BlockAllocator::release(Sequence& sequence) {
-  // The end of a sequence is less likely to be shared than its beginning: it is to be reused first.
+  // The end of a sequence is less likely to be shared than its beginning, so it is reused first.
   for (auto id = sequence.blocks.rbegin(); id != sequence.blocks.rend(); ++id) {
     Block& block = blocks_[static_cast<std::size_t>(*id)];
     if (--block.use_count > 0) continue;

@@ -1,6 +1,6 @@
 // The two halves of a paged KV cache, as an engine keeps them.
 //
-//   KVCache         the memory, on either device: per layer, pages of `block_size` token slots in that layer's mode,
+//   KVCache         the memory, on any device: per layer, pages of `block_size` token slots in that layer's mode,
 //                   written and read only by quire's two ops. A block id names the same page of every layer.
 //   BlockAllocator  the bookkeeping: which block ids are free, how many sequences use each one, and which hold a prefix
 //                   that a new sequence can share instead of computing it again.
@@ -39,7 +39,7 @@ class KVCache {
  public:
   static Result<KVCache> create(const ModelConfig& config, const KVCacheOptions& options);
 
-  // Fills in the caches and the mode of `layer` and runs the op. All other tensors live on the host; for a cache on the
+  // Fills in the caches and the mode of `layer` and runs the op. All other tensors live on the host; for a cache on a
   // CUDA device they are copied there and the output back, in each call.
   Status reshape_and_cache(int layer, ReshapeAndCacheArgs args) const;
   Status unified_attention(int layer, UnifiedAttentionArgs args);
@@ -65,11 +65,11 @@ class KVCache {
   int block_size_ = 0;
   std::int64_t num_blocks_ = 0;
   Device device_ = Device::cpu();
-  Memory workspace_;  // of the attention plan that needed the most so far
+  Memory workspace_;  // as large as any plan has needed so far
 };
 
 // A sequence of token ids and the blocks that hold its keys and values.
-// Invariant: positions [0, num_stored) are in the cache; blocks cover at least them.
+// Invariant: the cache holds positions [0, num_stored), and `blocks` covers at least those.
 struct Sequence {
   std::vector<std::int32_t> tokens;
   std::vector<std::int32_t> blocks;
@@ -81,9 +81,9 @@ class BlockAllocator {
   BlockAllocator(std::int64_t num_blocks, int block_size, bool share_prefixes);
 
   // Gives `sequence` blocks for its first `num_tokens` positions. Full blocks of tokens that another sequence has
-  // stored already are shared (num_stored says how many positions that saved; the last token is always left to
-  // compute). A sequence that holds blocks keeps them, and what is stored in them, and is given those it lacks; it
-  // never gets fewer. False, and nothing changed, where too few blocks are free.
+  // stored already are shared; num_stored says how many positions that saved, and the last token is always left to
+  // compute. A sequence that holds blocks keeps them with what is stored in them, gets the ones it lacks, and never
+  // loses any. Where too few blocks are free, reserve returns false and changes nothing.
   bool reserve(Sequence& sequence, std::int64_t num_tokens);
 
   // Makes the full stored blocks of `sequence` findable by later ones.
@@ -96,8 +96,9 @@ class BlockAllocator {
   int use_count(std::int32_t block) const { return blocks_[static_cast<std::size_t>(block)].use_count; }
 
  private:
-  // A prefix is known by its parent prefix (0: the empty one) and the tokens of its last block: exact, no hashing. Ids
-  // are never used twice, so what hung below a forgotten prefix cannot be found by mistake.
+  // A prefix is identified by its parent prefix (0 for the empty one) and the tokens of its last block, compared
+  // exactly instead of by a hash. Ids are never used twice, so a child of a forgotten prefix cannot be found by
+  // mistake.
   using PrefixKey = std::pair<std::uint64_t, std::vector<std::int32_t>>;
   struct Prefix {
     std::uint64_t id;
@@ -106,7 +107,7 @@ class BlockAllocator {
   struct Block {
     int use_count = 0;
     std::uint64_t freed_at = 0;
-    const PrefixKey* key = nullptr;  // into prefixes_, where published
+    const PrefixKey* key = nullptr;  // points into prefixes_ where the block is published
   };
 
   const Prefix* find(std::uint64_t parent, const std::vector<std::int32_t>& tokens, std::int64_t block_index) const;
@@ -116,7 +117,7 @@ class BlockAllocator {
   bool share_prefixes_;
   std::uint64_t clock_ = 0, last_prefix_id_ = 0;
   std::vector<Block> blocks_;
-  std::map<std::uint64_t, std::int32_t> free_;  // by freed_at: the longest unused first
+  std::map<std::uint64_t, std::int32_t> free_;  // by freed_at, so the block that was unused the longest comes first
   std::map<PrefixKey, Prefix> prefixes_;
 };
 

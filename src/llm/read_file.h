@@ -7,7 +7,8 @@
 
 namespace quire::llm {
 
-// A refusal is one sentence that starts with the path: a file that cannot be opened, a folder, a failing disk.
+// Reads a file. What cannot be read (no such file, a folder, a failing disk) is refused in one sentence that starts
+// with the path.
 Result<std::string> read_file(const std::string& path);
 
 }  // namespace quire::llm

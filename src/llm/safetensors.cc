@@ -50,7 +50,7 @@ const ElementType* find_element_type(std::string_view name) {
   return found == std::end(kElementTypes) ? nullptr : found;
 }
 
-// Text from the file, made fit for a message.
+// Text from the file as it appears in a message.
 std::string in_quotes(std::string_view text) {
   constexpr std::size_t kShown = 80;
   std::string out = "'";
@@ -103,8 +103,8 @@ class MappedFile {
   std::int64_t bytes_ = 0;
 };
 
-// Unpacks a gzip file piece by piece. Memory grows with the bytes that really arrive, not with what a header claims.
-// The file ends where a member's checksum and length have been compared: until then read() never says so.
+// Unpacks a gzip file piece by piece. Memory grows with the bytes that arrive, not with what a header claims. The file
+// ends where the checksum and the length of a member have been compared; before that, read() never reports the end.
 class GzipReader {
  public:
   GzipReader(std::string path, MappedFile file) : path_(std::move(path)), file_(std::move(file)) {
@@ -116,7 +116,8 @@ class GzipReader {
   GzipReader& operator=(const GzipReader&) = delete;
   ~GzipReader() { inflateEnd(&stream_); }
 
-  // The next `size` bytes, fewer only where the file ends in good order. operator new aligns the vector to 16.
+  // Returns the next `size` bytes, or fewer only where the file ends in good order. operator new aligns the vector to
+  // 16.
   Result<std::vector<std::uint8_t>> read(std::int64_t size) {
     if (!ready_) return internal_error(path_ + ": zlib cannot unpack the file");
     constexpr std::int64_t kPiece = std::int64_t{1} << 20;
@@ -317,7 +318,7 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) try {
   if (Status status = check_data_bytes(*described, present, ""); !status) return status;
   file.memory_ = mapped->data();
   file.data_ = base + 8 + header_bytes;
-  // Writers pad the header to 8 bytes; where one did not, an aligned copy stands in for the mapping.
+  // Writers pad the header to 8 bytes. Where one did not, an aligned copy takes the place of the mapping.
   if (header_bytes % 8 != 0) {
     file.memory_ = share(std::vector<std::uint8_t>(file.data_, file.data_ + present));
     file.data_ = file.memory_.get();

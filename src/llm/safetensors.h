@@ -33,8 +33,8 @@ class SafetensorsFile {
   const std::vector<std::string>& names() const { return names_; }
   bool contains(std::string_view name) const { return entries_.find(name) != entries_.end(); }
 
-  // A dense view of memory that must not be written; it lives as long as any copy of this object. kNotFound for a name
-  // that is not there, kUnsupported for an element type or a rank that Tensor has no place for.
+  // A dense view of memory that must not be written; it lives as long as any copy of this object. The error is
+  // kNotFound for a name that is not there, and kUnsupported for an element type or a rank that Tensor cannot express.
   Result<Tensor> tensor(std::string_view name) const;
 
   const std::map<std::string, std::string>& metadata() const { return metadata_; }

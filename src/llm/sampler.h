@@ -30,7 +30,7 @@ class Sampler {
   std::vector<double> probabilities_;  // scratch
 };
 
-// The index of the largest of n values, the first of equals.
+// The index of the largest of n values, and of equal ones the first.
 std::int32_t argmax(const float* values, int n);
 
 }  // namespace quire::llm

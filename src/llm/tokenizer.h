@@ -32,7 +32,8 @@ class Tokenizer {
 };
 
 // Turns a growing list of ids into text piece by piece: a character whose bytes are split over several tokens is held
-// back until it is whole. `prompt` is what came before: it is not repeated, but it decides whether the first word is
+// Turns a growing list of ids into text piece by piece. A character whose bytes are split over several tokens is held
+// back until it is whole. `prompt` is the text's beginning, which is not repeated; it decides whether the first word is
 // preceded by a space.
 class TextStream {
  public:

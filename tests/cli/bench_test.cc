@@ -1,4 +1,4 @@
-// quire bench: which rows it prints and what is in them. Times are not looked at.
+// quire bench: which rows it prints and what they hold. The times themselves are not tested.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -58,8 +58,8 @@ TEST(Bench, RowsOfAGrid) {
   EXPECT_EQ(problems.size(), 16U);
 }
 
-// Every layout holds the same rows, so a mode's bytes are the same in all: codes, scales where the mode has them, and
-// in TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
+// Every layout holds the same rows, so the bytes of a mode are the same in all: codes, scales where the mode has them,
+// and in TurboQuant's slots the metadata (4-bit keys: 64 codes / 2 + a norm; 4-bit values: 64 / 2 + scale and minimum).
 TEST(Bench, EveryLayoutCountsTheSameBytes) {
   const std::map<std::string, double> bytes_per_token_head = {{"bfloat16", 2.0 * 64 * 2},
                                                               {"fp8", 2.0 * 64},
@@ -90,7 +90,7 @@ TEST(Bench, EveryLayoutCountsTheSameBytes) {
   }
 }
 
-// bf16 in, and rows of the mode out: bf16, or 64 codes and a scale. vLLM's pages take the same bytes.
+// A store reads bf16 and writes rows of the mode: bf16, or 64 codes and a scale. vLLM's pages take the same bytes.
 TEST(Bench, StoreIsHeldToACopy) {
   const bool int8 = testing::modes_built({"int8_per_token_head"});
   const CliResult result = run_cli({"bench", "store", "--mode", int8 ? "bfloat16,int8_per_token_head" : "bfloat16",
@@ -118,7 +118,7 @@ TEST(Bench, Refuses) {
   }
 }
 
-// Values that would run as something else, and problems that no memory holds: refused before anything is measured.
+// Values that would run as something else and problems that no memory holds are refused before anything is measured.
 TEST(Bench, RefusesSizesInASentence) {
   const auto bench = [](std::vector<std::string> arguments, const std::string& says) {
     arguments.insert(arguments.begin(), "bench");

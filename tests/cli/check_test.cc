@@ -1,4 +1,4 @@
-// quire check: every golden case passes, and the check bites: a file changed in one place fails or is refused.
+// quire check passes every golden case, and it notices damage: a file changed in one place fails or is refused.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -78,7 +78,7 @@ INSTANTIATE_TEST_SUITE_P(Golden, Check,
                                          GoldenFile{"vllm033_diffkv", 3, 0, 3}, GoldenFile{"vllm033_ties", 7, 0, 7}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
-// Which comparisons a case must have gone through.
+// The comparisons that a case must have gone through.
 TEST(CheckMeasures, EveryGateIsApplied) {
   for (const ModeInfo& mode : list_modes()) {
     if (!mode.compiled) GTEST_SKIP() << "this build leaves out " << mode.name;
@@ -119,7 +119,7 @@ TEST(CheckMeasures, EveryGateIsApplied) {
   EXPECT_EQ(measures_of(diffkv, "diffkv/k192v128/mixed"), both);
   EXPECT_EQ(measures_of(diffkv, "diffkv/k64v128/sinks"), reading);
 
-  // A slot: the key half byte by byte, the value half by scale, minimum and codes.
+  // A slot's key half is compared byte by byte, its value half by scale, minimum and codes.
   const json turboquant = run_cli({"check", "--json", golden_path("turboquant")}).json();
   std::set<std::string> slot = reading;
   slot.insert({"K bytes of unwritten slots that changed", "K bytes that differ",
@@ -173,7 +173,7 @@ void put(StoredTensor& tensor, std::size_t i, T value) {
   std::memcpy(tensor.bytes.data() + i * sizeof(T), &value, sizeof(T));
 }
 
-// Byte 0 of the row that the first token of sequence b has in a cache.
+// The place of byte 0 of the row that the first token of sequence b has in a cache.
 std::size_t first_row(OneCase& golden, const std::string& cache, std::size_t sequence) {
   const StoredTensor& table = golden.tensor("block_table");
   const auto block =
@@ -182,7 +182,7 @@ std::size_t first_row(OneCase& golden, const std::string& cache, std::size_t seq
   return block * tensor.bytes.size() / static_cast<std::size_t>(tensor.shape[0]);
 }
 
-// Byte 0 of the row that token 0 was written to.
+// The place of byte 0 of the row that token 0 was written to.
 std::size_t written_row(OneCase& golden, const std::string& cache) {
   const StoredTensor& tensor = golden.tensor(cache);
   const StoredTensor& slots = golden.tensor("slot_mapping");
@@ -200,8 +200,8 @@ struct Change {
   const char* golden;
   const char* name;
   std::function<void(OneCase&)> apply;
-  int exit_status;       // 0: makes no difference; 1: the case fails; 2: the file is refused
-  const char* sentence;  // for 2, and for ops' refusals: part of it
+  int exit_status;       // 0: it makes no difference; 1: the case fails; 2: the file is refused
+  const char* sentence;  // a part of the sentence, for 2 and where an op refuses
 };
 
 void PrintTo(const Change& change, std::ostream* out) { *out << change.label; }
@@ -308,7 +308,7 @@ const Change kChanges[] = {
     {"KeyScaleOfTheTensor", "attention_wide", "attn/fp8/decode_3d",
      [](OneCase& c) { put<float>(c.tensor("k_scale"), 0, 2.0F * get<float>(c.tensor("k_scale"), 0)); }, 1, ""},
 
-    // Lies.
+    // These files lie about themselves.
     {"ModeOfOtherWidth", "attention_per_token_head", "attn/int4_per_token_head/decode",
      [](OneCase& c) { c.set("mode", "int2_per_token_head"); }, 1, "reshape_and_cache: "},
     {"ModeOfOtherCodes", "attention_per_token_head", "attn/int8_per_token_head/block32",
@@ -480,8 +480,8 @@ TEST(CheckFiles, TextNamesTheMiss) {
   EXPECT_NE(result.out.find("0 passed, 1 failed, 0 skipped"), std::string::npos) << result.out;
 }
 
-// Bytes changed at random in the header and in the integers that steer both ops: whatever they say, the check ends with
-// a verdict or a sentence.
+// Bytes are changed at random in the header and in the integers that steer both ops. Whatever they say, the check ends
+// with a verdict or a sentence.
 TEST(CheckFiles, RandomBytesGetAVerdict) {
   const OneCase golden("diffkv", "diffkv/k64v128/mixed");
   const std::string whole = golden.file.bytes();
@@ -508,6 +508,13 @@ TEST(CheckFiles, OnCudaOrRefused) {
   if (result.exit_status == 0) return;
   EXPECT_EQ(result.exit_status, 2) << result.out;
   EXPECT_TRUE(result.one_sentence()) << result.err;
+}
+
+// A GPU whose number no machine has: the sentence says how many this one has, or why it has none.
+TEST(CheckFiles, OnAGpuThatIsNotThere) {
+  const bool has_cuda = run_cli({"check", "--device", "CUDA:0", golden_path("write")}).exit_status == 0;
+  expect_refusal({"check", "--device", "cuda:4096", golden_path("write")},
+                 has_cuda ? "device is cuda:4096; this process sees" : "CUDA");
 }
 
 }  // namespace

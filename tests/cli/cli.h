@@ -56,7 +56,7 @@ inline CliResult run_cli_into(const std::string& path, const std::vector<std::st
   return result;
 }
 
-// Holds a call to exit status 2, one sentence with `says` in it, and nothing on stdout.
+// Expects exit status 2, one sentence that contains `says`, and nothing on stdout.
 inline void expect_refusal(const std::vector<std::string>& arguments, const std::string& says) {
   const CliResult result = run_cli(arguments);
   EXPECT_EQ(result.exit_status, 2) << says;

@@ -1,4 +1,4 @@
-// Verbs modes and layout, and how the tool treats bad usage.
+// The verbs modes and layout, and what the tool does with bad usage.
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -67,8 +67,12 @@ TEST(Cli, ValuesAreTakenAsWritten) {
   layout("--packing", "2", "--packing is '2', supported are separate, kv_in_block, kv_in_row");
   layout("--scales", "0", "--scales is '0', supported are separate, inline");
   layout("--model-dtype", "fp16", "--model-dtype is 'fp16', supported are float32, float16, bfloat16");
-  expect_refusal({"check", "--device", "0", "x"}, "--device is '0', supported are cpu, cuda");
-  expect_refusal({"check", "--device", "tpu", "x"}, "--device is 'tpu', supported are cpu, cuda");
+  for (const char* value : {"0", "tpu", "", "cuda:", "cuda:-1", "cuda:01", "cuda:+1", "cuda: 1", "cuda:1 ", "cuda:x",
+                            "cuda1", "cpu:0", "cuda:0x1", "cuda:99999999999"}) {
+    expect_refusal(
+        {"check", "--device", value, "x"},
+        std::string("--device is '") + value + "', supported are cpu, cuda and cuda:N, N the number of a GPU");
+  }
   expect_refusal({"layout", "--mode", "auto", "--order", "n\nhd\t"}, "--order is 'n?hd?', supported");
   expect_refusal({"layout", "--mode", "auto", "--order", std::string(1000, 'n')},
                  "--order is '" + std::string(80, 'n') + "...', supported");
@@ -99,7 +103,7 @@ TEST(Cli, OutputThatCannotBeWrittenIsAnError) {
     EXPECT_TRUE(result.one_sentence()) << result.err;
     EXPECT_EQ(result.err.rfind("quire: cannot write to standard output", 0), 0U) << call.back() << result.err;
   }
-  // Neither can the sentence be written: the exit status says it.
+  // Where the sentence cannot be written either, the exit status tells.
   const int old_stderr = dup(STDERR_FILENO);
   const int full = open("/dev/full", O_WRONLY);
   dup2(full, STDERR_FILENO);
@@ -111,7 +115,7 @@ TEST(Cli, OutputThatCannotBeWrittenIsAnError) {
   EXPECT_EQ(exit_status, 2);
   // The next call starts afresh.
   EXPECT_EQ(run_cli({"--version"}).exit_status, 0);
-  // One sentence, not two, where the call is refused anyway.
+  // Where the call is refused anyway, there is one sentence and not two.
   const CliResult refused = run_cli_into("/dev/full", {"layout", "--mode", "int5"});
   EXPECT_EQ(refused.exit_status, 2);
   EXPECT_TRUE(refused.one_sentence()) << refused.err;
@@ -149,7 +153,7 @@ TEST(Cli, ModesListsTheTable) {
   }
 }
 
-// Widths, scales and costs that FORMATS fixes, written down here once more.
+// Widths, scales and costs as FORMATS fixes them, written down here a second time.
 TEST(Cli, ModesKnowsWhatAModeCosts) {
   const struct {
     const char* name;

@@ -15,7 +15,7 @@ using nlohmann::json;
 
 constexpr const char* kName = "sign_per_token_head";
 
-// One bit per element, its sign, and one scale per row, the mean magnitude.
+// Stores one bit per element, its sign, and one scale per row, the mean magnitude.
 class SignBackend : public QuantKVBackend {
  public:
   ModeId mode() const override { return parse_kv_cache_dtype(kName).value(); }

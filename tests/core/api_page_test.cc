@@ -1,4 +1,4 @@
-// docs/api.md shows common mistakes and the sentence that each gets: here each is made, and its sentence must be there.
+// docs/api.md shows common mistakes and the sentence that each gets. Each is made here, and its sentence must be there.
 #include <gtest/gtest.h>
 
 #include <fstream>

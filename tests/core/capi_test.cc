@@ -1,4 +1,4 @@
-// The C ABI: the bits and the sentences of the C++ ops, and structs of other sizes than the library's.
+// The C ABI gives the bits and the sentences of the C++ ops, and takes structs of other sizes than the library's.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -151,14 +151,14 @@ TEST(CApi, StructsMayGrow) {
   quire_kv_cache_spec spec = quire_kv_cache_spec_default();
   ASSERT_EQ(quire_parse_kv_cache_dtype("int8_per_token_head", &spec.mode), QUIRE_OK);
   EXPECT_STREQ(quire_mode_name(spec.mode), "int8_per_token_head");
-  // Older: it ends before page_alignment, which is then 1 whatever lies there.
+  // An older caller's struct ends before page_alignment, which is then 1 whatever lies there.
   quire_kv_cache_spec older = spec;
   older.struct_size = offsetof(quire_kv_cache_spec, page_alignment);
   older.page_alignment = -99;
   quire_kv_cache_layout layout = quire_kv_cache_layout_default();
   ASSERT_EQ(quire_make_layout(&older, &layout), QUIRE_OK) << quire_last_error();
   EXPECT_EQ(layout.bytes_per_token, 2112);
-  // Newer: what this library does not know must be zeros.
+  // A newer caller's struct must be zero where this library does not know it.
   struct {
     quire_kv_cache_spec spec;
     std::int64_t more;
@@ -168,7 +168,7 @@ TEST(CApi, StructsMayGrow) {
   newer.more = 1;
   EXPECT_EQ(quire_make_layout(&newer.spec, &layout), QUIRE_UNSUPPORTED);
   EXPECT_NE(std::string(quire_last_error()).find("of a newer quire"), std::string::npos) << quire_last_error();
-  // An answer stops where an older caller's struct ends.
+  // An answer stops where the struct of an older caller ends.
   quire_kv_cache_layout small = quire_kv_cache_layout_default();
   small.struct_size = offsetof(quire_kv_cache_layout, bytes_per_block);
   small.bytes_per_block = -7;

@@ -21,8 +21,8 @@ class Threads : public ::testing::Test {
   }
 };
 
-// Every byte that a store, a read through the workspace and a merge write, with queries of 32 bits and of 16, whose
-// products differ.
+// Every byte that a store, a read through the workspace and a merge write, with queries of 32 bits and of 16: the
+// products of the two differ.
 std::vector<std::vector<std::uint8_t>> written_bytes() {
   std::vector<std::vector<std::uint8_t>> bytes;
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
@@ -81,7 +81,7 @@ TEST_F(Threads, AnExecutorOfTheCallerRunsEveryPart) {
   ASSERT_TRUE(set_executor({5, &Backwards::run_parts, &pool}).ok());
   EXPECT_EQ(num_threads(), 5);
   EXPECT_EQ(written_bytes(), expected);
-  EXPECT_GE(pool.calls, 8);  // twice a store, the parts of a read and its folding, a merge
+  EXPECT_GE(pool.calls, 8);  // two for a store, the parts of a read and its folding, and a merge
   EXPECT_GE(pool.parts, 20);
   const int calls = pool.calls;
   ASSERT_TRUE(set_executor({3, &on_new_threads, nullptr}).ok());

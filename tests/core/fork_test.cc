@@ -1,5 +1,5 @@
-// A forked child computes. OpenMP keeps threads between parallel regions, and a child has none of its parent's: without
-// care its first op waits for them for ever.
+// A forked child can compute. OpenMP keeps threads between parallel regions, and a child has none of its parent's:
+// without care its first op would wait for them for ever.
 #include <gtest/gtest.h>
 #include <omp.h>
 #include <sys/wait.h>
@@ -14,7 +14,7 @@
 namespace quire::testing {
 namespace {
 
-// A store, a read through the workspace and a merge; every byte they wrote.
+// Every byte that a store, a read through the workspace and a merge write.
 std::vector<std::vector<std::uint8_t>> store_read_and_merge() {
   AttentionCase::Options options;
   options.sequences = {{1, 1500}, {6, 200}, {40, 90}};
@@ -34,7 +34,7 @@ std::vector<std::vector<std::uint8_t>> store_read_and_merge() {
   return written;
 }
 
-// What the child answers, or the signal that ended it: SIGALRM where it hangs.
+// The child's answer, or the signal that ended it, which is SIGALRM where the child hangs.
 int status_of_child(int (*child)(const std::vector<std::vector<std::uint8_t>>&),
                     const std::vector<std::vector<std::uint8_t>>& expected) {
   const pid_t pid = fork();
@@ -71,7 +71,7 @@ TEST_F(Fork, TheChildsFirstOpsGiveTheParentsBits) {
   const std::vector<std::vector<std::uint8_t>> expected = store_read_and_merge();
   ASSERT_FALSE(expected.empty());
   EXPECT_EQ(status_of_child(same_bytes, expected), 0);
-  // The parent carries on, and forks again; so does a child.
+  // The parent carries on and forks again, and so does a child.
   EXPECT_EQ(store_read_and_merge(), expected);
   EXPECT_EQ(status_of_child(
                 [](const auto& bytes) {

@@ -24,7 +24,8 @@ namespace fs = std::filesystem;
 
 const std::set<std::string> kBottom = {"quire/export.h", "quire/status.h", "quire/tensor.h", "quire/mode.h"};
 
-// Rooms of src whose headers a room may include, its own always; and whether it may include the ops' public headers.
+// The rooms of src whose headers a room may include, besides its own, and whether it may include the ops' public
+// headers.
 struct Rule {
   std::set<std::string> rooms;
   bool ops;
@@ -106,8 +107,8 @@ TEST(Includes, RoomsOfCudaUseOnlyWhatLiesBelow) {
   EXPECT_GT(num_includes, 100) << "the test no longer finds the sources";
 }
 
-// A kernel is one folder: what several kernels share lies in the rooms below. The exception: prefill_split's code for
-// sm_90a leaves out what prefill_sm90 serves.
+// A kernel is one folder, and what several kernels share lies in the rooms below. There is one exception:
+// prefill_split's code for sm_90a leaves out what prefill_sm90 serves.
 TEST(Includes, KernelsDoNotIncludeEachOther) {
   for (const fs::directory_entry& entry : fs::directory_iterator(kRoot / "src/cuda/kernel")) {
     if (!entry.is_directory()) continue;
@@ -182,7 +183,7 @@ TEST(Includes, PublicHeadersIncludeOnlyPublicHeaders) {
   });
 }
 
-// Nothing of CUDA or of a third party, and no templates on formats, behind the front door.
+// The public headers include nothing of CUDA or of a third party, and no templates over formats.
 TEST(Includes, PublicHeadersNeedNothingElse) {
   const std::regex angle("^\\s*#\\s*include\\s*<([^>]+)>");
   for (const fs::directory_entry& entry : fs::recursive_directory_iterator(kRoot / "include")) {

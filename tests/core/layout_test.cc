@@ -1,5 +1,6 @@
-// KVCacheSpec -> KVCacheLayout -> views: the numbers against vLLM's rules written out, and the bytes against a map of
-// who owns which: no two rows or scales overlap, nothing lies outside the buffers, and unpadded buffers are fully used.
+// KVCacheSpec to KVCacheLayout to views. The numbers are compared with vLLM's rules, written out here, and the bytes
+// with a map of their owners: no two rows or scales overlap, nothing lies outside of the buffers, and unpadded buffers
+// are fully used.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -158,7 +159,7 @@ struct OwnedBytes {
   }
   void* pointer(int i) { return buffers[i].empty() ? nullptr : buffers[i].data(); }
 
-  // Claims `size` bytes for `owner`; false where they are not in a buffer or are taken.
+  // Claims `size` bytes for `owner`. Returns false where they are not in a buffer or are taken.
   bool claim(const void* start, std::int64_t size, int owner) {
     const auto* begin = static_cast<const std::uint8_t*>(start);
     for (int i = 0; i < 4; ++i) {

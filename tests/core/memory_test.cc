@@ -1,5 +1,5 @@
-// Out of memory is a Status, and nothing has been written. This program brings its own operator new, which fails when
-// told to, and for what does not go through it limits a child's address space.
+// Running out of memory gives a Status, and nothing has been written. This program brings its own operator new, which
+// fails when told to; for allocations that do not go through it, the tests limit the address space of a child.
 #include <gtest/gtest.h>
 #include <malloc.h>
 #include <omp.h>
@@ -24,7 +24,7 @@
 
 namespace {
 
-// Allocations that still succeed; then one fails, or (`for_good`) all do.
+// How many allocations still succeed; after them one fails or, with `for_good`, all do.
 constexpr long kUnlimited = std::numeric_limits<long>::max();
 std::atomic<long> allocations_left{kUnlimited};
 std::atomic<bool> for_good{false};
@@ -42,7 +42,7 @@ void* allocate(std::size_t size) {
 
 }  // namespace
 
-// Not inlined: the compiler would see free() called on what operator new gave, and warn.
+// They are not inlined, because the compiler would see free() called on what operator new gave, and warn.
 #define QUIRE_NOINLINE __attribute__((noinline))
 QUIRE_NOINLINE void* operator new(std::size_t size) {
   if (void* memory = allocate(size)) return memory;
@@ -52,14 +52,20 @@ QUIRE_NOINLINE void* operator new(std::size_t size, const std::nothrow_t&) noexc
 QUIRE_NOINLINE void operator delete(void* memory) noexcept { std::free(memory); }
 QUIRE_NOINLINE void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 QUIRE_NOINLINE void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+// The forms for arrays call those above, but a sanitizer's library has its own.
+QUIRE_NOINLINE void* operator new[](std::size_t size) { return operator new(size); }
+QUIRE_NOINLINE void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return allocate(size); }
+QUIRE_NOINLINE void operator delete[](void* memory) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+QUIRE_NOINLINE void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 
 namespace quire::testing {
 namespace {
 
 using Bytes = std::vector<std::vector<std::uint8_t>>;
 
-// op() with its n-th allocation failing, n = 0, 1 and so on until none does; then it must succeed. `outputs` are all
-// bytes that it may write.
+// Calls op() with its n-th allocation failing, for n = 0, 1 and so on, until none fails; then it must succeed.
+// `outputs` are all bytes that it may write.
 void expect_every_failed_allocation_is_a_status(const std::function<Status()>& op,
                                                 const std::function<Bytes()>& outputs) {
   for (const bool all_further : {false, true}) {
@@ -94,7 +100,8 @@ long allocations_of(const std::function<Status()>& op) {
   return count;
 }
 
-// A store and a run of a plan allocate nothing: the first calls of a thread may, to keep it for those that follow.
+// A store and a run of a plan allocate nothing. The first calls of a thread may, and keep the memory for those that
+// follow.
 TEST(Memory, OpsThatSucceedAllocateNothing) {
   for (const char* mode : {"auto", "fp8", "int8_per_token_head", "int4_per_token_head", "turboquant_3bit_nc",
                            "k=int8_per_token_head,v=int2_per_token_head"}) {
@@ -125,6 +132,9 @@ TEST(Memory, OpsThatSucceedAllocateNothing) {
       ASSERT_TRUE(read().ok());
       EXPECT_EQ(allocations_of(write), 0) << mode;
       EXPECT_EQ(allocations_of(read), 0) << mode;
+      // The one-call form allocates its workspace where its plan has one, as ops.h says, and nothing else.
+      const auto all_in_one = [&] { return unified_attention(problem.args, nullptr); };
+      EXPECT_EQ(allocations_of(all_in_one), plan.workspace_bytes() > 0 ? 1 : 0) << mode;
       EXPECT_EQ(allocations_of([&] { return problem_of(problem.args).status(); }), 0) << mode;
       EXPECT_EQ(allocations_of([&] { return supports(planned).status(); }), 0) << mode;
       EXPECT_LE(allocations_of([&] { return plan_unified_attention(planned).status(); }), 1) << mode;
@@ -230,7 +240,7 @@ TEST(Memory, EveryAllocationOfALookUpMayFail) {
   });
 }
 
-// A refusal's sentence needs memory too.
+// The sentence of a refusal needs memory too.
 TEST(Memory, EveryAllocationOfARefusalMayFail) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase problem(AttentionCase::Options{});
@@ -258,8 +268,8 @@ std::size_t in_use() {
   return pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
 }
 
-// Runs unified_attention in a child that has no more memory than scraps of 64 KiB. `warm` ran before, so that
-// the threads are there. 0: kInternal and nothing written.
+// Runs unified_attention in a child whose memory is used up but for scraps of less than 64 KiB. `warm` runs before, so
+// that the threads exist. Returns 0 where the answer is kInternal and nothing was written.
 int refusal_in_a_child(const AttentionCase& warm, const AttentionCase& problem) {
   const pid_t pid = fork();
   if (pid == 0) {
@@ -304,7 +314,7 @@ class LimitedMemory : public ::testing::TestWithParam<int> {
   int threads_ = omp_get_max_threads();
 };
 
-// 256 query heads of one KV head: a thread's scratch is 2 MB.
+// 256 query heads share one KV head, so that the scratch of a thread is 2 MB.
 TEST_P(LimitedMemory, ScratchOfTheThreads) {
   AttentionCase::Options options;
   options.sequences = {{1, 20}};
@@ -316,7 +326,7 @@ TEST_P(LimitedMemory, ScratchOfTheThreads) {
   EXPECT_EQ(refusal_in_a_child(warm, problem), 0);
 }
 
-// 20000 sequences: the lists of tiles and tasks are more than a megabyte.
+// There are 20000 sequences, so that the lists of tiles and tasks take more than a megabyte.
 TEST_P(LimitedMemory, ListsOfTiles) {
   AttentionCase::Options options;
   options.sequences = {{1, 20}};

@@ -1,4 +1,4 @@
-// The plan on CUDA is host code and a pure function of the problem: here without a device.
+// A plan on CUDA is made by host code and is a pure function of the problem, so it is tested here without a device.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace quire::testing {
 namespace {
 
-// Decode on an H200, or on the first GPU that this build has code for.
+// A decode on an H200, or on the first GPU that this build has code for.
 AttentionProblem decode_problem(const char* mode) {
   AttentionProblem problem;
   problem.device = Device::cuda();
@@ -89,7 +89,7 @@ TEST_F(CudaPlan, CoversTheKeysWithItsSplits) {
   EXPECT_LT(plan.data()->split_size * (plan.data()->max_splits - 1), 8192);
 }
 
-// The splits are for the GPU of the problem, not for the one they were tuned on.
+// The splits suit the GPU of the problem, not the one that they were tuned on.
 TEST_F(CudaPlan, FitsItsSplitsToTheMultiprocessors) {
   AttentionProblem problem = decode_problem("int4_per_token_head");
   problem.whole_pages = false;  // decode_pages needs no splits

@@ -1,4 +1,4 @@
-// The table of bad calls: each is one sentence that names the argument and what came, and leaves caches, outputs and
+// The table of bad calls. Each gets one sentence that names the argument and what came, and leaves caches, outputs and
 // LSE as they were.
 #include <gtest/gtest.h>
 
@@ -19,7 +19,7 @@
 namespace quire::testing {
 namespace {
 
-// One sentence: starts with a word, no line break, long enough to help.
+// Whether it is one sentence: it starts with a word, has no line break, and is long enough to help.
 void expect_sentence(const Status& status) {
   const std::string& message = status.message();
   EXPECT_GT(message.size(), 20U) << message;
@@ -134,7 +134,7 @@ const BadStore kBadStores[] = {
      [](StoreCall& c) { c.args.key.device.type = static_cast<DeviceType>(7); }},
     {"int4_per_token_head", kInvalid, "key is unknown; supported",
      [](StoreCall& c) { c.args.key.dtype = static_cast<DType>(77); }},
-    // Extents whose product wraps to 0 make no empty tensor.
+    // Extents whose product wraps to 0 do not make a tensor empty.
     {"int4_per_token_head", kInvalid, "key is [4611686018427387904, 2, 64] float32; the product of its extents",
      [](StoreCall& c) {
        c.args.key.shape[0] = c.args.value.shape[0] = kHuge;
@@ -565,7 +565,7 @@ TEST(Refusals, BadReads) {
     expect_sentence(status);
     for (std::uint8_t byte : call.out.bytes) ASSERT_EQ(byte, 0xFF) << "a refused call wrote";
     for (std::uint8_t byte : call.lse.bytes) ASSERT_EQ(byte, 0xFF) << "a refused call wrote";
-    // Planning the same call says the same, where it can know.
+    // Planning the same call gives the same sentence, where the plan can know.
     if (status.code() == kInvalid) {
       EXPECT_EQ(problem_of(call.args).status().message(), status.message());
     }
@@ -635,7 +635,7 @@ TEST(Refusals, BadProblems) {
   }
 }
 
-// The plan of a device is host code: it refuses without one.
+// The plan of a device is made by host code, so it is refused without a device too.
 TEST(Refusals, CudaProblemsThatFitNoGrid) {
 #if !quire_with_cuda
   GTEST_SKIP() << "this build has no CUDA";
@@ -685,7 +685,7 @@ TEST(Refusals, CudaProblemsThatFitNoGrid) {
       EXPECT_NE(plan.status().message().find(entry.words), std::string::npos) << plan.status().message();
       expect_sentence(plan.status());
     }
-    // The largest that fit have the true size.
+    // The largest bounds that fit have their true size.
     AttentionProblem large = good;
     large.max_num_tokens = (std::int64_t{1} << 29) - 1;
     large.max_seq_len = std::numeric_limits<std::int32_t>::max();
@@ -762,7 +762,7 @@ TEST(Refusals, AnAutoPlanIsForOneCacheDtype) {
       << of_values.message();
 }
 
-// supports() answers as the plan would, and makes none.
+// supports() gives the plan's answer without making one.
 TEST(Plan, SupportsWhatCanBePlanned) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase::Options options;
@@ -777,7 +777,7 @@ TEST(Plan, SupportsWhatCanBePlanned) {
   EXPECT_EQ(supports(problem).status().message(), plan_unified_attention(problem).status().message());
 }
 
-// The host cannot read lengths on the device, and what a tensor could hold says nothing of them.
+// The host cannot read lengths that live on the device, and the extents of a tensor say nothing about them.
 TEST(Refusals, CudaNeedsBoundsOnTheLengths) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   if (!device_available(Device::cuda()).ok()) GTEST_SKIP() << "no CUDA device";
@@ -796,7 +796,7 @@ TEST(Refusals, CudaNeedsBoundsOnTheLengths) {
   EXPECT_NE(refusal(9, 0).find("max_seq_len is 0; on cuda it is required"), std::string::npos) << refusal(9, 0);
 }
 
-// A device that this machine does not have.
+// A device that this machine does not have is refused, with the number of those that it has.
 TEST(Refusals, DevicesThatAreNotThere) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   const Result<int> count = device_count(DeviceType::kCuda);
@@ -856,7 +856,7 @@ TEST(Refusals, BadWorkspaces) {
   }
 }
 
-// The workspace grows with the bounds and with nothing else; a plan for larger bounds serves smaller calls.
+// The workspace grows with the bounds and with nothing else, and a plan for larger bounds serves smaller calls.
 TEST(Plan, BoundsOnlyGrow) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionProblem problem;
@@ -953,7 +953,7 @@ TEST(Refusals, BadMerges) {
 
 // ---- every tensor of every op ---------------------------------------------------------------------------------------
 
-// Shapes that lie, in each tensor of a call: refused by its name, and nothing is computed from them.
+// Shapes that lie, in each tensor of a call, are refused by the tensor's name, and nothing is computed from them.
 template <class Args>
 void expect_lying_shapes_are_refused(const Args& good, Status (*op)(const Args&)) {
   const struct {
@@ -1033,7 +1033,7 @@ TEST(Refusals, ShapesThatLie) {
                                                        [](const auto& a) { return merge_attn_states(a, nullptr); });
 }
 
-// A stride over one element enters no address: it may hold anything and changes no bit and no plan.
+// The stride of an extent of 1 enters no address: it may hold anything, and changes no bit and no plan.
 TEST(Refusals, StridesOverOneElementAreNotLookedAt) {
   QUIRE_NEEDS_MODES("int4_per_token_head", "bfloat16");
   for (const char* mode : {"int4_per_token_head", "bfloat16"}) {
@@ -1066,7 +1066,7 @@ TEST(Refusals, StridesOverOneElementAreNotLookedAt) {
   }
 }
 
-// -inf is a sink that is not there.
+// A sink of -inf is as none.
 TEST(Refusals, ASinkOfMinusInfinityIsNoSink) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase call(AttentionCase::Options{});
@@ -1100,7 +1100,7 @@ TEST(Tensors, WhatDoesNotFitIsKeptOutAndRefused) {
   Tensor lying = Tensor::contiguous(data, DType::kInt8, {2});
   lying.ndim = std::numeric_limits<int>::max();
   EXPECT_EQ(to_string(lying), "int8 of 2147483647 dimensions");
-  EXPECT_EQ(lying.numel(), 0);  // six extents were looked at, the last four of them 0
+  EXPECT_EQ(lying.numel(), 0);  // six extents were looked at, the last four of which are 0
 }
 
 }  // namespace

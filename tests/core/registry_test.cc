@@ -1,4 +1,5 @@
-// Backends: those of the table, those registered from outside the library, and every way a registration can be wrong.
+// Backends: those of the table, those that are registered from outside of the library, and every way to register
+// wrongly.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -17,7 +18,8 @@
 #include "support/modes.h"
 #include "support/owned_tensor.h"
 
-// AddressSanitizer ends the process where more memory is asked for than there is, unless told to answer like malloc.
+// AddressSanitizer ends the process where more memory is asked for than exists, unless it is told to answer like
+// malloc.
 extern "C" __attribute__((weak)) const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 
 namespace quire::testing {
@@ -94,8 +96,8 @@ TEST(Backend, PropertiesOfTheTablesModes) {
   }
 }
 
-// packed_head_size is the last extent of the key cache: in elements, so that float keys are d, and with the metadata
-// that TurboQuant keeps in its rows. packing_factor is what d is divided by, where there is such a number.
+// packed_head_size is the last extent of the key cache, in elements: d for float keys, and with the metadata that
+// TurboQuant keeps in its rows. packing_factor is the divisor of d, where there is such a number.
 TEST(Backend, PackedHeadSizeIsTheExtentOfTheKeyCache) {
   constexpr int kNone = 0;
   struct Expected {
@@ -254,7 +256,7 @@ TEST(Backend, OpsOfTheBackendAreTheOps) {
     store.key = through.key.view;
     store.value = through.value.view;
     store.slot_mapping = through.slot_mapping.view;
-    store.mode = mode_of("auto");  // the backend knows better
+    store.mode = mode_of("auto");  // the backend's own mode wins
     ASSERT_TRUE(backend->reshape_and_cache(store, nullptr).ok());
     EXPECT_EQ(through.cache->bytes(), direct.cache->bytes());
     through.args.mode = mode_of("auto");
@@ -342,7 +344,7 @@ TEST(Registry, WrongRegistrations) {
   EXPECT_TRUE(has_backend(other));
 }
 
-// A backend that asks for itself while it is made.
+// A backend that asks for itself while it is being made.
 ModeId selfish_mode;
 class Selfish : public QuantKVBackend {
  public:
@@ -437,7 +439,7 @@ TEST(Registry, IsThreadSafe) {
 
 // ---- modes from outside: both ops -----------------------------------------------------------------------------------
 
-// Writes int8_per_token_head's bytes in its own way: every row with twice the scale it needs.
+// Writes int8_per_token_head's bytes in its own way: every row has twice the scale that it needs.
 class CoarseInt8 : public QuantKVBackend {
  public:
   explicit CoarseInt8(ModeId mode) : mode_(mode) {}
@@ -501,7 +503,8 @@ TEST(ExternalMode, WritesDifferentlyReadsAnExistingFormat) {
   EXPECT_TRUE(problem.matches());
 }
 
-// New bytes: sixteenths as int8, most significant bit flipped, each row reversed, and the row's sign in its scale.
+// Bytes of a new kind: sixteenths as int8 with the most significant bit flipped, each row reversed, and the row's sign
+// in its scale.
 class Sixteenths : public QuantKVBackend {
  public:
   explicit Sixteenths(ModeId mode) : mode_(mode) {}
@@ -533,7 +536,7 @@ TEST(ExternalMode, BringsItsOwnBytes) {
   ASSERT_TRUE(
       register_backend(mode, backend_class<Sixteenths>(), [mode] { return std::make_unique<Sixteenths>(mode); }).ok());
 
-  // The truth: the same values in a float32 cache. Eighths (K) and sixteenths (V) survive both.
+  // The truth is a float32 cache of the same values. Eighths (K) and sixteenths (V) survive both ways of storing.
   AttentionCase::Options options;
   options.mode = "float32";
   options.head_size_v = 96;
@@ -559,7 +562,7 @@ TEST(ExternalMode, BringsItsOwnBytes) {
   ASSERT_TRUE(reshape_and_cache(store, nullptr).ok());
   ASSERT_TRUE(problem.check());
 
-  // Its own cache; never-written rows stay poison.
+  // The mode has a cache of its own, and rows that were never written stay poison.
   const std::int64_t blocks = problem.cache->options().num_blocks;
   OwnedTensor k(DType::kUInt8, {blocks, 16, 2, 64}), v(DType::kUInt8, {blocks, 16, 2, 96});
   OwnedTensor ks(DType::kFloat32, {blocks, 16, 2}), vs(DType::kFloat32, {blocks, 16, 2});
@@ -590,7 +593,8 @@ TEST(ExternalMode, BringsItsOwnBytes) {
                       {"external_sixteenths", "reshape_and_cache"}));
 }
 
-// One byte an element, no scale; throws on a row that starts with 0xEE and cannot decode one that starts with 0xDD.
+// Has one byte an element and no scale; throws on a row that starts with 0xEE, and cannot decode one that starts with
+// 0xDD.
 class Picky : public Plain {
  public:
   using Plain::Plain;
@@ -708,7 +712,7 @@ TEST(ExternalMode, ARowThatCannotBeDecodedIsNaNWhereItIsSeen) {
   }
 }
 
-// Whatever a backend is asked for, it throws.
+// Throws, whatever it is asked for.
 class Thrower : public Plain {
  public:
   using Plain::Plain;
@@ -831,7 +835,7 @@ TEST(ExternalMode, HasALayout) {
   EXPECT_EQ(layout->bytes_per_token_head, 96 + 4 + 64 + 4);
 }
 
-// Two bytes a scale: what a layout cannot describe.
+// Scales of two bytes are something that a layout cannot describe.
 class HalfScales : public Sixteenths {
  public:
   using Sixteenths::Sixteenths;

@@ -1,4 +1,4 @@
-// The team of threads of src/cpu: every task once, by as many threads as were asked for, whoever else calls.
+// The team of threads of src/cpu runs every task once, by as many threads as were asked for, whoever else calls.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // vLLM's TurboQuant entry points (quire/turboquant.h): the modes they name, that they do what the two ops do, what they
-// refuse, and that a slot's padding is left alone. Mixed modes: their names, and both ops against the oracle.
+// refuse, and that the padding of a slot stays untouched. Mixed modes: their names, and both ops against the oracle.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -260,7 +260,7 @@ TEST(TurboQuant, EntryPointsAreTheOps) {
       EXPECT_EQ(calls.out.bytes, out.bytes);
       EXPECT_EQ(calls.lse.bytes, lse.bytes);
 
-      // And the ops are right: fp32 over 20 keys, against double precision.
+      // The ops themselves are right: fp32 over 20 keys against double precision.
       ASSERT_TRUE(reference::unified_attention(read).ok());
       for (int h = 0; h < kQueryHeads; ++h) {
         for (int i = 0; i < head_size; ++i) ASSERT_NEAR(calls.out.get(0, h, i), out.get(0, h, i), 2e-5) << h;
@@ -269,7 +269,7 @@ TEST(TurboQuant, EntryPointsAreTheOps) {
   }
 }
 
-// Slots of odd length get one byte more, which nobody writes; unwritten slots keep every byte.
+// A slot of odd length gets one more byte, which nobody writes. Slots that are not written keep every byte.
 TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
   bool any_padding = false;
   for (const TurboQuantConfig& config : kConfigs) {
@@ -281,7 +281,7 @@ TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
       const std::int64_t used = calls.layout.k_data_bytes + calls.layout.v_data_bytes;
       ASSERT_EQ(slot_bytes, used + used % 2);
       any_padding = any_padding || slot_bytes > used;
-      // The same store over another poison tells written bytes from kept ones.
+      // The same store over another poison tells the bytes that were written from those that were kept.
       SlotCalls other(config, head_size);
       std::fill(other.cache.begin(), other.cache.end(), static_cast<std::uint8_t>(~kPoison));
       ASSERT_TRUE(turboquant_store(calls.store, nullptr).ok());
@@ -300,8 +300,8 @@ TEST(TurboQuant, PaddingAndUnwrittenSlotsStay) {
   EXPECT_TRUE(any_padding) << "no head size of the test has an odd slot";
 }
 
-// A slot wider than the format's, as vLLM's padded_slot: the rows are the ones of an exact slot, what lies behind them
-// is not touched, and attention reads the same bits.
+// A slot may be wider than the format's, as vLLM's padded_slot is: its rows are those of an exact slot, the bytes
+// behind them are not touched, and attention gives the same bits.
 TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
   for (const TurboQuantConfig& config : kConfigs) {
     if (!(*mode_info(*turboquant_mode(config)))->compiled) GTEST_SKIP() << "this build leaves out " << name_of(config);
@@ -335,7 +335,7 @@ TEST(TurboQuant, WiderSlotsHoldTheSameRowsAndKeepTheirPadding) {
   }
 }
 
-// Norm correction is the reader's: vLLM's store has no such argument.
+// Norm correction is a matter of the reader; vLLM's store has no such argument.
 TEST(TurboQuant, StoresTheSameBytesWithoutNormCorrection) {
   for (TurboQuantConfig config : kConfigs) {
     config.norm_correction = true;
@@ -509,8 +509,8 @@ TEST(TurboQuant, BadCallsAreRefusedAndWriteNothing) {
   }
 }
 
-// cu_seqlens_q has an entry a sequence: a query that lies about their number is refused before it is allocated. (2^40
-// entries are 4 TiB, and filling 2^32 takes a minute.)
+// cu_seqlens_q has one entry a sequence. A query that lies about the number of sequences is refused before those
+// entries are allocated. (2^40 entries are 4 TiB, and filling 2^32 takes a minute.)
 TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
   QUIRE_NEEDS_MODES((*mode_info(*turboquant_mode({})))->name);
   for (const bool seq_lens_too : {false, true}) {
@@ -530,7 +530,7 @@ TEST(TurboQuant, RefusesBatchesThatCannotBeBeforeItAllocatesForThem) {
   }
 }
 
-// Tensors on cuda in a build without it: the sentence of the ops.
+// Tensors on cuda get the sentence of the ops in a build without it.
 TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
   QUIRE_NEEDS_MODES("turboquant_4bit_nc");
   if (quire_with_cuda) GTEST_SKIP() << "this build has CUDA; tests/cuda runs the entry points there";
@@ -553,7 +553,7 @@ TEST(TurboQuant, ABuildWithoutCudaSaysSo) {
   }
 }
 
-// vLLM's kernels drop the tail of such a row in silence.
+// vLLM's kernels silently drop the tail of such a row.
 TEST(TurboQuant, RefusesHeadSizesThatItsPackingDoesNotDivide) {
   const struct {
     TurboQuantConfig config;

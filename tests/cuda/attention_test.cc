@@ -1,4 +1,5 @@
-// What only a GPU can get wrong, or what is checked there differently; all else is tests/ops, run by main.cc.
+// What only a GPU can get wrong, or what is checked differently there. Everything else is in tests/ops, which main.cc
+// runs.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -21,7 +22,7 @@ TEST(CudaAttention, BlockIdsOutsideTheCacheAreSkippedAndCounted) {
     auto* table = problem.block_table.view.ptr<std::int32_t>();
     std::int64_t counter = 0;
     problem.args.error_counter = Tensor::contiguous(&counter, DType::kInt64, {1});
-    // Without its last page the sequence is what it would be if it ended before it.
+    // Without its last page the sequence is what it would be if it ended before that page.
     table[2] = static_cast<std::int32_t>(bad);
     QUIRE_ASSERT_OK(problem.run());
     EXPECT_GT(counter, 0);
@@ -73,7 +74,7 @@ TEST(CudaAttention, PagesPastFourGiB) {
   }
 }
 
-// Every kernel once on little data: what the sanitizers run (scripts/gpu-test).
+// Every kernel runs once on little data, for the sanitizers (scripts/gpu-test).
 class CudaSmall : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(CudaSmall, StoreAndAttend) {
@@ -124,8 +125,8 @@ TEST_P(CudaSmall, StoreAndAttend) {
 INSTANTIATE_TEST_SUITE_P(Modes, CudaSmall, ::testing::ValuesIn(table_modes()),
                          [](const auto& param) { return test_name(param.param); });
 
-// Long prompts over longer contexts: tiles enough that every stage of a kernel's pipeline is filled, emptied and filled
-// again, whole ones, masked ones, and ones no row sees.
+// Long prompts over longer contexts. Their tiles are so many that every stage of a kernel's pipeline is filled, emptied
+// and filled again, with whole tiles, masked ones, and ones that no row sees.
 struct LongPrompt {
   const char* name;
   void (*apply)(Options&);

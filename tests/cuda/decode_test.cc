@@ -1,5 +1,6 @@
-// Decode and verify over numbers of KV heads, group sizes, query lengths, block sizes and head sizes: each has its own
-// place in decode_pages (parts and groups of warps, columns of the products, runs of a page) or is another kernel's.
+// Decode and verification over numbers of KV heads, group sizes, query lengths, block sizes and head sizes. Each value
+// has its own place in decode_pages (parts and groups of warps, columns of the products, runs of a page) or goes to
+// another kernel.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -66,7 +67,7 @@ TEST_P(CudaDecode, HeadsRowsBlocksAndLayouts) {
 INSTANTIATE_TEST_SUITE_P(Modes, CudaDecode, ::testing::ValuesIn(table_modes()),
                          [](const auto& param) { return test_name(param.param); });
 
-// The list of all slices, cut into runs: long ones, runs that cross many sequences, and sequences of many runs.
+// The list of all slices is cut into long runs, runs that cross many sequences, and many runs of one sequence.
 TEST(CudaDecodePages, RunsOfManySequences) {
   for (const char* mode : {"bfloat16", "int4_per_token_head", "turboquant_3bit_nc"}) {
     if (!modes_built({mode})) continue;

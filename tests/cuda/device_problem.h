@@ -14,11 +14,12 @@ namespace quire::testing {
     ASSERT_TRUE(quire_status.ok()) << #expression ": " << quire_status.message(); \
   } while (false)
 
-// The store on the device; the caches (and the error counter) of `args`, which is on the host, are what it wrote.
+// Stores on the device. Afterwards the caches (and the error counter) of `args`, which is on the host, are what it
+// wrote.
 Status store_on_device(const ReshapeAndCacheArgs& args);
 
-// The attention of host arguments on the device; out, lse and the error counter are what it wrote. The workspace is
-// poisoned first.
+// Attends over host arguments on the device, in a workspace that is poisoned first. out, lse and the error counter are
+// what the device wrote.
 Status attend_on_device(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
 
 Status merge_on_device(const MergeAttnStatesArgs& args);

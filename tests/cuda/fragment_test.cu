@@ -1,5 +1,5 @@
-// Codes to levels on the tensor-core kernels' way (cuda/format), against the format's own unpack: every word of 16
-// bits, at even and odd places, and random bytes; rows at every alignment; to shared memory and to registers.
+// The tensor-core kernels' way from codes to levels (cuda/format), against the format's own unpack: every word of 16
+// bits at even and odd places, random bytes, and rows at every alignment, to shared memory and to registers.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -23,8 +23,8 @@ constexpr int kSkews = 16;
 template <class F>
 constexpr int kRowBytes = static_cast<int>(format::code_bytes<F>(kHead));
 
-// Block r: row r, `skew` bytes from a multiple of 16 in shared memory. levels, registers: [rows][kHead] 16 bits;
-// `registers` has the elements in the order of levels_in_mma_order.
+// Block r converts row r, which lies `skew` bytes from a multiple of 16 in shared memory. levels and registers are
+// [rows][kHead] of 16 bits; `registers` has the elements in the order of levels_in_mma_order.
 template <class F>
 __global__ void convert_rows(const std::uint8_t* rows, int skew, std::uint32_t* levels, std::uint32_t* registers,
                              float* squares) {
@@ -77,7 +77,7 @@ std::vector<std::uint8_t> hostile_rows() {
   return bytes;
 }
 
-// Whether 16 bits are the level: the nearest fp16 of level * unit, any NaN for a NaN.
+// Whether 16 bits are the level: the fp16 nearest to level * unit, or any NaN for a NaN.
 bool is_level(std::uint16_t code, float level, float unit) {
   if (std::isnan(level)) return std::isnan(format::half_to_float(code));
   return code == format::float_to_half(level * unit);
@@ -121,7 +121,7 @@ void check_format() {
           ASSERT_EQ(in_registers[i], got[i]) << "row " << r << " element " << u * F::kUnit + j;
         }
       }
-      // Sums of 128 squares in fp32, each level off by 7.4e-5 of itself at most.
+      // fp32 sums of 128 squares, of levels that are off by 7.4e-5 of themselves at most.
       const double expected = norm * cuda::level_unit<F> * cuda::level_unit<F>;
       if (std::isfinite(expected)) {
         ASSERT_NEAR(norms[static_cast<std::size_t>(r)], expected, expected * (2 * 7.4e-5 + 130 * 0x1p-24)) << r;

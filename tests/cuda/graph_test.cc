@@ -1,4 +1,4 @@
-// Store and attention captured once in a CUDA graph and replayed with other lengths, tables and slots: the bits are
+// Store and attention are captured once in a CUDA graph and replayed with other lengths, tables and slots. The bits are
 // those of eager calls.
 #include <cuda_runtime_api.h>
 
@@ -107,7 +107,7 @@ TEST_P(CudaGraph, ReplaysWithOtherLengthsTablesAndSlots) {
   };
   for (int query_len = 1; query_len <= kMaxQueryLen; ++query_len) {
     SCOPED_TRACE(query_len);
-    // Each step other lengths, pages and slots; rows past the last query are padding with slot -1.
+    // Each step has other lengths, pages and slots. Rows past the last query are padding, with slot -1.
     std::vector<std::int64_t> pages(kBlocks);
     for (std::size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<std::int64_t>(i);
     random.shuffle(pages);

@@ -1,5 +1,5 @@
-// Runs every test on the GPU, those of tests/ops included; without a device none runs, and the driver's reason is
-// printed.
+// Runs every test on the GPU, those of tests/ops included. Without a device it runs none and prints the driver's
+// reason.
 #include "cuda/device_problem.h"
 #include "support/tested_ops.h"
 
@@ -16,7 +16,7 @@ class GPU : public ::testing::Environment {
 
 int main(int argc, char** argv) {
   namespace testing = quire::testing;
-  // Before the parameters of the suites are made. A 16-bit query is what tensor cores serve.
+  // The ops are set before the parameters of the suites are made. 16-bit queries are the ones that tensor cores serve.
   testing::ops = {quire::Device::cuda(),      {quire::DType::kFloat32, quire::DType::kBFloat16},
                   testing::store_on_device,   testing::attend_on_device,
                   testing::merge_on_device,   testing::hadamard_on_device,

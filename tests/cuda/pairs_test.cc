@@ -1,5 +1,5 @@
-// Every pair of formats on CUDA, those included that no mode names: stored and read by the kernels that look formats up
-// at run time.
+// Every pair of formats on CUDA, those included that no mode names: the kernels that look formats up at run time store
+// and read them.
 #include <cstdint>
 #include <string>
 #include <vector>

@@ -169,8 +169,8 @@ void check(const Options& options) {
       EXPECT_EQ(got.sum[r], 0.0F);
       continue;
     }
-    // A logit of magnitude up to 300 in fp32, times log2(e): 2^-24 of it a few times over, and ex2's 2 ulp; 160
-    // summands.
+    // A logit of magnitude up to 300 in fp32, times log2(e), is off by 2^-24 of it a few times over; ex2 adds 2 ulp,
+    // and there are 160 summands.
     const double tolerance = 300 * 6 * 0x1p-24 + (160 + 4) * 0x1p-23;
     EXPECT_NEAR(got.max[r], max, 300 * 6 * 0x1p-24);
     EXPECT_NEAR(got.sum[r], sum, sum * tolerance);

@@ -1,4 +1,4 @@
-// The store's tiles that are chosen by the number of rows: what the small batches of store_test.cc do not reach.
+// The tiles of the store that depend on the number of rows, which the small batches of store_test.cc do not reach.
 #include <algorithm>
 #include <limits>
 
@@ -11,7 +11,7 @@
 namespace quire::testing {
 namespace {
 
-// 9000 rows of 128: the tile of few lanes a row, with its last block partly filled.
+// 9000 rows of 128 take the tile of few lanes a row and fill its last block partly.
 TEST(CudaStore, BytesOfManyRowsEqualTheCpus) {
   constexpr std::int64_t kTokens = 1125, kSlots = 1152, kHeads = 8, kHeadSize = 128;
   int n = 0;

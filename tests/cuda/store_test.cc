@@ -1,4 +1,4 @@
-// Stores on the GPU are held to the CPU's byte by byte, gaps and pages that are not written included.
+// Stores on the GPU are compared with the CPU's byte by byte, gaps and pages that are not written included.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -18,14 +18,14 @@ struct HeadSizes {
   int k, v;
 };
 
-// Every map of a row over lanes: 8 and 16 elements a lane, 8, 16 and 32 lanes, partly filled lanes, block-diagonal
-// rotations.
+// The head sizes reach every map of a row over lanes: 8 and 16 elements a lane, 8, 16 and 32 lanes, partly filled lanes
+// and block-diagonal rotations.
 constexpr HeadSizes kHeadSizes[] = {{32, 32},   {36, 36},   {64, 64},   {72, 72},   {80, 80},   {96, 96},  {100, 100},
                                     {112, 112}, {128, 128}, {192, 128}, {192, 192}, {256, 256}, {64, 320}, {512, 512}};
 
 constexpr DType kInputs[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
 
-// Rows that break arithmetic: one per token, the rest Gaussian.
+// Rows that break arithmetic, one per token; the rest are Gaussian.
 std::vector<float> hostile_rows(Random& random, std::int64_t tokens, std::int64_t heads, int head_size) {
   std::vector<float> values = random.normals(tokens * heads * head_size);
   constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -97,7 +97,7 @@ std::vector<float> hostile_rows(Random& random, std::int64_t tokens, std::int64_
   return values;
 }
 
-// The same call on both devices, over caches that start alike.
+// Makes the same call on both devices, over caches that start alike.
 void expect_same_bytes(const PagedCache::Options& options, ReshapeAndCacheArgs args) {
   const PagedCache on_cpu(options), on_gpu(options);
   on_cpu.apply(args);
@@ -237,8 +237,8 @@ TEST(CudaStore, BytesOfHostileRowsEqualTheCpusInEveryLayout) {
   }
 }
 
-// Tokens of one call that name the same slot (a scheduler gives each slot once): each byte of the slot is one that one
-// of them would have stored, and no other byte changes.
+// Tokens of one call may name the same slot, although a scheduler gives each slot once. Then each byte of the slot is
+// one that one of them would have stored, and no other byte changes.
 TEST(CudaStore, DuplicateSlotsHoldBytesOfTheirTokens) {
   constexpr std::int64_t kTokens = 256, kSlots = 4;
   for (const std::string& mode : table_modes()) {
@@ -286,7 +286,7 @@ TEST(CudaStore, AnyInputStrideGivesTheSameBytes) {
   Random random(3);
   PagedCache::Options options;
   options.num_kv_heads = 2;
-  // K as [d, tokens, heads] seen as [tokens, heads, d], V with its heads reversed.
+  // K is [d, tokens, heads] seen as [tokens, heads, d], and V has its heads reversed.
   OwnedTensor key(DType::kFloat32, {64, 9, 2}), value(DType::kFloat32, {9, 2, 64});
   key.fill(random.normals(key.view.numel()));
   value.fill(random.normals(value.view.numel()));
@@ -374,7 +374,7 @@ TEST(CudaStore, NoTokens) {
   expect_same_bytes(options, Inputs(options, {}).args);
 }
 
-// Pages that lie gigabytes apart: an offset that loses its high bits would land inside the first 4 GiB.
+// The pages lie gigabytes apart: an offset that lost its high bits would land inside the first 4 GiB.
 TEST(CudaStore, OffsetsPastFourGiB) {
   for (const std::string& mode : table_modes()) {
     SCOPED_TRACE(mode);

@@ -1,6 +1,6 @@
-// TurboQuant's entry points on the GPU: the store's bytes are the CPU's, padding of wide slots included; the decode is
-// held to the oracle; tables on the device are compared once per address and trusted afterwards; both calls can be
-// captured in a graph.
+// TurboQuant's entry points on the GPU. The store's bytes are the CPU's, padding of wide slots included; the decode is
+// compared with the oracle; tables on the device are compared once per address and trusted afterwards; both calls can
+// be captured in a graph.
 #include "quire/turboquant.h"
 
 #include <cuda_runtime_api.h>
@@ -43,7 +43,7 @@ OwnedTensor table_tensor(const std::vector<float>& values, std::vector<std::int6
 }
 OwnedTensor rotation_tensor(int head_size) { return table_tensor(rotation_table(head_size), {head_size, head_size}); }
 
-// A store of 41 tokens, some without a slot, into poisoned slots of `slot_bytes`, with every table on the host.
+// A store of 41 tokens, some of them without a slot, into poisoned slots of `slot_bytes`, with every table on the host.
 struct StoreCase {
   StoreCase(const TurboQuantConfig& config, int head_size, DType dtype, std::int64_t slot_bytes)
       : key(dtype, {kTokens, kHeads, head_size}),
@@ -71,7 +71,7 @@ struct StoreCase {
     args.midpoints = midpoints.view;
   }
 
-  // The same call on the GPU; the tables too where `device_tables` asks for it.
+  // Makes the same call on the GPU, with tables on the device where `device_tables` is set.
   Status run_on_gpu(bool device_tables) {
     TurboQuantStoreArgs on_gpu = args;
     std::vector<cuda::TensorRef> tensors = {&on_gpu.key, &on_gpu.value, &on_gpu.kv_cache, &on_gpu.slot_mapping};
@@ -90,7 +90,7 @@ struct StoreCase {
   TurboQuantStoreArgs args;
 };
 
-// The slot of a configuration, rounded up to even.
+// The bytes of a configuration's slot, rounded up to even.
 std::int64_t slot_bytes_of(const TurboQuantConfig& config, int head_size) {
   KVCacheSpec spec;
   spec.mode = *turboquant_mode(config);
@@ -199,7 +199,7 @@ TEST(CudaTurboQuant, DecodesWithinTheTolerance) {
   }
 }
 
-// Head sizes that no other test gives tables of: an address that an earlier test freed may be trusted for its sizes.
+// No other test gives tables for these head sizes: an address that an earlier test freed may be trusted for its sizes.
 TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   constexpr int kHeadSize = 80, kSmaller = 48;
   const TurboQuantConfig config{.key_bits = 4, .value_bits = 4};
@@ -217,7 +217,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
     of->args.rotation.data = rotation->data();
     of->args.rotation.device = Device::cuda();
   }
-  // Wrong: refused every time, and nothing is stored.
+  // A wrong table is refused every time, and nothing is stored.
   for (int round = 0; round < 2; ++round) {
     const Status wrong = store.run_on_gpu(false);
     EXPECT_EQ(wrong.code(), StatusCode::kUnsupported);
@@ -225,7 +225,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
         << wrong.message();
     EXPECT_EQ(store.cache, poisoned);
   }
-  // Right: accepted, and from then on not looked at again.
+  // A right one is accepted, and from then on not looked at again.
   const std::vector<float> right = rotation_table(kHeadSize);
   QUIRE_ASSERT_OK(rotation->copy_in(right.data(), bytes_of(right)));
   QUIRE_ASSERT_OK(store.run_on_gpu(false));
@@ -234,7 +234,7 @@ TEST(CudaTurboQuant, TablesOnTheDeviceAreComparedOnceThenTrusted) {
   // For another head size the address is new.
   EXPECT_EQ(smaller.run_on_gpu(false).code(), StatusCode::kUnsupported);
 
-  // Likewise a codebook, of the store and of the decode.
+  // The same holds for a codebook, of the store and of the decode.
   const std::vector<float> zeros(15, 0.0F);
   Result<cuda::DeviceBuffer> midpoints = cuda::DeviceBuffer::copy_of(zeros.data(), bytes_of(zeros));
   ASSERT_TRUE(midpoints.ok()) << midpoints.status().message();
@@ -258,7 +258,7 @@ TEST(CudaTurboQuant, ATableWithoutElementsOrOnAnotherDeviceIsRefused) {
   store.args.rotation.device = Device::cuda();
   const Status null = store.run_on_gpu(false);
   EXPECT_NE(null.message().find("rotation is a null pointer"), std::string::npos) << null.message();
-  // A call on the cpu takes tables of the cpu.
+  // A call on the CPU takes tables on the CPU.
   store.args.rotation = store.rotation.view;
   store.args.rotation.device = Device::cuda();
   const Status on_cpu = turboquant_store(store.args, nullptr);

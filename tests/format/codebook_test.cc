@@ -1,5 +1,5 @@
-// The Lloyd-Max codebooks, solved again in double precision; how a value finds its centroid; and where the bits of a
-// packed code are.
+// The Lloyd-Max codebooks, solved a second time in double precision; how a value finds its centroid; and where the bits
+// of a packed code are.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 namespace quire::format {
 namespace {
 
-// Ratio of the integrals of x * pdf and pdf over a cell, by the trapezoid rule; the density needs no normalization.
+// The ratio of the integrals of x * pdf and of pdf over a cell, by the trapezoid rule; the density needs no
+// normalization.
 double cell_mean(double from, double to) {
   constexpr int kSteps = 200;
   double weighted = 0.0;
@@ -155,7 +156,7 @@ TYPED_TEST(CodebookOf, PackingIsUndone) {
   }
 }
 
-// The drawing at the top of turboquant.h: 8 codes whose bits can be told apart.
+// Eight codes whose bits can be told apart lie as the drawing at the top of turboquant.h shows.
 TEST(Packing3, IsTheDrawing) {
   const std::uint32_t codes[8] = {1, 2, 3, 4, 5, 6, 7, 0};
   std::uint8_t bytes[3];

@@ -1,6 +1,6 @@
-// The storage floats against their definition, written here a second time with ldexp and a search among all values:
-// every code is decoded, and encoding is tried on every representable value, on every midpoint between two neighbours
-// (a tie), on the fp32 numbers next to each of them, and on random bit patterns. e4b15 also against the steps of
+// The storage floats against their definition, written here a second time with ldexp and a search among all values.
+// Every code is decoded. Encoding is tried on every representable value, on every midpoint between two neighbours (a
+// tie), on the fp32 numbers next to each of them, and on random bit patterns. e4b15 is also compared with the steps of
 // Triton's conversion.
 #include <gtest/gtest.h>
 
@@ -19,9 +19,9 @@ namespace quire::format {
 namespace {
 
 enum class Specials {
-  kIeee,  // the largest exponent holds infinity and NaN
+  kIeee,  // the largest exponent stands for infinity and NaN
   kNaN,   // only all-ones is NaN
-  kNone,  // NaN saturates too
+  kNone,  // NaN saturates as well
 };
 
 struct FloatKind {
@@ -40,7 +40,7 @@ struct FloatKind {
     return specials == Specials::kIeee ? infinity() - 1 : sign() - (specials == Specials::kNaN ? 2 : 1);
   }
 
-  // The largest code that encoding a finite value gives. e4b15's all-ones is decoded, but never written.
+  // The largest code that encoding gives for a finite value. All-ones of e4b15 is decoded, but never written.
   std::uint32_t largest_encoded() const { return largest() - (specials == Specials::kNone ? 1 : 0); }
 
   // The value of a finite code without its sign.
@@ -51,7 +51,7 @@ struct FloatKind {
     return std::ldexp(significand, std::max(exponent, 1) - bias - mantissa_bits);
   }
 
-  // Nearest code by search.
+  // Finds the nearest code by search.
   std::uint32_t nearest(const std::vector<double>& values, float x) const {
     const std::uint32_t sign_bit = std::signbit(x) ? sign() : 0U;
     const double magnitude = std::abs(static_cast<double>(x));
@@ -167,8 +167,8 @@ INSTANTIATE_TEST_SUITE_P(Floats, Conversion, ::testing::ValuesIn(kKinds),
 
 // ---- e4b15, as Triton converts --------------------------------------------------------------------------------------
 
-// fp16 bits of x rounded toward zero: a finite x beyond 65504 gives 65504, an infinity stays one, a NaN stays one and
-// keeps its sign.
+// The fp16 bits of x rounded toward zero: a finite x beyond 65504 gives 65504, an infinity stays one, and a NaN stays
+// one and keeps its sign.
 std::uint16_t half_toward_zero(float x) {
   const std::uint32_t sign = std::signbit(x) ? 0x8000U : 0U;
   std::uint32_t magnitude = 0x7c00U;
@@ -184,10 +184,10 @@ std::uint16_t half_toward_zero(float x) {
   return static_cast<std::uint16_t>(sign | magnitude);
 }
 
-// What Triton 3.9 does to a register of two fp16 values, step by step: drop the signs; the smaller of each magnitude
-// and 1.75 (of a NaN and a number the number); double both at once and add 0x80 to each half, so that the eight upper
-// bits of a half are exponent and three mantissa bits, rounded half up; put the signs back; keep the upper byte of each
-// half. The halves never exceed 0x7e80, so nothing carries from one into the other.
+// What Triton 3.9 does to a register of two fp16 values, step by step. It drops the signs, and takes the smaller of
+// each magnitude and 1.75 (of a NaN and a number the number). It doubles both at once and adds 0x80 to each half, so
+// that the eight upper bits of a half are exponent and three mantissa bits, rounded half up. It puts the signs back,
+// and keeps the upper byte of each half. The halves never exceed 0x7e80, so nothing carries from one into the other.
 std::uint32_t triton_e4b15_pair(std::uint32_t halves) {
   std::uint32_t limited = 0;
   for (int shift : {0, 16}) {
@@ -215,7 +215,7 @@ TEST(E4B15, EveryHalfBecomesTritonsByte) {
   EXPECT_EQ(differing, 0);
 }
 
-// Triton has no conversion from bfloat16; quire takes it through fp32, exactly.
+// Triton has no conversion from bfloat16; quire takes that through fp32, exactly.
 TEST(E4B15, FloatsBecomeTritonsByteByWayOfHalvesTowardZero) {
   std::vector<float> inputs;
   for (std::uint32_t code = 0; code < 0x10000U; ++code) {
@@ -235,7 +235,7 @@ TEST(E4B15, FloatsBecomeTritonsByteByWayOfHalvesTowardZero) {
   }
 }
 
-// Neither exists in e4b15: both become the largest value that is written, with their sign.
+// e4b15 has neither: both become the largest value that is written, with their sign.
 TEST(E4B15, NaNsAndInfinitiesBecome1_75) {
   const float infinity = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();

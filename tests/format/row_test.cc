@@ -1,5 +1,5 @@
-// Every format of modes.def over one row: hostile inputs, the non-finite policy, error on Gaussian rows, and of the
-// quantized formats their definition written out a second time.
+// Every format of modes.def over one row: hostile inputs, the policy for non-finite elements, the error on Gaussian
+// rows, and for the quantized formats their definition, written out a second time.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -79,7 +79,7 @@ double squared_error(const std::vector<double>& got, const Row& x) {
   return sum;
 }
 
-// fp8 without a scale of the row's own.
+// Whether a format is fp8 without a scale of the row's own.
 template <class F>
 constexpr bool kPlainFp8 = F::kTensorScale || std::is_same_v<F, TurboQuantK8> || std::is_same_v<F, TurboQuantK8E4B15>;
 
@@ -208,7 +208,7 @@ TYPED_TEST(Format, EveryLevelIsReachable) {
     GTEST_SKIP() << "casts are covered code by code in conversion_test.cc";
   } else {
     Random random(6);
-    // Levels that some bytes stand for.
+    // The levels that some bytes stand for.
     std::set<float> possible;
     for (int n = 0; n < 200000; ++n) {
       std::uint8_t bytes[1 + F::kUnitBytes];  // and the one before, for units that see it
@@ -227,7 +227,7 @@ TYPED_TEST(Format, EveryLevelIsReachable) {
       possible.erase(-1.875F);
     }
     if (F::kTensorScale && F::kCacheDType == DType::kFloat8E5M2) {
-      // Spread over 32 binades: reached by the wide rows below.
+      // These are spread over 32 binades, which the wide rows below reach.
       ASSERT_EQ(possible.size(), 2U * 123 + 1);
     }
 
@@ -287,7 +287,7 @@ TEST(RowBytes, AreThoseOfTheTable) {
 
 // ---- the definitions, once more ------------------------------------------------------------------------------------
 
-// fp32 with one rounding per operation; `volatile` keeps a compiler from contracting.
+// fp32 with one rounding per operation; `volatile` keeps a compiler from contracting two into one.
 float times(float a, float b) {
   volatile float product = a * b;
   return product;
@@ -299,7 +299,7 @@ float abs_max(const Row& x) {
   return largest;
 }
 
-// H (s .* x) or H x by the matrix: exact for the small integers the tests use.
+// H (s .* x) or H x by the matrix, which is exact for the small integers that the tests use.
 Row rotated(const Row& x, bool with_signs) {
   Row y = x;
   rotate(with_signs ? Rotation::kSignedHadamard : Rotation::kHadamard, y.data(), row_shape(static_cast<int>(x.size())));
@@ -330,8 +330,8 @@ class Definition : public ::testing::TestWithParam<int> {
       }
       all.push_back(x);
     }
-    // Ties. int8: multiples of a half under a scale of exactly 1. int4: a rotated row of +-7.5, range 15 and scale 1,
-    // so that -7.5 falls between codes 0 and 1.
+    // Rows of ties. int8: multiples of a half under a scale of exactly 1. int4: a rotated row of +-7.5, whose range is
+    // 15 and whose scale is 1, so that -7.5 falls between codes 0 and 1.
     Row halves(static_cast<std::size_t>(d));
     for (float& value : halves) value = static_cast<float>(random.below(509) - 254) / 2.0F;
     halves[0] = 127.0F;
@@ -367,7 +367,7 @@ TEST_P(Definition, Fp8PerTokenHead) {
     for (std::size_t i = 0; i < x.size(); ++i) {
       const float scaled = std::clamp(times(x[i], 1.0F / scale), -448.0F, 448.0F);
       ASSERT_EQ(row.bytes[i], E4M3::encode(scaled));
-      // Half a step: 2^-4 of the value, or half of 2^-9 below the smallest normal.
+      // Half a step is 2^-4 of the value, or half of 2^-9 below the smallest normal number.
       ASSERT_LE(std::abs(got[i] - x[i]), std::max(std::abs(x[i]) * 0x1.001p-4, scale * 0x1.001p-10));
     }
   }
@@ -408,7 +408,7 @@ TEST_P(Definition, Int4) {
       ASSERT_EQ(nibble, code) << i;
       ASSERT_EQ(static_cast<double>(affine.scale) * levels[at] + affine.offset,
                 (static_cast<double>(code) - zero) * read_scale);
-      // Half a step in the rotated domain; the reader's scale is up to 2^-19 smaller, times at most 15 steps.
+      // Half a step in the rotated domain. The reader's scale is up to 2^-19 smaller, which counts at most 15 times.
       ASSERT_LE(std::abs((code - zero) * scale - y[at]), 0.5001 * scale);
     }
     ASSERT_EQ(Int4PerTokenHead::unrotate(row_shape(d)), 1.0F / static_cast<float>(rotation_block(d)));
@@ -443,7 +443,7 @@ TEST_P(Definition, Int2) {
   }
 }
 
-// Code i of a row of 3- or 4-bit codes, little-endian.
+// Code i of a row of 3- or 4-bit codes, in little-endian order.
 int packed_code(const std::vector<std::uint8_t>& bytes, int bits, int i) {
   int code = 0;
   for (int b = 0; b < bits; ++b) {
@@ -466,7 +466,7 @@ void expect_turboquant_key(const Row& x) {
   for (float value : x) squares += static_cast<double>(value) * value;
   const double norm = std::sqrt(squares);
   const int block = rotation_block(d);
-  // fp32 sums of up to 512 squares and 9 stages of the transform, on values up to 23.
+  // fp32 sums of up to 512 squares, and 9 stages of the transform, on values up to 23.
   const double tie = 1e-4;
   for (int i = 0; i < d; ++i) {
     double y = 0.0;
@@ -486,11 +486,11 @@ void expect_turboquant_key(const Row& x) {
       ASSERT_EQ(packed_code(row.bytes, kBits, i), code) << i << " of " << d;
     }
   }
-  // fp16, saturated: half a unit in the last place, or of the smallest subnormal.
+  // The norm is stored as fp16, saturated: half a unit in the last place, or of the smallest subnormal.
   const float stored = half_at(row.bytes, static_cast<std::size_t>(d * kBits / 8));
   const double limited = std::min(norm, 65504.0);
   ASSERT_LE(std::abs(stored - limited), std::max(0x1.01p-11 * limited, 0x1.01p-25));
-  // Norm correction: whatever the codes, the reader's row has the stored norm.
+  // With norm correction the reader's row has the stored norm, whatever the codes are.
   const std::vector<double> got = row.decode();
   ASSERT_NEAR(std::sqrt(squared(got)), stored, 1e-5 * stored);
 }
@@ -533,7 +533,7 @@ TEST_P(Definition, TurboQuantValues) {
   }
 }
 
-// e4b15 in double precision: the nearest multiple of the step at x, ties away from zero, at most 1.75.
+// e4b15 in double precision: the nearest multiple of the step at x, with ties away from zero, and at most 1.75.
 double nearest_e4b15(float x) {
   const double magnitude = std::min(std::abs(static_cast<double>(x)), 1.75);
   const double step = std::ldexp(1.0, std::max(-14, magnitude == 0.0 ? -14 : std::ilogb(magnitude)) - 3);

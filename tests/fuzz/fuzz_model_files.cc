@@ -1,10 +1,10 @@
 // Feeds damaged model files to the readers for a given number of seconds:  fuzz_model_files SECONDS [SEED]
 //
-// Starts from well-formed safetensors (plain and gzip-compressed), config.json, .npy and .jsonl files and mutates them:
-// flipped bits, bytes of interest, numbers replaced by extreme ones, pieces cut, doubled or moved, a lying header
-// length. A reader must answer each with a value or a sentence. Built for AddressSanitizer and
-// UndefinedBehaviorSanitizer, which turn anything else into an abort; the seed is printed first, so that a failure can
-// be repeated.
+// It starts from well-formed safetensors (plain and gzip-compressed), config.json, .npy and .jsonl files and mutates
+// them: bits are flipped, bytes of interest put in, numbers replaced by extreme ones, pieces cut, doubled or moved, and
+// headers given a false length. A reader must answer each file with a value or a sentence. The program is built for
+// AddressSanitizer and UndefinedBehaviorSanitizer, which turn anything else into an abort. The seed is printed first,
+// so that a failure can be repeated.
 #include <unistd.h>
 #include <zlib.h>
 

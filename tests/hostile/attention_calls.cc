@@ -13,7 +13,7 @@
 namespace quire::testing {
 namespace {
 
-// Distinct extents, so that an argument that takes another's place is seen.
+// Every extent is a different number, so that an argument in the place of another is noticed.
 AttentionCase::Options small(const std::string& mode) {
   AttentionCase::Options options;
   options.mode = mode;
@@ -161,7 +161,7 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   if (options.mm_prefix) index_probes(call, "mm_prefix_range", Expect::kAccepted);
   const bool prefixes = options.rswa_window != -1;
   if (prefixes) index_probes(call, "rswa_prefix_lens", Expect::kAccepted);
-  // NaN and infinity show in the output, or make no difference, or are refused; what is certain is where they go.
+  // NaN and infinity show in the output, make no difference, or are refused. What is certain is which rows they reach.
   for (const char* name : {"alibi_slopes", "qq_bias", "k_descale", "v_descale"}) {
     float_probes(call, name, Expect::kConfined, Expect::kConfined, Expect::kConfined);
   }
@@ -179,7 +179,7 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
     if (!modes_built({name}) || name == options.mode) continue;
     call.probes.push_back({std::string("mode=") + name, Expect::kRight, [&args, name] { args.mode = mode_of(name); }});
   }
-  // Logits beyond fp32 are not the oracle's.
+  // The oracle has no answer for logits beyond fp32.
   scalar_probes<float>(
       call, "softmax_scale", &args.softmax_scale,
       {.refused = {kNaN, kInf, -kInf}, .right = {0.0F, -0.0F, -0.1F, 0.5F}, .confined = {kHuge, -kHuge, kTiny}});
@@ -204,7 +204,7 @@ Call make_attention(const AttentionCase::Options& options, const AttentionProbes
   scalar_probes<bool>(call, "causal", &args.mask.causal, {.accepted = {false, true}});
   scalar_probes<bool>(call, "mm_prefix_clamp_window", &args.mask.mm_prefix_clamp_window, {.right = {true}});
   scalar_probes<bool>(call, "use_alibi_sqrt", &args.use_alibi_sqrt, {.right = {true}});
-  // The CPU reads the lengths; bounds are the device's.
+  // The CPU reads the lengths themselves; bounds are for the devices.
   scalar_probes<std::int64_t>(call, "max_query_len", &args.max_query_len,
                               {.refused = {-1, kInt64Min}, .right = {1, kInt32Max, kInt64Max, std::int64_t{1} << 32}});
   scalar_probes<std::int64_t>(call, "max_seq_len", &args.max_seq_len,
@@ -234,7 +234,7 @@ struct Planned {
   bool workspace_null = false;
 };
 
-// plan, a workspace of exactly the plan's size, run.
+// Makes a plan, takes a workspace of exactly its size, and runs.
 Status plan_and_run(const Planned& planned) {
   Result<AttentionPlan> plan = plan_unified_attention(planned.problem);
   if (!plan.ok()) return plan.status();
@@ -293,7 +293,7 @@ Call make_plan(const AttentionCase::Options& options) {
                              }
                            }});
   }
-  // No limit, and the plan chooses the splits.
+  // The value 0 sets no limit, and the plan then chooses the splits.
   for (std::int64_t value : {kInt64Max, std::int64_t{1} << 60, std::int64_t{1} << 35}) {
     call.probes.push_back({"max_seq_len=" + to_text(value) + ", num_splits=0", Expect::kRight, [&problem, value] {
                              problem.max_seq_len = value;
@@ -329,7 +329,7 @@ Call make_plan(const AttentionCase::Options& options) {
     call.probes.push_back(
         {"workspace+" + std::to_string(bytes), Expect::kRefused, [&p, bytes] { p.workspace_offset = bytes; }});
   }
-  // The same bad arguments as in one call, now against a plan that is good.
+  // The same bad arguments as in the one-call form, now with a plan that is good.
   for (const char* name : {"cu_seqlens_q", "seq_lens", "block_table"}) index_probes(call, name);
   return call;
 }

@@ -1,4 +1,4 @@
-// Registered modes: a backend that decodes its own rows, with arguments that are wrong and with answers that are.
+// Registered modes: a backend that decodes its own rows, called with wrong arguments and giving wrong answers.
 #include <climits>
 #include <stdexcept>
 #include <string>
@@ -23,7 +23,7 @@ struct Faults {
   bool scale_caches = true;
 };
 
-// Rows of int8 and a scale cache, as int8_per_token_head stores them: that mode's oracle is this one's.
+// Stores rows of int8 and a scale cache, as int8_per_token_head does, whose oracle is therefore this mode's too.
 class RowBackend : public QuantKVBackend {
  public:
   RowBackend(ModeId mode, const Faults& faults) : mode_(mode), faults_(faults) {}
@@ -54,7 +54,7 @@ class RowBackend : public QuantKVBackend {
   const Faults& faults_;  // a probe changes them before the backend is made
 };
 
-// Every group that is made has a mode of its own; no backend of it exists until a probe's process asks.
+// Every group that is made has a mode of its own, and its backend does not exist until a probe's process asks for it.
 ModeId new_mode() {
   static int count = 0;
   return *register_mode({.name = "hostile_rows_" + std::to_string(count++), .aliases = {}});
@@ -101,7 +101,7 @@ Call call_of(const std::shared_ptr<Rows>& rows) {
                               &r.attention.seq_lens, &r.attention.block_table}) {
     call.buffers.push_back(&tensor->bytes);
   }
-  // The dtype of the rows is the backend's business: only the caller knows that they are bytes.
+  // The dtype of the rows is the backend's business, so only the caller knows that they are bytes.
   const std::vector<DType> wider = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64};
   call.tensors = {
       {"query", &args.query, "num_tokens num_q_heads =head_size"},
@@ -125,14 +125,14 @@ Call call_of(const std::shared_ptr<Rows>& rows) {
   return call;
 }
 
-// The arguments are wrong.
+// Calls with wrong arguments.
 Call make_arguments() {
   const auto rows = make_rows();
   if (!register_rows(*rows).ok()) std::abort();
   Call call = call_of(rows);
   UnifiedAttentionArgs& args = rows->attention.args;
   plain_probes(call);
-  // The backend needs them: as for a mode of the table, a call without them is refused.
+  // The backend needs its scale caches: as with a mode of the table, a call without them is refused.
   call.probes.push_back({"no k_scale_cache", Expect::kRefused, [&args] { args.cache.k_scale_cache = Tensor(); }});
   call.probes.push_back({"no v_scale_cache", Expect::kRefused, [&args] { args.cache.v_scale_cache = Tensor(); }});
   call.probes.push_back({"scale caches of [1, 1, 1]", Expect::kRefused, [&args] {
@@ -163,7 +163,7 @@ Call make_direct() {
   return call;
 }
 
-// The backend is wrong. Five ways of reaching it for each fault.
+// Calls of a backend that is wrong, which reach each fault in five ways.
 Call make_faults() {
   const auto rows = make_rows();
   Rows& r = *rows;
@@ -279,7 +279,7 @@ Call make_faults() {
     });
   }
   call.run = [run] { return (*run)(); };
-  // A store writes the caches: where it is accepted, they are its outputs.
+  // A store writes the caches, so where it is accepted they are its outputs.
   for (TensorArgument& argument : call.tensors) {
     if (std::string_view(argument.name).find("cache") != std::string_view::npos) argument.role = Role::kExact;
   }

@@ -62,7 +62,7 @@ TEST_P(Hostile, Probes) {
 INSTANTIATE_TEST_SUITE_P(All, Hostile, ::testing::ValuesIn(groups()),
                          [](const auto& entry) { return test_name(entry.param.name); });
 
-// Tables rot in silence: a table that became empty would pass. (A group's test counts what came of its probes.)
+// A table that became empty would still pass. (The test of a group counts what came of its probes.)
 TEST(HostileTables, AreFull) {
   std::map<Expect, int> count;
   int probes = 0;

@@ -1,4 +1,4 @@
-// make_layout, cache_bytes and make_views: an accepted layout has views that lie inside the bytes it asks for.
+// make_layout, cache_bytes and make_views: the views of an accepted layout lie inside of the bytes that it asks for.
 #include <array>
 #include <climits>
 #include <string>
@@ -118,7 +118,7 @@ Call make_layout_call(const KVCacheSpec& spec) {
                            s.page_alignment = 1 << 30;
                            s.model_dtype = DType::kFloat32;
                          }});
-  // The size of nothing, of less than nothing, and of more than 64 bits count.
+  // The sizes of no blocks, of a negative number of them, and of more than 64 bits can count.
   scalar_probes<std::int64_t>(call, "num_blocks", &l.num_blocks,
                               {.right = {kInt64Min, -1, 0, 1, 1000, std::int64_t{1} << 31, std::int64_t{1} << 40,
                                          std::int64_t{1} << 50, std::int64_t{1} << 62, kInt64Max}});

@@ -49,7 +49,7 @@ bool failed() { return any_failed; }
 
 }  // namespace quire::testing::allocations
 
-// All forms: a sanitizer's library has its own of each, and would not take the memory of another.
+// All forms are replaced, since a sanitizer's library has its own of each and would not take memory of another.
 void* operator new(std::size_t bytes) { return get_or_throw(bytes); }
 void* operator new[](std::size_t bytes) { return get_or_throw(bytes); }
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return get(bytes); }
@@ -75,8 +75,8 @@ void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { s
 void operator delete(void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
 void operator delete[](void* memory, std::align_val_t, const std::nothrow_t&) noexcept { std::free(memory); }
 
-// A null pointer from malloc and calloc above the limit, where AddressSanitizer would end the process. Short stacks of
-// allocations, since every page of them that a child touches is copied.
+// malloc and calloc give a null pointer above the limit, where AddressSanitizer would end the process. Stacks of
+// allocations are short, since every page of them that a child touches is copied.
 // NOLINTNEXTLINE(bugprone-reserved-identifier): AddressSanitizer's name for it
 extern "C" const char* __asan_default_options() {
   return "allocator_may_return_null=1:max_allocation_size_mb=256:malloc_context_size=2";

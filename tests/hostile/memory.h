@@ -6,13 +6,13 @@
 
 namespace quire::testing::allocations {
 
-// From here on no single allocation above 256 MiB, and all smaller ones succeed.
+// From here on every allocation above 256 MiB fails, and all smaller ones succeed.
 void limit();
 
-// Of the allocations from here on, the first n succeed.
+// The first n of the allocations from here on succeed.
 void fail_after(int n);
 
-// Whether one has failed since.
+// Whether an allocation has failed since then.
 bool failed();
 
 }  // namespace quire::testing::allocations

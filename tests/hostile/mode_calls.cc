@@ -8,7 +8,7 @@
 namespace quire::testing {
 namespace {
 
-// A call without buffers: the function is the probe's.
+// A call without buffers, whose function is the probe's.
 Call make_calls(std::vector<std::string> words) {
   const auto run = std::make_shared<std::function<Status()>>();
   Call call;
@@ -30,7 +30,7 @@ struct HostileName {
   bool matter_of_taste = false;  // as the name of a registered mode
 };
 
-// No mode is called so, and none may be.
+// Names that no mode has and none may have.
 std::vector<HostileName> hostile_names() {
   return {{"empty", ""},
           {"blank", " ", true},
@@ -68,7 +68,7 @@ Call make_lookups() {
         [name] { return has_backend(*name) ? internal_error("has_backend is true") : Status(); });
     add(call, std::string("kv_quant_mode_from_name ") + entry.label, Expect::kRefused,
         [name] { return kv_quant_mode_from_name(*name).status(); });
-    // As in vLLM: every string that begins with fp8 is FP8_PER_TENSOR, any other unknown one NONE.
+    // As in vLLM, every string that begins with fp8 is FP8_PER_TENSOR, and any other unknown one is NONE.
     add(call, std::string("get_kv_quant_mode ") + entry.label, Expect::kAccepted, [name] {
       const KVQuantMode mode = name->starts_with("fp8") ? KVQuantMode::kFp8PerTensor : KVQuantMode::kNone;
       const bool right = get_kv_quant_mode(*name) == mode &&
@@ -153,7 +153,7 @@ struct NoRows : QuantKVBackend {
   ModeId mode() const override { return ModeId{}; }
 };
 
-// Calls that allocate, first without enough memory: what failed has left nothing behind.
+// Calls that allocate are made without enough memory first. What failed must leave nothing behind.
 Call make_without_memory() {
   Call call = make_calls({"memory"});
   const auto without = [&](const std::string& name, const std::function<Status()>& run) {

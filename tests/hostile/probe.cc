@@ -34,7 +34,7 @@ void restore(const Call& call, const Bytes& bytes) {
   for (std::size_t i = 0; i < bytes.size(); ++i) std::ranges::copy(bytes[i], call.buffers[i]->begin());
 }
 
-// The first difference, in words; empty where there is none.
+// The first difference in words, or nothing where there is none.
 std::string difference(const Bytes& got, const Bytes& expected) {
   for (std::size_t i = 0; i < got.size(); ++i) {
     const auto [a, b] = std::ranges::mismatch(got[i], expected[i]);
@@ -51,7 +51,8 @@ struct Place {
   std::int64_t offset;
 };
 
-// The buffer that holds bytes [first, last] relative to data; the end of a buffer counts for a view without elements.
+// The buffer that holds bytes [first, last] relative to data. For a view without elements the end of a buffer counts
+// too.
 std::optional<Place> place_of(const Call& call, const void* data, __int128 first, __int128 last) {
   for (std::size_t i = 0; i < call.buffers.size(); ++i) {
     const std::uint8_t* begin = call.buffers[i]->data();
@@ -71,7 +72,7 @@ bool has_elements(const ConstTensor& t) {
   return std::all_of(t.shape, t.shape + t.ndim, [](std::int64_t extent) { return extent > 0; });
 }
 
-// The first and the last byte of a view that has elements, relative to its data; nothing where that takes more than 63
+// The first and the last byte of a view with elements, relative to its data, or nothing where they take more than 63
 // bits.
 std::optional<std::pair<__int128, __int128>> reach(const ConstTensor& t) {
   const auto size = static_cast<__int128>(dtype_bytes(t.dtype));
@@ -92,7 +93,7 @@ std::optional<Place> inside(const Call& call, const ConstTensor& t) {
   return bytes ? place_of(call, t.data, bytes->first, bytes->second) : std::nullopt;
 }
 
-// visit(index of the buffer, offset of the element) for each element of a view that has some.
+// Calls visit(index of the buffer, offset of the element) for each element of a view that has some.
 template <class Visit>
 void for_each_element(const ConstTensor& t, const Place& place, Visit&& visit) {
   std::array<std::int64_t, Tensor::kMaxDims> index{};
@@ -109,8 +110,8 @@ void for_each_element(const ConstTensor& t, const Place& place, Visit&& visit) {
 
 double load(DType dtype, std::uint8_t* at) { return reference::element(Tensor::contiguous(at, dtype, {1}), 0); }
 
-// Far more than the rounding errors tests/ops allows, and far less than one key more or less would make: what a hostile
-// call that is accepted may get wrong is its meaning. Rounding to the output's own type comes on top.
+// The tolerance is far above the rounding errors that tests/ops allows and far below what one key more or less makes:
+// an accepted hostile call may only get its meaning wrong. Rounding to the type of the output comes on top.
 bool near(double got, double expected, DType dtype) {
   if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
   if (got == expected) return true;
@@ -146,12 +147,13 @@ std::string bad_sentence(const Call& call, const std::string& text) {
   return names_one ? "" : "names no argument";
 }
 
-// Of a probe's process, where malloc is the C library's.
+// The limit of a probe's process, where malloc is the C library's.
 [[maybe_unused]] constexpr rlim_t kMostMemory = rlim_t{2} << 30;
 
 Outcome failed(const std::string& text) { return {Outcome::kFailed, text}; }
 
-// What differs between the bytes after a call and those it should have left, outputs compared as `expect` says.
+// What differs between the bytes after a call and those that it should have left; `expect` says how outputs are
+// compared.
 std::string wrong_output(const Call& call, Expect expect, Bytes got, Bytes expected) {
   std::string wrong;
   const bool any_value = expect == Expect::kConfined || expect == Expect::kPartial;
@@ -177,7 +179,7 @@ std::string wrong_output(const Call& call, Expect expect, Bytes got, Bytes expec
   return wrong.empty() ? difference(got, expected) : wrong;
 }
 
-// In the child, after the change.
+// Judges the call in the child, after the change.
 Outcome judge(Call& call, Expect expect) {
   const Bytes before = snapshot(call);
   const Status status = call.run();
@@ -203,7 +205,7 @@ Outcome judge(Call& call, Expect expect) {
   return wrong.empty() ? Outcome{Outcome::kAcceptedOk, ""} : failed("accepted, but " + wrong);
 }
 
-// The calls for which there is not enough memory; what is wrong about them, or nothing.
+// Makes the call without enough memory, again and again. Returns what is wrong about that, or nothing.
 std::string judge_without_memory(Call& call) {
   const Bytes before = snapshot(call);
   Bytes after = before;
@@ -323,7 +325,7 @@ namespace {
 constexpr DType kAllDTypes[] = {DType::kFloat32,    DType::kFloat16,    DType::kBFloat16,
                                 DType::kFloat8E4M3, DType::kFloat8E5M2, DType::kInt8,
                                 DType::kUInt8,      DType::kInt32,      DType::kInt64};
-// Extents from which some product with another overflows 32 or 64 bits.
+// Extents whose product with some other overflows 32 or 64 bits.
 constexpr std::int64_t kLargeExtents[] = {std::int64_t{1} << 31, std::int64_t{1} << 32, std::int64_t{1} << 62,
                                           kInt64Max};
 
@@ -345,7 +347,7 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
 
   add(" missing", Expect::kRight, Tensor());
   add(".data=null", Expect::kRefused, with([](Tensor& x) { x.data = nullptr; }));
-  // An element of the first or second byte: a view that leaves its buffer, which alignment gives away.
+  // An address inside of the first or second element: the view leaves its buffer, and the alignment gives that away.
   for (std::size_t bytes : {1, 2}) {
     if (dtype_bytes(valid.dtype) <= bytes) continue;
     add(".data+" + std::to_string(bytes), Expect::kRefused,
@@ -353,7 +355,7 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
   }
   for (DType dtype : kAllDTypes) {
     if (dtype == valid.dtype || std::ranges::find(argument.wider, dtype) != argument.wider.end()) continue;
-    // The elements' bits read as another type are NaN, huge, anything.
+    // The bits of the elements, read as another type, may be NaN, huge, or anything.
     const bool wider = dtype_bytes(dtype) > dtype_bytes(valid.dtype);
     add(".dtype=" + std::string(dtype_name(dtype)), wider ? Expect::kRefused : Expect::kConfined,
         with([&](Tensor& x) { x.dtype = dtype; }));
@@ -410,9 +412,9 @@ void tensor_probes(Call& call, const TensorArgument& argument) {
         add(".strides" + at + "=" + text, Expect::kRefused, changed);
         continue;
       }
-      // A stride decides nothing but addresses: where they leave the buffer, only the caller can know.
+      // A stride decides nothing but addresses. Where those leave the buffer, only the caller can know.
       if (!inside(call, changed)) continue;
-      // Rows of an output over each other, or over those of a neighbour in the same buffer.
+      // Rows of an output lie over one another, or over those of a neighbour in the same buffer.
       Expect expect = Expect::kRight;
       if (argument.role != Role::kInput && extent > 1 && changed.data == valid.data) {
         expect = stride == 0 ? Expect::kRefused : Expect::kConfined;
@@ -454,7 +456,7 @@ void all_tensor_probes(Call& call, std::string_view containing) {
     call.probes.push_back({"every " + word + "=-1, null", Expect::kRefused, set_all(-1, true)});
     if (extent > 1)
       call.probes.push_back({"every " + word + "=" + to_text(extent - 1), Expect::kRight, set_all(extent - 1, false)});
-    // Products that wrap to 0 elements do not allow a null pointer.
+    // A product that wraps to 0 elements does not make a null pointer right.
     for (std::int64_t value : kLargeExtents) {
       call.probes.push_back(
           {"every " + word + "=" + to_text(value) + ", null", Expect::kRefused, set_all(value, true)});
@@ -473,7 +475,7 @@ void swap_probes(Call& call) {
       if (a.tensor.address() == b.tensor.address() || !b.tensor.get().defined()) continue;
       const cuda::TensorRef to = a.tensor;
       const cuda::TensorRef from = b.tensor;
-      // Two views of one memory, one of them written: what comes out is undefined.
+      // Two views share memory, and one of them is written, so what comes out is undefined.
       const bool writes = a.role != Role::kInput || b.role != Role::kInput;
       call.probes.push_back({std::string(a.name) + ":=" + b.name, writes ? Expect::kConfined : Expect::kRight,
                              [=] { to.set(from.get()); }});

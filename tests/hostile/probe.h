@@ -1,4 +1,4 @@
-// The hostile tests: a valid call of an op, one thing about it changed, run in a process of its own, and judged.
+// The hostile tests change one thing about a valid call of an op, run it in a process of its own, and judge the result.
 //
 // A Call is a valid call with all that a judge needs to know: its tensors by name and shape, every byte it may touch,
 // the op, and the oracle. A Probe changes one thing. What must hold of it, whatever was changed:
@@ -88,11 +88,11 @@ constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 void tensor_probes(Call& call, const TensorArgument& argument);
 // tensor_probes of all tensors with `containing` in their names, and each word of all shapes changed in all at once.
 void all_tensor_probes(Call& call, std::string_view containing = "");
-// The call as it is, after calls in which memory ends: at the first allocation, at the second, and so on.
+// The call as it is, after calls in which the memory ends: at the first allocation, at the second, and so on.
 void plain_probes(Call& call);
-// Every two tensors swapped, and every one passed in the place of every other.
+// Every two tensors swapped, and every tensor passed in the place of every other.
 void swap_probes(Call& call);
-// Every element (of many: the first, the middle and the last) of an integer tensor set to each hostile integer.
+// Every element of an integer tensor (of many, the first, the middle and the last) set to each hostile integer.
 void index_probes(Call& call, const char* name, Expect expect = Expect::kRight);
 // The first and the last element of a float tensor set to each special value.
 void float_probes(Call& call, const char* name, Expect of_nan, Expect of_infinity, Expect of_finite);
@@ -128,7 +128,7 @@ void scalar_probes(Call& call, const char* name, T* field, const Values<U>& valu
 
 // ---- groups ------------------------------------------------------------------------------------------------------
 
-// A valid call and all its probes: one test. The minima guard the tables against rotting.
+// A valid call and all its probes, which are one test. The minima keep the tables from becoming empty unnoticed.
 struct Group {
   std::string name;                // "store/int4_per_token_head"
   std::vector<std::string> modes;  // that must be in the build
@@ -154,7 +154,7 @@ struct Outcome {
   std::string text;  // the refusal's sentence, or what went wrong
 };
 
-// Runs the probe in a child of this process, which must not have started threads.
+// Runs the probe in a child of this process, which must not have started threads yet.
 Outcome run_probe(Call& call, const Probe& probe);
 
 }  // namespace quire::testing

@@ -1,5 +1,5 @@
-// Calls that are legal, of features that are extreme, many at once: each must be done, within the tolerances that
-// tests/support derives.
+// Legal calls that combine many extreme features. Each must be carried out, within the tolerances that tests/support
+// derives.
 #include <algorithm>
 #include <string>
 

@@ -128,7 +128,8 @@ Call make_store(const StoreOptions& options) {
     float_probes(call, name, Expect::kAccepted, Expect::kAccepted, Expect::kAccepted);
   }
   if (options.scales) {
-    // A scale of 0, NaN or infinity divides the row as fp32 does; the bytes are the oracle's, or it is refused.
+    // A scale of 0, NaN or infinity divides the row as fp32 does. Either the bytes are the oracle's, or the call is
+    // refused.
     for (const char* name : {"k_scale", "v_scale"}) {
       float_probes(call, name, Expect::kRight, Expect::kRight, Expect::kRight);
     }

@@ -1,4 +1,4 @@
-// The TurboQuant entry points. Their oracle is the two ops' over the key and value views of the slot tensor.
+// The TurboQuant entry points. Their oracle is that of the two ops, over the key and value views of the slot tensor.
 #include <bit>
 #include <climits>
 #include <cmath>
@@ -86,7 +86,7 @@ std::shared_ptr<Slots> make_slots(const TurboQuantConfig& config) {
   return slots;
 }
 
-// By the configuration in force; the bytes of a row follow from it.
+// Everything follows the configuration in force, from which the bytes of a row follow.
 template <class Args, class Data>
 Status views_of(const Slots& s, const TurboQuantConfig& config, const BasicTensor<Data>& kv_cache, Args& args) {
   const Result<ModeId> mode = turboquant_mode(config);
@@ -209,7 +209,7 @@ Call make_decode(const TurboQuantConfig& config) {
   table_probes(call, "centroids", s.codebook);
   scalar_probes<float>(call, "softmax_scale", &s.decode.softmax_scale,
                        {.refused = {kNaN, kInf, -kInf, 0.0F}, .right = {-0.1F}, .confined = {kHuge, kTiny}});
-  // The query says how many sequences there are; nothing may be allocated or counted before the others agree.
+  // The query says how many sequences there are. Nothing may be allocated or counted before the other arguments agree.
   ConstTensor& query = s.decode.query;
   for (std::int64_t batch : {std::int64_t{-2}, std::int64_t{kInt32Max}, std::int64_t{1} << 40}) {
     call.probes.push_back(
@@ -218,7 +218,7 @@ Call make_decode(const TurboQuantConfig& config) {
   return call;
 }
 
-// turboquant_views: what comes back lies inside the slots.
+// turboquant_views returns views that lie inside of the slots.
 struct Views {
   TurboQuantConfig config;
   int head_size = kHeadSize;

@@ -1,4 +1,4 @@
-// What config.json may say, and the sentence for what it may not.
+// What config.json may say, and the sentence that it gets for anything else.
 #include "llm/config.h"
 
 #include <gtest/gtest.h>

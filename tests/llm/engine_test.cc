@@ -118,7 +118,8 @@ TEST(BlockAllocator, ReleasedPrefixesStayUntilTheirBlocksAreNeeded) {
   EXPECT_EQ(late.num_stored, 0) << "its blocks were given away";
 }
 
-// Random traffic against a plain model of what must hold: no block has two owners unless they share equal tokens.
+// Random traffic is compared with a plain model of what must hold: no block has two owners that do not share equal
+// tokens.
 TEST(BlockAllocator, RandomTrafficNeverMixesSequences) {
   constexpr int kBlock = 4, kBlocks = 40;
   BlockAllocator allocator(kBlocks, kBlock, true);
@@ -189,7 +190,7 @@ class TinyLm : public ::testing::Test {
     std::vector<std::int32_t> tokens;
     std::vector<std::vector<float>> logits;
   };
-  // Runs until the engine is idle; by request id.
+  // Runs until the engine is idle, and returns the streams by request id.
   static std::map<int, Stream> run(Engine& engine) {
     std::map<int, Stream> streams;
     while (engine.busy()) {
@@ -391,7 +392,7 @@ TEST(Sampler, DrawsFromTheSoftmaxCutAtTopP) {
     for (int i = 0; i < kDraws; ++i) share[static_cast<std::size_t>(sampler.sample(logits.data(), 4))] += 1.0 / kDraws;
     return share;
   };
-  // Five standard deviations of a share: 5 * sqrt(0.25 / 40000).
+  // The tolerance is five standard deviations of a share: 5 * sqrt(0.25 / 40000).
   constexpr double kTolerance = 0.0125;
   const auto all = shares(1.0F), cut = shares(0.65F);
   const double expected[] = {0.1, 0.4, 0.3, 0.2}, expected_cut[] = {0.0, 4.0 / 7.0, 3.0 / 7.0, 0.0};

@@ -1,4 +1,4 @@
-// The measurement against its definitions, and the files it reads.
+// The measurement against its definitions, and the files that it reads.
 #include "llm/evaluate.h"
 
 #include <gtest/gtest.h>
@@ -64,7 +64,8 @@ TEST(Evaluate, MatchesTheDefinitions) {
       }
     }
   }
-  // fp32 logits are off by under 2e-4 of the largest (model_test.cc): the means below move by less than twice that.
+  // fp32 logits are off by less than 2e-4 of the largest (model_test.cc), and the means below move by less than twice
+  // that.
   EXPECT_NEAR(std::log(*(*scores)[0].perplexity), nll / 46.0, 4e-3);
   EXPECT_NEAR(*(*scores)[1].kl_divergence, kl / 48.0, 4e-3);
   EXPECT_GT(kl / 48.0, 0.05) << "too small a divergence to show anything";
@@ -111,7 +112,7 @@ TEST(Evaluate, SkippedLayersStayInTheModelsDtype) {
   EXPECT_EQ(score("k=int8_per_token_head,v=turboquant_v3", {}).bytes_per_token, 3 * 2 * (32 + 4 + 12 + 4));
   EXPECT_EQ(score("turboquant_4bit_nc", {1}).bytes_per_token, 2 * 2 * (16 + 2 + 16 + 4) + 2 * 128);
 
-  // A second cache beside each, with the same keys and values: on one device, the same computation.
+  // The second cache beside each has the same keys and values: on one device, that is the same computation.
   const auto paired = llm::evaluate(
       *model, sets,
       {.modes = modes_of({mode, "turboquant_4bit_nc"}), .against_cpu = true, .skip_layers = {}, .progress = {}});

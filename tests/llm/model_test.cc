@@ -1,4 +1,4 @@
-// The decoder against an oracle, its loader against bad folders.
+// The decoder against an oracle, and its loader against bad folders.
 #include "llm/model.h"
 
 #include <gtest/gtest.h>
@@ -125,8 +125,8 @@ TEST(Model, FileDtypesAndShardsGiveTheSameLogits) {
   for (const auto& result : results) EXPECT_EQ(result, results[0]);
 }
 
-// The caches then hold the same numbers. Attention reads them by products of different types, whose rounding (softmax
-// weights in two bf16 parts, 2^-17) is small next to what the model's rounding of K and V does, 2^-9.
+// Both caches then hold the same numbers. Attention reads them by products of different types, whose rounding (softmax
+// weights in two bf16 parts, 2^-17) is small beside that of K and V by the model, 2^-9.
 TEST(Model, QkvInBf16FitABf16Cache) {
   const TempDir dir;
   TestModel("Qwen3ForCausalLM").save(dir);

@@ -74,7 +74,7 @@ inline std::string safetensors_bytes(const TestTensors& tensors, DType dtype) {
   return file.bytes();
 }
 
-// A model small enough for the oracle. Its weights are multiples of 1/128, at most 1.5: exact in every file dtype.
+// A model that is small enough for the oracle. Its weights are multiples of 1/128 up to 1.5, exact in every file dtype.
 struct TestModel {
   nlohmann::json config;
   TestTensors tensors;
@@ -140,7 +140,7 @@ struct TestModel {
   }
 };
 
-// Logits [tokens.size(), vocab_size].
+// The logits [tokens.size(), vocab_size] by the oracle.
 inline std::vector<double> oracle_logits(const TestModel& model, const std::vector<std::int32_t>& tokens) {
   using Row = std::vector<double>;
   const nlohmann::json& c = model.config;
@@ -270,7 +270,7 @@ inline std::vector<ModeInfo> modes_of(std::initializer_list<const char*> names) 
   return modes;
 }
 
-// Logits of every token, the sequence run in pieces of at most `chunk` tokens.
+// The logits of every token, when the sequence runs in pieces of at most `chunk` tokens.
 inline std::vector<float> run_logits(llm::Model& model, const std::vector<std::int32_t>& tokens,
                                      const std::string& mode, std::int64_t chunk = 1 << 20) {
   constexpr int kBlockSize = 16;

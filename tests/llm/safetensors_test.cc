@@ -46,7 +46,7 @@ std::string good_data() {
   return data + "\x01\x02\x03\xff" + "\x2a";
 }
 
-// The three roads a file can take: mapped, copied because its header is not padded to 8 bytes, unpacked.
+// A file can be mapped, copied because its header is not padded to 8 bytes, or unpacked.
 class GoodFile : public testing::TestWithParam<const char*> {};
 
 TEST_P(GoodFile, IsReadAsWritten) {
@@ -189,7 +189,7 @@ TEST_P(RefusedHeader, InOneSentence) {
     const std::string message = file.status().message();
     EXPECT_EQ(message.rfind(path + ": ", 0), 0U) << message;
     EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-    // Unpacking stops one byte after what the header describes, so it reports what is missing, not what is there.
+    // Unpacking stops one byte behind what the header describes, so it reports what is missing and not what is there.
     const bool beyond_unpacking = std::string(bad.label) == "FarPastTheEnd" && path.ends_with(".gz");
     EXPECT_NE(message.find(beyond_unpacking ? "a .gz file may hold" : bad.sentence), std::string::npos) << message;
   }
@@ -244,7 +244,7 @@ TEST(Safetensors, TruncatedAnywhere) {
 }
 
 TEST(Safetensors, DamagedGzipIsNoticed) {
-  // A checksum covers the contents: a flipped bit is refused, or was one of those that fill deflate's last byte.
+  // A checksum covers the contents: a flipped bit is refused, unless it was one of those that fill deflate's last byte.
   const std::string path = write_gzip("whole.gz", safetensors_bytes(kGoodHeader, good_data()));
   const auto whole = SafetensorsFile::open(path);
   ASSERT_TRUE(whole.ok());
@@ -298,7 +298,7 @@ TEST(Safetensors, GoldenFilesWithAFlippedBit) {
 }
 
 TEST(Safetensors, WhatFollowsAGzipMember) {
-  // Members in a row are one stream, as gzip says; anything else after the first is refused.
+  // Several members in a row are one stream, as gzip says. Anything else after the first member is refused.
   const std::string plain = safetensors_bytes(kGoodHeader, good_data());
   const std::string first = read_bytes(write_gzip("a.gz", plain.substr(0, 100)));
   const std::string second = read_bytes(write_gzip("b.gz", plain.substr(100)));
@@ -326,7 +326,8 @@ TEST(Safetensors, UnpackingIsBounded) {
 }
 
 TEST(Safetensors, MutatedBytesNeverEscape) {
-  // Each byte of length and header takes some other values: the file is refused, or what it hands out can be read.
+  // Each byte of the length and the header takes some other values: the file is refused, or what it hands out can be
+  // read.
   const std::string plain = safetensors_bytes(kGoodHeader, good_data());
   const std::size_t header_end = plain.size() - good_data().size();
   int refused = 0;

@@ -1,4 +1,4 @@
-// Writes safetensors files for tests: well-formed ones from tensors, and any others from a header and bytes.
+// Writes safetensors files for tests: good ones from tensors, and any others from a header and bytes.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -84,7 +84,7 @@ struct EditableFile {
     nlohmann::ordered_json header;
     if (!metadata.empty()) header["__metadata__"] = metadata;
     std::string data;
-    // Wide elements first, so that each tensor is aligned to its own.
+    // Wide elements come first, so that each tensor is aligned to its own.
     for (const std::size_t element_bytes : {8, 4, 2, 1}) {
       for (const auto& [name, tensor] : tensors) {
         if (dtype_bytes(tensor.dtype) != element_bytes) continue;

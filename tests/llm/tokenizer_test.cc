@@ -11,7 +11,7 @@ namespace {
 TEST(Tokenizer, RoundTripsAndStreams) {
   const auto tokenizer = llm::Tokenizer::load(tiny_lm_dir());
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status().message();
-  // The last two are outside the vocabulary: they come as single bytes, several tokens to a character.
+  // The last two are outside of the vocabulary. They come as single bytes, several tokens to a character.
   for (const std::string text : {"The kernel keeps a list.", "12 + 30 = ", "naïve café", "日本語 and 🙂."}) {
     const auto ids = tokenizer->encode(text);
     EXPECT_GT(ids.size(), 1U);

@@ -40,7 +40,7 @@ TEST_F(Verbs, GeneratePrintsIdsWithoutATokenizer) {
   std::istringstream ids(outcome.out);
   for (std::string id; std::getline(ids, id, ',');) tokens.push_back(std::stoi(id));
   ASSERT_EQ(tokens.size(), 8U) << outcome.out;
-  // Greedy: each new token is the oracle's largest logit.
+  // Greedy decoding takes the oracle's largest logit each time.
   const auto logits = oracle_logits(TestModel("LlamaForCausalLM"), tokens);
   for (std::size_t t = 3; t < tokens.size(); ++t) {
     const auto row = logits.begin() + static_cast<std::ptrdiff_t>((t - 1) * 61);
@@ -67,7 +67,7 @@ TEST_F(Verbs, GenerateRefuses) {
   expect_refusal(run_cli({"generate", "--model", "/nowhere", "--token-ids", "1"}), "/nowhere/config.json");
 }
 
-// Values that would run as something else.
+// Values that would run as something else are refused.
 TEST_F(Verbs, GenerateTakesValuesAsWritten) {
   const auto generate = [&](std::vector<std::string> arguments, const std::string& says) {
     arguments.insert(arguments.begin(), {"generate", "--model", model()});
@@ -106,7 +106,7 @@ TEST_F(Verbs, OutputThatCannotBeWrittenIsAnError) {
   }
 }
 
-// Logits that are not finite are no text and no measure.
+// Logits that are not finite give neither text nor a measure.
 TEST_F(Verbs, WeightsOfNaNAreAnError) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   TestModel broken("LlamaForCausalLM", {{"max_position_embeddings", 64}, {"eos_token_id", nullptr}});
@@ -122,7 +122,7 @@ TEST_F(Verbs, WeightsOfNaNAreAnError) {
                  "the logits at position 2 are not finite");
 }
 
-// The file is opened before anything is computed; a run that fails leaves no file behind and an older one as it was.
+// The file is opened before anything is computed. A run that fails leaves no file behind, and an older one as it was.
 TEST_F(Verbs, DemoOpensItsOutputFirst) {
   expect_refusal(run_cli({"demo", "--model", "/nowhere", "--json-out", "/nowhere/x.json"}),
                  "/nowhere/x.json: cannot open the file for writing: No such file or directory");
@@ -138,7 +138,7 @@ TEST_F(Verbs, DemoOpensItsOutputFirst) {
   EXPECT_EQ(kept.str(), "from before");
 }
 
-// A folder where a file should be.
+// Where a folder lies in the place of a file, the sentence names it.
 TEST_F(Verbs, FoldersAreNamed) {
   expect_refusal(run_cli({"eval", "--model", model(), "--tokens", model()}), model() + ": cannot read the file: Is a ");
   expect_refusal(run_cli({"eval", "--model", model(), "--recall", model()}), model() + ": cannot read the file: Is a ");
@@ -180,7 +180,7 @@ TEST_F(Verbs, EvalRefuses) {
   expect_refusal(run_cli({"eval", "--model", model(), "-m", "auto,"}), "'' is not a mode");
 }
 
-// Where there is no CUDA, a sentence; where there is, the CPU's answer: greedy tokens of an fp32 cache.
+// Without CUDA there is a sentence; with it, the answer is the CPU's: greedy tokens of an fp32 cache.
 TEST_F(Verbs, OnCudaOrRefused) {
   QUIRE_NEEDS_MODES("float32", "int4_per_token_head");
   const std::vector<std::vector<std::string>> calls = {
@@ -193,8 +193,12 @@ TEST_F(Verbs, OnCudaOrRefused) {
     const auto on_cpu = run_cli(call);
     ASSERT_EQ(on_cpu.exit_status, 0) << on_cpu.err;
     auto with_device = call;
-    with_device.insert(with_device.end(), {"--device", "cuda"});
+    with_device.insert(with_device.end(), {"--device", "cuda:4096"});
+    const std::string there_is_none = run_cli(with_device).err;
+    with_device.back() = "cuda";
     const auto on_cuda = run_cli(with_device);
+    const char* words = on_cuda.exit_status == 0 ? "device is cuda:4096; this process sees" : "CUDA";
+    EXPECT_NE(there_is_none.find(words), std::string::npos) << there_is_none;
     if (on_cuda.exit_status != 0) {
       expect_refusal(on_cuda, "CUDA");
       continue;

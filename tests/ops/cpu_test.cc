@@ -78,7 +78,8 @@ TEST_P(Cpu, EveryTargetMatchesTheOracle) {
   }
 }
 
-// Pages further apart than 2^32 bytes and 2^31 elements: address space is reserved, only what is touched is backed.
+// Pages lie further apart than 2^32 bytes and 2^31 elements. Address space is reserved, and only what is touched is
+// backed.
 TEST_P(Cpu, OffsetsPast4GiB) {
   const std::int64_t kReserved = std::int64_t{48} << 30;
   void* memory = mmap(nullptr, static_cast<std::size_t>(kReserved), PROT_READ | PROT_WRITE,
@@ -113,7 +114,7 @@ TEST_P(Cpu, OffsetsPast4GiB) {
   const Status status = reshape_and_cache(store, nullptr);
   ASSERT_TRUE(status.ok()) << status.message();
 
-  // Same bytes as the compact cache, row by row.
+  // The bytes are those of the compact cache, row by row.
   for (std::int64_t block = 1; block < num_blocks - 1; ++block) {
     const Tensor& compact = problem.cache->key_cache;
     const std::int64_t size = static_cast<std::int64_t>(dtype_bytes(compact.dtype));

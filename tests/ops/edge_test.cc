@@ -1,4 +1,4 @@
-// What must not be read, what is empty, and what is at a border.
+// What must not be read, what is empty, and what lies at a border.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -28,7 +28,8 @@ class Edge : public ::testing::TestWithParam<ModeAndQuery> {
   }
 };
 
-// seq_len 0, more queries than keys (the first rows sit before the sequence), and rows whose window sees nothing.
+// seq_len is 0, there are more queries than keys (the first rows sit before the sequence), or a row's window sees
+// nothing.
 TEST_P(Edge, RowsWithoutKeysGiveZeroAndMinusInfinity) {
   for (bool causal : {true, false}) {
     for (bool sinks : {false, true}) {
@@ -64,7 +65,7 @@ TEST_P(Edge, EmptyBatchWritesNothing) {
   for (std::uint8_t byte : problem.out.bytes) ASSERT_EQ(byte, 0xFF);
 }
 
-// A stored row that is NaN (or infinite, where the format can say so) reaches the queries that see it, and no other:
+// A stored row that is NaN (or infinite, where the format can say so) reaches the queries that see it and no others:
 // masked keys are not multiplied by zero.
 TEST_P(Edge, APoisonedRowReachesOnlyThoseWhoSeeIt) {
   for (bool key_side : {true, false}) {
@@ -91,8 +92,9 @@ TEST_P(Edge, APoisonedRowReachesOnlyThoseWhoSeeIt) {
   }
 }
 
-// Under R-SWA: a NaN in the prefix reaches every row, one behind it the rows whose window it is in, and no other. The
-// first row that does not see it has a prefix and a window of its own, in a tile with rows whose ranges are whole.
+// Under R-SWA a NaN in the prefix reaches every row, one behind the prefix the rows whose window it is in, and no
+// others. The first row that does not see it has a prefix and a window of its own, in a tile with rows whose ranges are
+// whole.
 TEST_P(Edge, APoisonedRowBehindThePrefixReachesOnlyTheWindow) {
   for (bool key_side : {true, false}) {
     for (const std::int64_t poisoned_key : {std::int64_t{3}, std::int64_t{17}, std::int64_t{40}}) {
@@ -115,7 +117,7 @@ TEST_P(Edge, APoisonedRowBehindThePrefixReachesOnlyTheWindow) {
   }
 }
 
-// Rows in the gap that no query sees, and their pages, may hold anything: what was stored there is overwritten by NaNs.
+// Rows in the gap that no query sees, and their pages, may hold anything: NaNs overwrite what was stored there.
 TEST_P(Edge, TheGapIsNotRead) {
   for (const int query_len : {1, 4, 40}) {
     Options options = base();
@@ -136,7 +138,7 @@ TEST_P(Edge, TheGapIsNotRead) {
   }
 }
 
-// Rows that nobody sees may hold numbers of any size: what others give stays the same, bit by bit.
+// Rows that nobody sees may hold numbers of any size, and the results stay the same, bit by bit.
 TEST_P(Edge, EnormousRowsThatNobodySeesLeaveNoTrace) {
   for (const int query_len : {1, 4}) {
     Options options = base();
@@ -157,8 +159,8 @@ TEST_P(Edge, EnormousRowsThatNobodySeesLeaveNoTrace) {
   }
 }
 
-// A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: NaN for those
-// who see it.
+// A product q . k that is infinite, of either sign, is not a masked key, and softcap does not hide it: whoever sees it
+// gets NaN.
 TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
   for (float infinity : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     for (float softcap : {0.0F, 20.0F}) {
@@ -199,7 +201,7 @@ TEST_P(Edge, AnInfiniteKeyIsSeenAsNaN) {
   }
 }
 
-// The same where finite elements multiply beyond fp32, and a row sees nothing else.
+// The same holds where finite elements multiply beyond fp32, and a row sees nothing else.
 TEST_P(Edge, AnOverflowingProductIsSeenAsNaN) {
   Options options = base();
   options.sequences = {{1, 1}, {1, 40}};

@@ -119,7 +119,8 @@ TEST_P(Features, ChunkedLocalAttention) {
   }
 }
 
-// Windows and prefixes of R-SWA: none, of a page, ending inside one, meeting the window, past the sequence's end.
+// Windows and prefixes of R-SWA: none, of one page, ending inside a page, meeting the window, and past the sequence's
+// end.
 TEST_P(Features, PrefixesAndTheirWindows) {
   const int block = 8;
   for (int window : {1, 2, block - 1, block, block + 1, 40, 200, std::numeric_limits<int>::max()}) {
@@ -183,7 +184,8 @@ TEST_P(Features, ScaleShapes) {
   }
 }
 
-// Rows of 64 and 96 elements from fp32 queries; from 16-bit ones, where a device has kernels for them, 128.
+// Rows have 64 and 96 elements with fp32 queries, and 128 with 16-bit ones, for which a device may have its own
+// kernels.
 TEST_P(Features, LayoutsAndBlockSizes) {
   for (DType dtype : ops.query_dtypes) {
     for (Layout layout : kAllLayouts) {
@@ -253,7 +255,8 @@ TEST_P(Features, LongContextInSplits) {
   }
 }
 
-// Values far from zero and many keys: partial sums are folded per split, so the error is that of a short sequence.
+// Values lie far from zero and there are many keys. Partial sums are folded per split, so the error is that of a short
+// sequence.
 TEST_P(Features, ErrorDoesNotGrowWithLength) {
   Options options;
   options.mode = GetParam();

@@ -1,5 +1,5 @@
-// The two guest formats of tests/format/guests, in a build that has them (QUIRE_EXTRA_MODES): with a centre, which
-// tests over the table of modes do not give. Everything else of theirs those tests cover.
+// The two guest formats of tests/format/guests, in a build that has them (QUIRE_EXTRA_MODES), with a centre: the tests
+// over the table of modes give none, and cover everything else about the guests.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -37,7 +37,7 @@ class Guests : public ::testing::TestWithParam<std::string> {
   }
 };
 
-// q . centre with what else meets a logit.
+// q . centre is added to everything else that meets a logit.
 TEST_P(Guests, ACentreIsPartOfEveryKey) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     Options base = options();
@@ -72,7 +72,7 @@ TEST_P(Guests, ACentreAtOtherSizes) {
   }
 }
 
-// Without a centre they are formats like any other: tensor cores serve them too.
+// Without a centre the guests are formats like any other, and tensor cores serve them too.
 TEST_P(Guests, WithoutACentre) {
   for (const int head_size : {64, 128, 256}) {
     Options at = options();
@@ -118,14 +118,14 @@ TEST_P(Guests, StoredAsByTheReference) {
 INSTANTIATE_TEST_SUITE_P(Modes, Guests, ::testing::ValuesIn(kGuestModes),
                          [](const auto& param) { return test_name(param.param); });
 
-// Bytes as the header says: 5 bits a pair and 2 bytes a row, 6 bits and a scale.
+// The bytes are as the header says: 5 bits a pair and 2 bytes a row, and 6 bits and a scale.
 TEST(GuestFormats, Sizes) {
   if (!parse_kv_cache_dtype("guest_pair5").ok()) GTEST_SKIP() << "a build without QUIRE_EXTRA_MODES";
   EXPECT_EQ(format::format_info(format::find_format("guest_pair5")).row_bytes(128), 42);
   EXPECT_EQ(format::format_info(format::find_format("guest_int6")).row_bytes(128), 96);
 }
 
-// A format without a centre takes none.
+// A format without a centre does not take one.
 TEST(Centre, RefusedWhereThereIsNone) {
   QUIRE_NEEDS_MODES("int4_per_token_head");
   AttentionCase problem(Options{});

@@ -26,7 +26,7 @@ int sign_of(int i) {
   return signs[static_cast<std::size_t>(i)];
 }
 
-// Row x by the definition.
+// Row x, rotated by the definition.
 std::vector<double> rotated(const std::vector<double>& x, bool inverse, bool signs) {
   const int d = static_cast<int>(x.size());
   const int block = d & -d;
@@ -49,7 +49,7 @@ TEST(Hadamard, IsItsDefinition) {
       for (const bool inverse : {false, true}) {
         for (const bool signs : {false, true}) {
           OwnedTensor x(dtype, {3, 5, d}, 3), out(DType::kFloat32, {3, 5, d}, 2);
-          // Integers of up to 7 bits: exact in every float, as are their sums in fp32.
+          // Integers of up to 7 bits are exact in every float, and so are their sums in fp32.
           std::vector<float> values(static_cast<std::size_t>(x.view.numel()));
           for (float& value : values) value = static_cast<float>(random.below(255)) - 127.0F;
           x.fill(values);
@@ -69,7 +69,7 @@ TEST(Hadamard, IsItsDefinition) {
   }
 }
 
-// There and back in place: b times what was there, rounded to the tensor's own dtype once each way.
+// There and back in place gives b times what was there, rounded to the tensor's own dtype once each way.
 TEST(Hadamard, TheInverseUndoesIt) {
   constexpr int kHeadSize = 96, kBlock = 32;
   OwnedTensor x(DType::kFloat32, {4, kHeadSize});

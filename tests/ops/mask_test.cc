@@ -1,5 +1,5 @@
-// The ranges of attention/mask.h against its visible(), over every short sequence: what kernels read, and what they do
-// not test.
+// The ranges of attention/mask.h against its visible(), over every short sequence: what kernels read, and which keys
+// they take without a test.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -52,7 +52,7 @@ void check_ranges(const MaskRule& rule, const SequenceMask& sequence, int first,
     if (j >= full.begin && j < full.end) {
       ASSERT_TRUE(every) << j;
     }
-    // Without spans, a range holds nothing that no row sees.
+    // Without spans a range holds no key that no row sees.
     if (sequence.num_ranges == 0 && rule.chunk == 0 && holds(range, j)) {
       ASSERT_TRUE(any) << j;
     }

@@ -32,7 +32,8 @@ struct Parts {
       a.push_back(static_cast<float>(random.uniform(-4, 4)));
       b.push_back(static_cast<float>(random.uniform(-4, 4)));
     }
-    // One part empty, the other, both; far apart in both directions; very large and very small.
+    // One part is empty, the other, or both; the parts are far apart in both directions; the LSEs are very large and
+    // very small.
     a[0] = b[1] = a[2] = b[2] = -kInfinity;
     a[3] = 90.0F;
     b[3] = -90.0F;
@@ -91,7 +92,7 @@ TEST(Merge, IsTheWeightedSum) {
   }
 }
 
-// An empty part is left out, not multiplied by zero: its memory may never have been written.
+// An empty part is left out and not multiplied by zero, since its memory may never have been written.
 TEST(Merge, AnEmptyPartMayHoldAnything) {
   Parts parts(DType::kFloat32, 64);
   const float expected_other = parts.suffix.get(0, 0, 0);
@@ -108,7 +109,7 @@ TEST(Merge, AnEmptyPartMayHoldAnything) {
   for (int i = 0; i < 64; ++i) EXPECT_EQ(parts.out.get(0, 2, i), 0.0F);
 }
 
-// A part that saw a poisoned row has a NaN LSE: so has the whole, next to an empty part too.
+// A part that saw a poisoned row has a NaN LSE, and then so has the whole, also beside an empty part.
 TEST(Merge, NaNStaysVisible) {
   for (float other : {1.0F, -kInfinity}) {
     for (bool in_prefix : {true, false}) {

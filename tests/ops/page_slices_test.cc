@@ -1,4 +1,4 @@
-// A slice copied run by run has every row where its description says.
+// When a slice is copied run by run, every row is where its description says.
 #include "attention/page_slices.h"
 
 #include <gtest/gtest.h>
@@ -96,7 +96,7 @@ TEST(PageSlices, SeparateCaches) {
       set(cache.value, cache.at(kBlocks * page), page, slot, head);
       set_scales(cache.key, cache.at(kBlocks * 2 * page), scales, kHeads * 4, 4);
       set_scales(cache.value, cache.at(kBlocks * (2 * page + scales)), scales, kHeads * 4, 4);
-      // Head by head only where a head's slots are more than a slice.
+      // Heads are copied one by one only where the slots of a head are more than a slice.
       check(cache, kRow, kRow, kHeads, block_size, kBlocks,
             head_major && block_size > kSliceSlots ? 2 * kHeads + 2 : 4);
     }

@@ -1,5 +1,5 @@
-// Relations that hold whatever the numbers are: where pages lie, how a batch is cut, how keys are split, what a factor
-// of two does; and determinism: the same bits from repeated runs, next to any neighbours.
+// Relations that hold whatever the numbers are: where pages lie, how a batch is cut, how keys are split, and what a
+// factor of two does. And determinism: the same bits from repeated runs, whatever the neighbours are.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -31,7 +31,7 @@ class Relation : public ::testing::TestWithParam<ModeAndQuery> {
   }
 };
 
-// Queries [first, last) of sequence b alone, as a batch of one.
+// Queries [first, last) of sequence b alone, as a batch of one sequence.
 UnifiedAttentionArgs one_sequence(const AttentionCase& problem, std::int64_t b, std::int32_t (&cu_seqlens)[2]) {
   UnifiedAttentionArgs args = problem.args;
   const std::int32_t* starts = problem.cu_seqlens_q.view.ptr<std::int32_t>();
@@ -141,7 +141,7 @@ void copy_rows(const OwnedTensor& from, std::int64_t from_row, OwnedTensor& to, 
   }
 }
 
-// Heads in another order give outputs in that order: no head sees another's rows, scales, sinks or slopes.
+// Heads in another order give outputs in that order: no head sees the rows, scales, sinks or slopes of another.
 TEST_P(Relation, PermutedHeadsGivePermutedHeads) {
   Options options = base();
   options.num_kv_heads = 3;
@@ -170,8 +170,8 @@ TEST_P(Relation, PermutedHeadsGivePermutedHeads) {
   EXPECT_EQ(other.lse.bytes, lse.bytes);
 }
 
-// Sequences in another order give outputs in that order.
-// A kernel may cut the keys of all sequences as one list; batch_invariant does not.
+// Sequences in another order give outputs in that order. A kernel may cut the keys of all sequences as one list;
+// batch_invariant does not.
 TEST_P(Relation, PermutedSequencesGivePermutedRows) {
   Options options = base();
   AttentionCase first(options), other(options);
@@ -198,7 +198,7 @@ TEST_P(Relation, PermutedSequencesGivePermutedRows) {
   EXPECT_EQ(other.lse.bytes, lse.bytes);
 }
 
-// Prefill in pieces: the rows of a chunk are those of the whole.
+// Prefill in pieces gives the rows of the whole.
 TEST_P(Relation, ChunkedPrefillIsTheWholePrefill) {
   Options options = base();
   options.sequences = {{150, 150}};
@@ -234,7 +234,8 @@ TEST_P(Relation, ChunkedPrefillIsTheWholePrefill) {
   }
 }
 
-// Keys cut anywhere into two calls and merged: what one call gives. Pages of one token let the cut fall anywhere.
+// Keys that are cut anywhere into two calls and merged give what one call gives. Pages have one token, so that the cut
+// can fall anywhere.
 TEST_P(Relation, SplitAnywhereAndMerge) {
   Options options = base();
   options.block_size = 1;
@@ -252,8 +253,8 @@ TEST_P(Relation, SplitAnywhereAndMerge) {
       UnifiedAttentionArgs args = whole.args;
       std::int32_t seq_len = part == 0 ? cut : 90 - cut;
       args.seq_lens = Tensor::contiguous(&seq_len, DType::kInt32, {1});
-      // Three queries that see every key of the part, also where it has fewer keys than queries: positions come from
-      // seq_len, so each query is a sequence of its own.
+      // The three queries see every key of the part, also where it has fewer keys than queries: since positions come
+      // from seq_len, each query is a sequence of its own.
       std::int32_t cu_seqlens[] = {0, 1, 2, 3};
       std::int32_t seq_lens[] = {seq_len, seq_len, seq_len};
       args.cu_seqlens_q = Tensor::contiguous(cu_seqlens, DType::kInt32, {4});

@@ -40,7 +40,7 @@ struct StoreInputs {
     Random random(seed);
     std::vector<float> k = random.normals(key.view.numel());
     std::vector<float> v = random.normals(value.view.numel());
-    // Hostile rows: zeros of both signs, a constant, one-hot, tiny, large, non-finite.
+    // The hostile rows are zeros of both signs, a constant, one-hot, tiny, large and non-finite.
     const auto row = [](std::vector<float>& x, int n, std::int64_t d) { return x.data() + n * d; };
     for (auto [x, d] : {std::pair{&k, key.view.shape[2]}, std::pair{&v, value.view.shape[2]}}) {
       std::fill_n(row(*x, 1, d), d, 0.0F);
@@ -57,7 +57,8 @@ struct StoreInputs {
     }
     key.fill(k);
     value.fill(v);
-    // Slots in random order, some skipped: -1 first, last and in the middle, and other negative numbers.
+    // The slots are in random order, and some are skipped: -1 first, last and in the middle, and other negative
+    // numbers.
     std::vector<std::int64_t> order;
     for (std::int64_t slot = 0; slot < options.num_blocks * options.block_size; ++slot) order.push_back(slot);
     random.shuffle(order);
@@ -143,7 +144,8 @@ TEST_P(Store, ShortInt32AndEmptySlotMappings) {
   }
 }
 
-// Inputs are read through their strides, the last one included: rows of every second element, and heads last.
+// Inputs are read through their strides, the last one included: rows of every second element, and heads in the last
+// place.
 TEST_P(Store, InputsOfAnyStrides) {
   PagedCache::Options options;
   options.mode = GetParam();
@@ -213,8 +215,8 @@ TEST_P(Store, ThreadsDoNotChangeBytes) {
   }
 }
 
-// Tokens that name the same slot: the contract leaves open which one wins but not whether a row may be torn. On the CPU
-// a slot belongs to one thread, so the last token wins, every time.
+// Tokens of one call may name the same slot. The contract leaves open which one wins, but not whether a row may be
+// torn. On the CPU a slot belongs to one thread, so the last token wins every time.
 TEST_P(Store, DuplicateSlotsAreOneTokensRow) {
   PagedCache::Options options;
   options.mode = GetParam();
@@ -290,7 +292,7 @@ TEST(StoreFp8PerTensor, ScalesByHeadAndCopiesFp8) {
   }
 }
 
-// Storing a float type in itself copies every bit pattern, NaN payloads included.
+// Storing a float type in itself copies every bit pattern, the payloads of NaNs included.
 TEST(StoreAuto, CopiesEveryPattern) {
   for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     constexpr int kHeadSize = 512;

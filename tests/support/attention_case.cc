@@ -95,7 +95,7 @@ void AttentionCase::build_cache(Random& random) {
   Random page_order(options.seed * 1000 + options.page_seed);
   page_order.shuffle(pages);
 
-  // Every other seed has a table exactly as wide as the longest sequence.
+  // With every other seed the table is exactly as wide as the longest sequence.
   const std::int64_t batch = static_cast<std::int64_t>(options.sequences.size());
   const std::int64_t columns = widest + static_cast<std::int64_t>(options.seed % 2);
   const std::int64_t garbage[] = {-1, std::numeric_limits<std::int32_t>::max(), 0, cache_options.num_blocks,
@@ -112,7 +112,7 @@ void AttentionCase::build_cache(Random& random) {
     }
   }
 
-  // Real keys have a common component per head and now and then an outlier.
+  // Real keys have a common component per head, and now and then an outlier.
   key = OwnedTensor(DType::kFloat32, {stored, options.num_kv_heads, options.head_size});
   value = OwnedTensor(DType::kFloat32, {stored, options.num_kv_heads, options.head_size_v});
   slot_mapping = OwnedTensor(DType::kInt64, {stored});
@@ -133,7 +133,7 @@ void AttentionCase::build_cache(Random& random) {
   const Status status = reference::reshape_and_cache(store);
   if (!status.ok()) std::abort();
 
-  // Pages before the first key that any row can see hold nothing the op may look at.
+  // Pages before the first key that any row can see hold nothing that the op may look at.
   if (options.garbage_out_of_window && options.window > 0 && !options.mm_prefix) {
     for (std::int64_t b = 0; b < batch; ++b) {
       const Lengths& s = options.sequences[static_cast<std::size_t>(b)];
@@ -148,7 +148,7 @@ void AttentionCase::build_cache(Random& random) {
       }
     }
   }
-  // Nor do those between the prefix and the first row's R-SWA window.
+  // Neither do those between the prefix and the first row's R-SWA window.
   if (options.garbage_out_of_window && options.rswa_window > 0 && !options.mm_prefix) {
     for (std::int64_t b = 0; b < batch; ++b) {
       const Lengths& s = options.sequences[static_cast<std::size_t>(b)];
@@ -187,7 +187,7 @@ void AttentionCase::build_inputs(Random& random) {
   args.cu_seqlens_q = cu_seqlens_q.view;
   args.seq_lens = seq_lens.view;
 
-  // Two rows more than there are queries: padding of a captured batch, not to be touched.
+  // There are two rows more than queries: padding of a captured batch, which must not be touched.
   const std::int64_t rows = num_tokens + 2;
   query = OwnedTensor(options.dtype, {rows, num_q_heads, options.head_size}, 8);
   std::vector<float> q = random.normals(query.view.numel());
@@ -218,7 +218,7 @@ void AttentionCase::build_inputs(Random& random) {
     args.mask.causal_per_seq = causal_per_seq.view;
   }
   if (options.mm_prefix) {
-    // Padding, a one-token span (which opens nothing), a span inside and one that runs past the end.
+    // The spans are padding, one of a single token (which opens nothing), one inside, and one that runs past the end.
     mm_prefix_range = OwnedTensor(DType::kInt32, {batch, 4, 2});
     std::vector<std::int64_t> spans;
     for (const Lengths& s : options.sequences) {
@@ -232,7 +232,7 @@ void AttentionCase::build_inputs(Random& random) {
   }
   args.mask.rswa_window = options.rswa_window;
   if (options.rswa_window != -1) {
-    // A column of a table of two.
+    // The lengths are a column of a table with two columns.
     rswa_prefix_lens = OwnedTensor(DType::kInt32, {batch, 1}, 1);
     std::vector<std::int64_t> prefix_lens;
     for (std::int64_t b = 0; b < batch; ++b) prefix_lens.push_back(rswa_prefix_len(b));

@@ -1,7 +1,7 @@
-// Random problems for the two ops, built to be hostile: caches start as 0xFF (NaN in every float type and in every
-// scale), only the rows of a sequence are ever written, block-table entries that must not be read are garbage, tensors
-// sit at odd strides and offsets with NaN or canary bytes in the gaps, and every buffer is exactly as long as it needs
-// to be, so that AddressSanitizer sees one byte too many.
+// Random problems for the two ops, built to be hostile. Caches start as 0xFF (NaN in every float type and in every
+// scale), and only the rows of a sequence are ever written. Block-table entries that must not be read are garbage.
+// Tensors sit at odd strides and offsets, with NaN or canary bytes in the gaps. Every buffer is exactly as long as it
+// needs to be, so that AddressSanitizer notices one byte too many.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -68,10 +68,10 @@ class AttentionCase {
 
   explicit AttentionCase(const Options& options);
 
-  // Stores key and value, changed by the test, again: by the tested op, into the case's cache.
+  // Stores key and value once more, as the test has changed them, by the tested op into the case's cache.
   Status store() const;
 
-  // Runs the tested op (see TestedOps::attend); poisons the output first.
+  // Runs the tested op (see TestedOps::attend), after it has poisoned the output.
   Status run(int num_splits = 0, bool batch_invariant = false);
 
   // Fills expected_out and expected_lse.
@@ -80,20 +80,20 @@ class AttentionCase {
   // What the tested device plans for the one-call form.
   Result<AttentionPlan> plan() const;
 
-  // run, run_oracle and matches().
+  // run(), run_oracle() and matches() in one.
   ::testing::AssertionResult check(int num_splits = 0, bool batch_invariant = false);
 
-  // out and lse against the oracle, within a tolerance derived in attention_tolerance.cc; gaps and padding rows
-  // untouched.
+  // Compares out and lse with the oracle, within a tolerance that attention_tolerance.cc derives, and gaps and padding
+  // rows with what they were.
   ::testing::AssertionResult matches() const;
 
-  // The factor on the largest value row's norm that bounds ||out - oracle||_2 of a row, and the bound on |lse -
-  // oracle|.
+  // tolerance() times the norm of the largest value row bounds ||out - oracle||_2 of a row; lse_tolerance() bounds
+  // lse - oracle|.
   double tolerance() const;
   double lse_tolerance() const;
 
-  // Unit roundoff of the operands a kernel multiplies: 2^-24, or that of 16-bit tensor-core products. The query is
-  // rounded to them only after a rotation; softmax weights always are.
+  // The unit roundoff of the operands that a kernel multiplies: 2^-24, or that of 16-bit tensor-core products. The
+  // query is rounded to them only after a rotation, softmax weights always.
   double query_unit = 0x1p-24;
   double weight_unit = 0x1p-24;
   double serial_sums = 1.0;  // 4 where a kernel sums without SIMD lanes

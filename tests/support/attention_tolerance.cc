@@ -1,4 +1,4 @@
-// How far an output may be from the oracle's, and whether it is no further.
+// How far an output may be from the oracle's, and whether it is no further than that.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -11,7 +11,7 @@
 namespace quire::testing {
 namespace {
 
-// Half a step of a dtype relative to its value (floats) and near zero.
+// Half a step of a dtype: relative to its value (floats), and near zero.
 double half_ulp(DType dtype) {
   switch (dtype) {
     case DType::kFloat16:
@@ -23,7 +23,7 @@ double half_ulp(DType dtype) {
   }
 }
 
-// Distance between neighbours of e4m3fn around |x|.
+// The distance between neighbours of e4m3fn around |x|.
 double e4m3_step(double x) {
   const int exponent = std::max(-6, std::ilogb(std::max(std::abs(x), 0x1p-9)));
   return std::ldexp(1.0, exponent - 3);
@@ -124,7 +124,7 @@ double AttentionCase::tolerance() const { return lse_tolerance() + (weight_unit 
     }
   }
 
-  // What is not output is as it was: rows past the last query and the gaps between rows.
+  // What is not output is as it was: the rows past the last query, and the gaps between rows.
   const auto untouched = [](const OwnedTensor& tensor, std::int64_t used_rows) {
     std::vector<bool> written(tensor.bytes.size(), false);
     const std::int64_t size = static_cast<std::int64_t>(dtype_bytes(tensor.view.dtype));

@@ -12,16 +12,16 @@
 
 namespace quire::testing {
 
-// The id of a mode of the table; aborts the test program for a name that is not there.
+// The id of a mode of the table. A name that is not there aborts the test program.
 ModeId mode_of(std::string_view name);
 
-// Modes of the table with readable formats, in table order.
+// The modes of the table whose formats can be read, in table order.
 std::vector<std::string> table_modes();
 
-// A mode's name as part of a test's name: letters, digits and underscores only.
+// A mode's name as a part of a test's name, which has letters, digits and underscores only.
 std::string test_name(std::string mode);
 
-// Whether both formats of a mode pack rows of this head size: it is a multiple of their units.
+// Whether both formats of a mode pack rows of this head size, that is, whether it is a multiple of their units.
 bool packs(std::string_view mode, int head_size);
 
 // Whether this build has these modes (QUIRE_MODES).

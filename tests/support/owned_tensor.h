@@ -1,6 +1,6 @@
-// A tensor that owns its memory: rows of the last dimension are dense, the other strides have gaps. Elements and gaps
-// start as 0xFF bytes, which is NaN in every float, and the buffer is exactly as long as it needs to be, so that
-// AddressSanitizer sees one byte too many.
+// A tensor that owns its memory. Rows of the last dimension are dense, and the other strides have gaps. Elements and
+// gaps start as 0xFF bytes, which is NaN in every float. The buffer is exactly as long as it needs to be, so that
+// AddressSanitizer notices one byte too many.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ class OwnedTensor {
   // `gap` elements follow each row of the last dimension.
   OwnedTensor(DType dtype, std::vector<std::int64_t> shape, std::int64_t gap = 0);
 
-  // Row-major values, converted to the dtype.
+  // Takes row-major values and converts them to the dtype.
   void fill(const std::vector<float>& values);
   void fill_integers(const std::vector<std::int64_t>& values);
 
@@ -33,7 +33,7 @@ class OwnedTensor {
   std::uint8_t* at(std::int64_t n);
 };
 
-// edit(Tensor&) on each of some arguments, whether an op writes them or not.
+// Calls edit(Tensor&) on each of some arguments, whether an op writes them or not.
 template <class Edit>
 void edit_all(std::initializer_list<cuda::TensorRef> tensors, const Edit& edit) {
   for (const cuda::TensorRef& tensor : tensors) tensor.edit(edit);

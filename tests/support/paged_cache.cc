@@ -10,7 +10,7 @@
 namespace quire::testing {
 namespace {
 
-// A plane of rows (or of scales) in one of a cache's buffers; bytes.
+// A plane of rows (or of scales) in one of a cache's buffers, in bytes.
 struct Plane {
   int buffer = 0;
   std::int64_t offset = 0;
@@ -26,7 +26,7 @@ Plane dense(int buffer, std::int64_t row, std::int64_t slots, std::int64_t heads
   return {buffer, 0, slots * heads * row, heads * row, row};
 }
 
-// Where everything lies; k, v are the bytes of a row, ks, vs those of its scale (0 or 4).
+// Where everything lies. k and v are the bytes of a row, ks and vs those of its scale (0 or 4).
 Planes place(Layout layout, std::int64_t k, std::int64_t v, std::int64_t ks, std::int64_t vs, std::int64_t slots,
              std::int64_t heads) {
   const bool head_first = layout == Layout::kHnd || layout == Layout::kPaddedPages;

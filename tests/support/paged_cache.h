@@ -67,7 +67,7 @@ class PagedCache {
             k_page_meta.view, v_page_meta.view, k_head_vector.view, v_head_vector.view};
   }
 
-  // Every byte, gaps included: two caches of equal options hold the same exactly when these are equal.
+  // Every byte, gaps included. Two caches of equal options hold the same exactly when these are equal.
   const std::vector<std::vector<std::uint8_t>>& bytes() const { return buffers_; }
 
   Tensor key_cache, value_cache, k_scale_cache, v_scale_cache;

@@ -1,4 +1,4 @@
-// A small generator whose numbers are the same on every platform and standard library (splitmix64).
+// A small generator (splitmix64) whose numbers are the same on every platform and with every standard library.
 #pragma once
 
 #include <cmath>

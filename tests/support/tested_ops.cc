@@ -21,7 +21,7 @@ Status attend_on_cpu(const UnifiedAttentionArgs& args, int num_splits, bool batc
   problem->batch_invariant = batch_invariant;
   const Result<AttentionPlan> plan = plan_unified_attention(*problem);
   if (!plan.ok()) return plan.status();
-  // Exactly as long as the plan says; operator new aligns to 16 bytes.
+  // The workspace is exactly as long as the plan says; operator new aligns it to 16 bytes.
   std::vector<std::uint8_t> workspace(std::max<std::size_t>(plan->workspace_bytes(), 16), 0xFF);
   return run_unified_attention(*plan, args, workspace.data(), plan->workspace_bytes(), nullptr);
 }

@@ -1,5 +1,5 @@
-// The ops as tests call them, with arguments on the host: the CPU's, until a test program puts another device behind
-// them (tests/cuda/main.cc). Tests of tests/ops that go through these run on every device.
+// The ops as tests call them, with arguments on the host. They are the CPU's until a test program puts another device
+// behind them (tests/cuda/main.cc). The tests of tests/ops that go through these run on every device.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@ struct TestedOps {
   Device device;
   std::vector<DType> query_dtypes;  // those that kernels of their own may serve
   Status (*store)(const ReshapeAndCacheArgs& args);
-  // The one-call form or, where num_splits or batch_invariant asks for it, plan and run with a poisoned workspace.
+  // The one-call form or, where num_splits or batch_invariant is given, a plan that runs with a poisoned workspace.
   Status (*attend)(const UnifiedAttentionArgs& args, int num_splits, bool batch_invariant);
   Status (*merge)(const MergeAttnStatesArgs& args);
   Status (*hadamard)(const HadamardArgs& args);

@@ -9,8 +9,8 @@
 
 namespace quire::testing {
 
-// The rotation [head_size, head_size]: Hadamard matrices over sqrt(block) on the diagonal, block the largest power of
-// two that divides head_size.
+// The rotation [head_size, head_size]: it has Hadamard matrices over sqrt(block) on the diagonal, where block is the
+// largest power of two that divides head_size.
 inline std::vector<float> rotation_table(int head_size) {
   const int block = head_size & -head_size;
   std::vector<float> matrix;

@@ -1,4 +1,4 @@
-// quire bench decode|prefill|store: times the ops over a grid of problems and holds them against the memory's speed.
+// quire bench decode|prefill|store: times the ops over a grid of problems and compares them with the speed of memory.
 #include <fmt/core.h>
 #include <fmt/format.h>
 #include <omp.h>
@@ -42,9 +42,9 @@ Result<Memory> copy_of(Device device, const std::vector<T>& values) {
 
 const std::vector<std::string> kOps = {"decode", "prefill", "store"};
 
-// What --layout means. "vllm" is vLLM's own page: K and then V in one row per token and head, each with its scale
-// behind it where the mode has scales; token-major as its engine prefers it (LBNHC) or head-major (LBHNC). TurboQuant's
-// slot is such a row already, which vLLM itself has token-major only.
+// What --layout means. "vllm" is vLLM's own page: one row per token and head has K and then V, each followed by its
+// scale where the mode has scales. It is token-major, as vLLM's engine prefers (LBNHC), or head-major (LBHNC).
+// TurboQuant's slot is such a row already, and vLLM has it token-major only.
 struct Placement {
   CacheOrder order;
   KVPacking packing;
@@ -86,15 +86,15 @@ struct Problem {
   int num_q_heads, num_kv_heads, head_size, head_size_v, block_size;
 };
 
-// Bytes a second that the device itself manages, what attention is held to, and what the store is; on the CPU also
-// multiply-adds a second.
+// The bytes a second that the device can read, which attention is compared with, and copy, which the store is compared
+// with; on the CPU also the multiply-adds a second.
 struct Ceilings {
   double read = 0.0, copy = 0.0;
   bench::ProductRates products;
 };
 
-// The least seconds that the multiply-adds of attention take on the CPU's threads: half of them with keys, half with
-// values, each in the operands of its format, from 16-bit queries.
+// The least seconds that the multiply-adds of attention take on the CPU's threads from 16-bit queries: half of them
+// with keys and half with values, each in the operands of its format.
 double product_seconds(const ModeInfo& mode, double multiply_adds, const bench::ProductRates& rates) {
   const auto rate = [&](const std::string& name) {
     const format::FormatId id = format::find_format(name == "auto" ? "bfloat16" : name);
@@ -124,7 +124,8 @@ Result<KVCacheLayout> layout_of(const Problem& problem, ModeId mode) {
   return make_layout(spec);
 }
 
-// The first `count` elements of a seed's sequence, which is kept: the rows of a table ask for the same ones.
+// The first `count` elements of the sequence of a seed. It is kept, since the rows of a table ask for the same
+// elements.
 std::vector<std::uint16_t> random_rows(std::int64_t count, unsigned seed) {
   struct Sequence {
     std::mt19937 random;
@@ -144,7 +145,7 @@ std::vector<std::uint16_t> random_rows(std::int64_t count, unsigned seed) {
   if (!name##_result) return name##_result.status(); \
   auto& name = *name##_result
 
-// A cache on the device, every slot of it stored once, and pages in random order.
+// A cache on the device in which every slot was stored once, and whose pages are in random order.
 struct Cache {
   KVCacheLayout layout;
   Memory base, v_base, k_scales, v_scales;
@@ -204,7 +205,7 @@ Json row_of(const std::string& op, const Problem& problem, double ms) {
               {"ms", ms}};
 }
 
-// What a call reads of a page; tensors whose rows lie end to end (K and V of a slot, inline scales) are one.
+// What a call reads of a page. Tensors whose rows lie end to end (K and V of a slot, inline scales) count as one.
 std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
   std::vector<bench::PageRead> reads;
   for (const ConstTensor* rows :
@@ -292,7 +293,8 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   };
   QUIRE_ASSIGN(ms, bench::median_ms(problem.device, call, copies, budget_ms));
 
-  // Keys a causal mask lets some query row of a sequence see; multiply-adds over (row, visible key).
+  // `visible` counts the keys that a causal mask lets the query rows of a sequence see, and `flops` the operations on
+  // them.
   const double keys = static_cast<double>(problem.context) * static_cast<double>(problem.batch);
   const double bytes = keys * static_cast<double>(cache.layout.bytes_per_token_head) * problem.num_kv_heads;
   const double visible = static_cast<double>(problem.q_len) *
@@ -306,7 +308,7 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   if (problem.device.is_cuda()) {
     const bench::PageTable pages{static_cast<const std::int32_t*>(tables.data()), blocks_per_sequence,
                                  static_cast<int>(problem.batch), copies};
-    QUIRE_ASSIGN(read_ms, bench::page_read_ms(page_reads(args), pages));
+    QUIRE_ASSIGN(read_ms, bench::page_read_ms(problem.device, page_reads(args), pages));
     row["layout_share"] = read_ms / ms;
   }
   row["product_share"] = nullptr;
@@ -341,7 +343,7 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   const std::int64_t num_blocks = (tokens + problem.block_size - 1) / problem.block_size;
   const double in_bytes =
       static_cast<double>(tokens) * problem.num_kv_heads * (problem.head_size + problem.head_size_v) * 2.0;
-  // Few tokens: 100 calls back to back; many: enough inputs that they come from memory.
+  // With few tokens 100 calls run back to back; with many there are enough inputs that they come from memory.
   const auto copies = static_cast<int>(std::clamp(256e6 / in_bytes + 1.0, 2.0, 100.0));
   QUIRE_ASSIGN(key, copy_of(problem.device, random_rows(tokens * problem.num_kv_heads * problem.head_size, 1)));
   QUIRE_ASSIGN(value, copy_of(problem.device, random_rows(tokens * problem.num_kv_heads * problem.head_size_v, 2)));
@@ -399,8 +401,8 @@ Result<Json> bench_store(const Problem& problem, const Ceilings& ceilings, doubl
   return row;
 }
 
-// The GPU driver's version as the kernel module tells it (a line "NVRM version:" with 580.159.04 in it: the first
-// word that begins with a digit); empty where it does not.
+// The version of the GPU driver as the kernel module tells it: in the line "NVRM version:", the first word that begins
+// with a digit (580.159.04, say). It is empty where there is no such line.
 std::string driver_version() {
   std::ifstream file("/proc/driver/nvidia/version");
   std::string word;
@@ -410,12 +412,12 @@ std::string driver_version() {
   return {};
 }
 
-// Bytes that a row of the table takes at most, an estimate that cannot overflow.
+// The most bytes that a row of the table takes, estimated in a way that cannot overflow.
 double memory_bytes(const std::string& op, const Problem& problem, const KVCacheLayout& layout) {
   const auto batch = static_cast<double>(problem.batch), context = static_cast<double>(problem.context);
   const auto rows = [](double tokens, int heads, int elements) { return 2.0 * tokens * heads * elements; };  // bf16
   const double cache = batch * std::ceil(context / problem.block_size) * static_cast<double>(layout.bytes_per_block);
-  constexpr double kCopies = 256 << 20;  // of a small problem, beside the first
+  constexpr double kCopies = 256 << 20;  // the copies of a small problem, beside the first
   if (op == "store") {
     const double input =
         2.0 * rows(batch * context, problem.num_kv_heads, std::max(problem.head_size, problem.head_size_v));
@@ -426,7 +428,7 @@ double memory_bytes(const std::string& op, const Problem& problem, const KVCache
 }
 
 // Ok where the problem can be laid out, its tokens can be counted in the int32 of block tables and lengths, and it fits
-// the memory.
+// into memory.
 Status check_problem(const std::string& op, const Problem& problem) {
   QUIRE_ASSIGN(mode, parse_kv_cache_dtype(problem.mode));
   QUIRE_ASSIGN(layout, layout_of(problem, mode));
@@ -438,7 +440,7 @@ Status check_problem(const std::string& op, const Problem& problem) {
   const double needed = memory_bytes(op, problem, layout);
   const double available =
       problem.device.is_cuda()
-          ? std::ldexp(1.0, 40)  // beyond any device, which says itself what it has
+          ? std::ldexp(1.0, 40)  // more than any device has; the device says itself what it has
           : static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (needed <= available) return {};
   return invalid_argument(fmt::format(

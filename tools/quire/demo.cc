@@ -50,7 +50,7 @@ Result<std::string> continuation(llm::Model& model, const llm::Tokenizer& tokeni
   return text + stream.finish();
 }
 
-// Lines of at most `width` bytes, broken between words.
+// Cuts text into lines of at most `width` bytes, between words.
 std::vector<std::string> wrapped(const std::string& text, std::size_t width) {
   std::vector<std::string> lines(1);
   std::istringstream words(text);
@@ -80,8 +80,8 @@ Status print_samples(llm::Model& model, const std::string& model_dir) {
   return {};
 }
 
-// The file of --json-out, opened before anything is computed. What it holds changes in write() alone: a run that fails
-// before leaves an older file as it was, and none where there was none.
+// The file of --json-out, which is opened before anything is computed. Only write() changes what it holds: a run that
+// fails before that leaves an older file as it was, and creates none.
 class OutputFile {
  public:
   OutputFile() = default;
@@ -102,7 +102,7 @@ class OutputFile {
     return not_found(path + ": cannot open the file for writing: " + std::strerror(errno));
   }
 
-  // Replaces what the file holds; where that fails, a regular file is left empty.
+  // Replaces the contents of the file. Where that fails, a regular file is left empty.
   Status write(const std::string& text) {
     struct stat info = {};
     const bool regular = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);

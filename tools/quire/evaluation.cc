@@ -39,7 +39,7 @@ Result<std::vector<ModeInfo>> parse_modes(const std::string& list) {
   }
   const std::vector<std::string> parts = split_list(list);
   for (std::size_t first = 0; first < parts.size();) {
-    // A mode's own name may hold a comma: take as many parts as make a name.
+    // The name of a mode may hold a comma itself, so this takes as many parts as make a name.
     std::size_t last = parts.size();
     Result<ModeId> mode = parse_kv_cache_dtype(joined(parts, first, last));
     while (!mode.ok() && --last > first) mode = parse_kv_cache_dtype(joined(parts, first, last));

@@ -51,7 +51,8 @@ int run(Options& options) {
     if (model->config().bos_token_id >= 0) request.prompt.insert(request.prompt.begin(), model->config().bos_token_id);
   }
 
-  // At most the model's context: a request beyond it is refused by the engine, not met with a huge allocation.
+  // The cache has at most the model's context, so that a larger request is refused by the engine instead of being
+  // allocated.
   const std::int64_t context = model->config().max_position;
   const std::int64_t num_new_at_most = std::clamp<std::int64_t>(request.max_new_tokens, 0, context);
   const std::int64_t capacity = std::min(static_cast<std::int64_t>(request.prompt.size()) + num_new_at_most, context);

@@ -88,7 +88,7 @@ Status replay_centroids(const GoldenCase& golden, Device, CaseResult& result) {
   return {};
 }
 
-// e4b15/float16: Triton's code of every float16, by its bits.
+// e4b15/float16: Triton's code of every float16, indexed by its bits.
 Status replay_e4b15(const GoldenCase& golden, Device, CaseResult& result) {
   if (Status status = golden.require("codes", 1); !status) return status;
   const Tensor theirs = golden.tensor("codes");
@@ -116,9 +116,9 @@ constexpr CaseKind kCaseKinds[] = {
     {"e4b15/", nullptr, replay_e4b15},
 };
 
-// What a case of each kind is made of, so that a lost or misnamed tensor is not taken for one that was never there.
-// A column is a kind, in the order of kCaseKinds; R: every case has it, W: a case that is written has it, o: it may be
-// there, -: it has no place there.
+// The tensors that a case of each kind has, so that a lost or misnamed one is not taken for one that was never there. A
+// column is a kind, in the order of kCaseKinds. R: every case has it. W: a case that is written has it. o: it may be
+// there. -: it has no place there.
 struct TensorRule {
   std::string_view tensor;
   char of_kind[std::size(kCaseKinds) + 1];

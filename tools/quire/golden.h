@@ -36,12 +36,12 @@ struct CaseResult {
   std::vector<Measure> measures;
 
   bool pass() const;
-  // The measure that comes closest to its tolerance, or exceeds it most; null where nothing was measured.
+  // The measure that comes closest to its tolerance or exceeds it most, or null where nothing was measured.
   const Measure* worst() const;
 };
 
-// Every case of a file, ordered by name. Refused as a whole where the file or a case in it does not have the form
-// above; an op's refusal is that case's failure.
+// Replays every case of a file, ordered by name. The file is refused as a whole if it or a case in it does not have the
+// form above; an op's refusal is that case's failure.
 Result<std::vector<CaseResult>> replay_golden_file(const std::string& path, Device device);
 
 }  // namespace quire::cli

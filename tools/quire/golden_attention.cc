@@ -35,8 +35,8 @@ double worst_row_error(const ConstTensor& a, const ConstTensor& b) {
   return worst;
 }
 
-// An fp8 output against the float output it was made from: the worst |code * scale - clamp(out)|, as a share of half an
-// fp8 step at out plus `slack` times the row's RMS.
+// Compares an fp8 output with the float output that it was made from: the worst |code * scale - clamp(out)|, as a share
+// of half an fp8 step at out plus `slack` times the row's RMS.
 double worst_fp8_error(const ConstTensor& codes, double scale, const ConstTensor& out, double slack) {
   double worst = 0.0;
   for (std::int64_t i = 0; i < out.shape[0]; ++i) {
@@ -108,7 +108,7 @@ Status replay_attention(Replay& replay) {
     if (!status) return status;
   }
 
-  // In fp32 first: what the kernel computes, before any rounding of the output.
+  // The first run has an fp32 output: what the kernel computes, before the output is rounded.
   args.out = replay.scratch.filled(theirs, DType::kFloat32, 0xFF);
   ConstTensor lse_shape = args.query;
   lse_shape.ndim = 2;
@@ -117,8 +117,8 @@ Status replay_attention(Replay& replay) {
     replay.result.reason = "unified_attention: " + status.message();
     return Status();
   };
-  // The CPU goes first, and alone with --device cpu: it looks at every length and block id, which the other devices and
-  // the oracle take on trust.
+  // The CPU goes first (and alone with --device cpu), because it looks at every length and block id, which the other
+  // devices and the oracle trust.
   if (Status status = run_on(Device::cpu(), args, &unified_attention); !status) return refused(status);
   if (!replay.device.is_cpu()) {
     if (Status status = run_on(replay.device, args, &unified_attention); !status) return refused(status);
@@ -149,7 +149,7 @@ Status replay_attention(Replay& replay) {
   }
   replay.measure("LSE against the oracle", lse_error, tolerance);
 
-  // The gates of the file are for an output that is not rounded; the rounding is the next measure's.
+  // The gates of the file are for an output that is not rounded. The next measure looks at the rounding.
   if (theirs.dtype == DType::kFloat8E4M3) {
     if (Status status = golden.require("output_scale", 1); !status) return status;
     args.output_scale = golden.tensor("output_scale");

@@ -25,7 +25,7 @@ struct GoldenCase {
   std::map<std::string, Tensor, std::less<>> tensors;
   nlohmann::json params = nlohmann::json::object();
 
-  // Not defined where the case has no such tensor.
+  // Returns a tensor, which is not defined where the case has none of that name.
   Tensor tensor(std::string_view tensor_name) const {
     const auto found = tensors.find(tensor_name);
     return found == tensors.end() ? Tensor() : found->second;
@@ -35,7 +35,7 @@ struct GoldenCase {
 
   Status require(std::string_view tensor_name, int ndim) const;
 
-  // A parameter that may be missing: `value` then stays as it is.
+  // Reads a parameter that may be missing, and then leaves `value` as it is.
   template <class T>
   Status read(const char* key, T* value) const {
     if (!params.contains(key)) return {};
@@ -50,7 +50,7 @@ struct GoldenCase {
     return {};
   }
 
-  // A parameter that repeats what the tensors say: the two must agree.
+  // Reads a parameter that repeats what the tensors say, and refuses it where the two disagree.
   Status confirm(const char* key, std::int64_t actual) const;
 };
 

@@ -1,4 +1,4 @@
-// How far from a golden file a replay may be, and from the oracle. Each gate stands next to its reason in
+// The gates: how far a replay may be from a golden file and from the oracle. Each gate stands next to its reason in
 // golden_gates.cc; tests/golden/README.md lists them.
 #pragma once
 
@@ -14,7 +14,8 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Reading against the file's `out`, the worst row's ||mine - out|| / ||out||, by the format of K or of V.
 double read_tolerance(std::string_view format, DType query_dtype);
 
-// fp8 outputs: half an fp8 step, and this share of the row's RMS for what read_tolerance allows in one element.
+// The slack of fp8 outputs: besides half an fp8 step, this share of the row's RMS allows for read_tolerance in one
+// element.
 inline constexpr double kReadToleranceFp8Element = 6e-2;
 
 // Reading against the double-precision oracle on the same bytes.
@@ -23,10 +24,10 @@ double oracle_tolerance(Device device, DType query_dtype);
 // The largest relative rounding error of an output dtype: half a unit in the last place.
 double rounding_error(DType dtype);
 
-// Centroids, relative: fp32 roundings of two solutions of one recipe.
+// The relative tolerance of centroids, which are fp32 roundings of two solutions of one recipe.
 inline constexpr double kCentroidTolerance = 1e-6;
 
-// Writing, for the formats whose bytes are not simply equal to the file's.
+// The gates of writing, for the formats whose bytes need not be equal to the file's.
 struct WriteGate {
   std::string_view format;
   double scale_error;      // relative, worst row; 0: equal
@@ -37,10 +38,10 @@ struct WriteGate {
   bool exempt_one_sided;   // leave out rows whose rotated range excludes 0: the file's kernels lose them
 };
 
-// Null where the bytes must be equal to the file's.
+// Returns null where the bytes must be equal to the file's.
 const WriteGate* find_write_gate(std::string_view format);
 
-// The larger of the two, NaN counting as larger than anything.
+// The larger of the two, where NaN is larger than any number.
 double worse(double a, double b);
 
 }  // namespace quire::cli

@@ -31,7 +31,7 @@ Result<KVCacheViews> caches_of(const GoldenCase& golden, const ModeInfo& mode, s
   if (golden.has("kv_cache")) {
     if (Status status = golden.require("kv_cache", 4); !status) return status;
     const Tensor packed = get("kv_cache");
-    // Elements of a K row, a V row and both: DiffKV's are plain, a slot's are bytes.
+    // The elements of a K row, of a V row and of both: those of DiffKV are plain, those of a slot are bytes.
     std::int64_t k_row = head_size, v_row = head_size_v, both = head_size + head_size_v;
     if (mode.shared_slot) {
       KVCacheSpec spec;

@@ -1,5 +1,5 @@
-// Replaying one case of a golden file: its ops run on a device, and what comes out is held against the file's bytes and
-// outputs and against the oracle. The caches are the file's for reading, fresh ones for writing.
+// Replays one case of a golden file: its ops run on a device, and the results are compared with the file's bytes and
+// outputs and with the oracle. Reading uses the file's caches, writing fresh ones.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,18 @@
 
 namespace quire::cli {
 
-// An op with arguments that live on the host.
+// Runs an op with arguments that live on the host.
 template <class Args>
 Status run_on(Device device, const Args& args, Status (*op)(const Args& args, void* stream)) {
   if (device.is_cpu()) return op(args, nullptr);
-  return cuda::run_on_device(args, [&](const Args& on_device) { return op(on_device, nullptr); });
+  return cuda::run_on_device(
+      args, [&](const Args& on_device) { return op(on_device, nullptr); }, device);
 }
 
 // Host buffers that live as long as a case's replay.
 class HostBuffers {
  public:
-  // A dense tensor of a given shape, every byte `fill`.
+  // A dense tensor of a given shape in which every byte is `fill`.
   Tensor filled(const ConstTensor& shape_of, DType dtype, std::uint8_t fill) {
     Tensor tensor;
     tensor.dtype = dtype;
@@ -57,19 +58,19 @@ struct Replay {
   const ModeInfo& mode;
   HostBuffers scratch;
 
-  // Several measurements of one thing count as the worst of them.
+  // Records a measurement; several of one thing count as the worst of them.
   void measure(const std::string& what, double error, double tolerance);
 };
 
-// The caches of the file, or, with `fill`, fresh ones of the same shapes and nesting.
+// The caches of the file or, where `fill` is given, fresh ones of the same shapes and nesting.
 Result<KVCacheViews> caches_of(const GoldenCase& golden, const ModeInfo& mode, std::int64_t head_size,
                                std::int64_t head_size_v, HostBuffers* scratch = nullptr, std::uint8_t fill = 0);
 
-// What the file stores, stored again from the same inputs. A refusal by an op goes into the result; a status is an
-// error of the file.
+// Stores again, from the same inputs, what the file stores. An op's refusal goes into the result; a status is an error
+// of the file.
 Status replay_write(Replay& replay);
 
-// What the file reads, read again from the file's caches.
+// Reads again, from the file's caches, what the file reads.
 Status replay_attention(Replay& replay);
 
 }  // namespace quire::cli

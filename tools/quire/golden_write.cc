@@ -22,7 +22,7 @@ std::uint8_t* row_address(const Tensor& cache, std::int64_t block, std::int64_t 
   return cache.ptr<std::uint8_t>() + offset * static_cast<std::int64_t>(dtype_bytes(cache.dtype));
 }
 
-// Bytes of a row of a cache, or of an entry of a scale cache.
+// The bytes of a row of a cache, or of an entry of a scale cache.
 std::int64_t row_bytes(const Tensor& cache) {
   return (cache.ndim == 4 ? cache.shape[3] : 1) * static_cast<std::int64_t>(dtype_bytes(cache.dtype));
 }
@@ -31,7 +31,7 @@ std::int64_t integer_at(const ConstTensor& tensor, std::int64_t i) {
   return tensor.dtype == DType::kInt64 ? tensor.ptr<const std::int64_t>()[i] : tensor.ptr<const std::int32_t>()[i];
 }
 
-// K or V: one stored tensor of a case, what quire wrote and what the file holds.
+// K or V: one stored tensor of a case, as quire wrote it and as the file has it.
 struct Side {
   const char* label;
   FormatId format;
@@ -40,14 +40,14 @@ struct Side {
   Tensor my_scales, their_scales;
 };
 
-// Codes as numbers, zero point subtracted, and the scale, of one row.
+// The codes of one row as numbers, with the zero point subtracted, and its scale.
 struct DecodedRow {
   std::vector<float> codes;
   double scale = 0.0;
   double offset = 0.0;
 };
 
-// Metadata inside a row, or null.
+// The metadata inside a row, or null.
 const std::uint8_t* meta_in_row(FormatId id, const std::uint8_t* data, int head_size) {
   const format::FormatInfo& info = format::format_info(id);
   return info.meta_place == format::MetaPlace::kInRow ? data + info.code_bytes(head_size) : nullptr;
@@ -70,7 +70,7 @@ DecodedRow decode_codes(FormatId id, const Tensor& cache, const Tensor& scales, 
   return row;
 }
 
-// Whether 0 lies outside the range of the row as the format sees it, that is, rotated.
+// Whether 0 lies outside of the range of the row as the format sees it, that is, after its rotation.
 bool one_sided(FormatId id, const std::vector<float>& row) {
   const auto head_size = static_cast<int>(row.size());
   std::vector<float> rotated = row;
@@ -173,7 +173,7 @@ Status replay_write(Replay& replay) {
     if (Status status = golden.confirm(name, actual); !status) return status;
   }
 
-  // From a cleared cache and from one of 0xFF: what was there before must not matter.
+  // The case is written over a cleared cache and over one of 0xFF, since what was there before must not matter.
   for (const std::uint8_t fill : {std::uint8_t{0x00}, std::uint8_t{0xFF}}) {
     const auto mine = caches_of(golden, replay.mode, key.shape[2], value.shape[2], &replay.scratch, fill);
     if (!mine.ok()) return mine.status();

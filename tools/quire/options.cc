@@ -8,7 +8,7 @@
 namespace quire::cli {
 namespace {
 
-// Text from the command line, made fit for a message.
+// Text from the command line as it appears in a message.
 std::string in_quotes(const std::string& text) {
   constexpr std::size_t kShown = 80;
   std::string out = "'";
@@ -82,7 +82,21 @@ CLI::Option* add_choice(CLI::App& verb, const std::string& names, const std::str
 }
 
 CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description) {
-  return add_choice<Device>(verb, "--device", device, description, {{"cpu", Device::cpu()}, {"cuda", Device::cuda()}});
+  return add_text(verb, "--device", description, "cpu|cuda|cuda:N", [&device](const std::string& text) {
+    constexpr std::string_view kIndexed = "cuda:";
+    const std::string name = lower_case(text);
+    if (name == "cpu" || name == "cuda") {
+      device = name == "cpu" ? Device::cpu() : Device::cuda();
+      return;
+    }
+    int index = -1;
+    const std::string digits = name.substr(std::min(name.size(), kIndexed.size()));
+    std::from_chars(digits.data(), digits.data() + digits.size(), index);
+    if (!name.starts_with(kIndexed) || index < 0 || std::to_string(index) != digits) {
+      refuse_value("--device", text, "supported are cpu, cuda and cuda:N, N the number of a GPU from 0 on");
+    }
+    device = Device::cuda(index);
+  });
 }
 
 }  // namespace quire::cli

@@ -15,8 +15,8 @@
 
 namespace quire::cli {
 
-// What the functions below are made of. `names` is "-n,--max-new-tokens"; `shown` gives the default for the help text,
-// where the caller asks for it by capture_default_str().
+// What the functions below are made of. `names` is a list such as "-n,--max-new-tokens". `shown` gives the default for
+// the help text, where the caller asks for it by capture_default_str().
 CLI::Option* add_text(CLI::App& verb, const std::string& names, const std::string& description,
                       const std::string& type_name, const std::function<void(const std::string& text)>& take,
                       const std::function<std::string()>& shown = {});
@@ -24,10 +24,10 @@ CLI::Option* add_text(CLI::App& verb, const std::string& names, const std::strin
 // Throws what cli_main reports as bad usage: "--order is 'zzz', " and what was wanted.
 [[noreturn]] void refuse_value(const std::string& names, const std::string& text, const std::string& wanted);
 
-// The parts between commas, empty ones too: "1,,2" has three, "" has one.
+// The parts between commas, empty ones included: "1,,2" has three and "" has one.
 std::vector<std::string> split_list(const std::string& text);
 
-// Digits, perhaps after a minus sign; no other digit follows a leading zero.
+// Takes digits, which may follow a minus sign; no other digit may follow a leading zero.
 template <class T>
 T parse_integer(const std::string& names, const std::string& text, T low, T high) {
   T value{};
@@ -48,7 +48,7 @@ CLI::Option* add_integer(CLI::App& verb, const std::string& names, T& field, con
       [&field] { return std::to_string(field); });
 }
 
-// Integers with commas between.
+// Takes integers with commas between them.
 template <class T>
 CLI::Option* add_integers(CLI::App& verb, const std::string& names, std::vector<T>& field,
                           const std::string& description, T low = std::numeric_limits<T>::min(),
@@ -59,7 +59,7 @@ CLI::Option* add_integers(CLI::App& verb, const std::string& names, std::vector<
   });
 }
 
-// A number in decimal, with or without an exponent, from low to high; that leaves out NaN and infinity.
+// Takes a number in decimal, with or without an exponent, from low to high, so neither NaN nor infinity.
 CLI::Option* add_number(CLI::App& verb, const std::string& names, double& field, const std::string& description,
                         double low, double high);
 CLI::Option* add_number(CLI::App& verb, const std::string& names, float& field, const std::string& description,
@@ -76,7 +76,7 @@ std::vector<std::string> names_of(const Choices<T>& choices) {
   return names;
 }
 
-// The place of `text` among the choices; refused where it is none.
+// The place of `text` among the choices. It is refused where it is none of them.
 std::size_t parse_choice(const std::string& names, const std::string& text, const std::vector<std::string>& choices);
 
 CLI::Option* add_choice(CLI::App& verb, const std::string& names, const std::string& description,
@@ -89,7 +89,7 @@ CLI::Option* add_choice(CLI::App& verb, const std::string& names, T& field, cons
                     [&field, choices](std::size_t place) { field = choices[place].second; });
 }
 
-// --device cpu|cuda into `device`.
+// --device cpu, cuda or cuda:N into `device`; cuda is cuda:0. Whether there is such a device is for the verb to ask.
 CLI::Option* add_device(CLI::App& verb, Device& device, const std::string& description);
 
 }  // namespace quire::cli

@@ -17,7 +17,7 @@ void add_generate(CLI::App& app, int& exit_status);
 void add_eval(CLI::App& app, int& exit_status);
 void add_demo(CLI::App& app, int& exit_status);
 
-// One sentence on stderr; returns the exit status of bad input.
+// Prints one sentence on stderr and returns the exit status of bad input.
 int report(const Status& status);
 
 }  // namespace quire::cli

@@ -1,4 +1,4 @@
-// From a format's id to its type at run time, inside a kernel: for the kernels that serve every pair of formats.
+// Finds a format's type by its id at run time, inside a kernel that serves every pair of formats.
 #pragma once
 
 #include "cuda/format/formats.cuh"

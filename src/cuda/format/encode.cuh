@@ -1,7 +1,9 @@
-// One row by the lanes of a warp: the second driver of the contract in format/format.h (format/row.h is the first).
+// Encodes one row by the lanes of a warp. It is the second driver of the contract in format/format.h; format/row.h is
+// the first.
 //
-//     rotation      lane/rotate.cuh
-//     statistics    the contract's tree, element i with i + h, h ascending: first inside a lane, then across lanes
+//     rotation      is that of lane/rotate.cuh
+//     statistics    follow the contract's tree, which merges element i with i + h, h ascending: first in a lane, then
+//                   across lanes
 //     pack          a lane packs its own units and writes its own bytes; lane 0 writes the metadata
 #pragma once
 
@@ -25,7 +27,7 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Map::kEl
   Stats stats[kE];
 #pragma unroll
   for (int j = 0; j < kE; ++j) stats[j] = F::stat(y[j]);
-  // What the lanes merge among them: one value each, or one a chunk where the order matters.
+  // What the lanes merge among them: one value a lane, or one a chunk where the order matters.
   constexpr int kOwn = Stats::kAnyOrder ? kE : Map::kChunk;
 #pragma unroll
   for (int h = 1; h < kOwn; h *= 2) {
@@ -36,7 +38,7 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Map::kEl
   }
 #pragma unroll
   for (int step = 1; step < Map::kLanes; step *= 2) {
-    // The upper half of the 2 * step lanes may lie past the row: both halves then have what the lower one has.
+    // The upper half of the 2 * step lanes may lie past the row; then both halves take what the lower half has.
     const int upper_lane = (lane & ~(2 * step - 1)) + step;
 #pragma unroll
     for (int j = 0; j < kE; j += kOwn) {
@@ -56,7 +58,7 @@ __device__ __forceinline__ typename F::Stats row_stats(const float (&y)[Map::kEl
   return stats[0];
 }
 
-// y less the row's centre; elements past the head size stay zeros.
+// Subtracts the row's centre from y. Elements past the head size stay zeros.
 template <format::Format F, class Map>
 __device__ __forceinline__ void subtract_centre(const format::SideInputs& side, float (&y)[Map::kElements], int lane,
                                                 format::RowShape shape) {
@@ -70,7 +72,7 @@ __device__ __forceinline__ void subtract_centre(const format::SideInputs& side, 
   }
 }
 
-// The codes of a lane's elements to its place in the row.
+// Writes the codes of a lane's elements to their place in the row.
 template <format::Format F, class Map>
 __device__ __forceinline__ void store_codes(const typename F::Encoder& encoder, float (&y)[Map::kElements], int lane,
                                             format::RowShape shape, bool store, std::uint8_t* data, int access) {
@@ -90,7 +92,8 @@ __device__ __forceinline__ void store_codes(const typename F::Encoder& encoder, 
   }
 }
 
-// The codes of a row that is encoded as a whole (kWholeRow): by its first lane, which gathers the others' elements.
+// Writes the codes of a row that is encoded as a whole (kWholeRow). The row's first lane does it and gathers the
+// others' elements.
 template <format::Format F, class Map>
 __device__ __forceinline__ void store_whole_row(const typename F::Encoder& encoder, const float (&y)[Map::kElements],
                                                 int lane, format::RowShape shape, bool store, std::uint8_t* data) {
@@ -109,9 +112,9 @@ __device__ __forceinline__ void store_whole_row(const typename F::Encoder& encod
   for (int i = 0; i < bytes; ++i) data[i] = codes[i];
 }
 
-// Encodes the row whose lane `lane` holds y as LaneInput::widen gave it, which is overwritten, and writes it where
-// `store` is set. `access` divides the row's address and its bytes of codes; store_bytes heeds the distance of lanes.
-// The bits are those of format::encode_row.
+// Encodes a row and writes it where `store` is set; the bits are those of format::encode_row. Lane `lane` of the row
+// brings its elements in y, as LaneInput::widen gave them, and they are overwritten. `access` divides the row's address
+// and its bytes of codes; store_bytes considers the distance between lanes.
 template <format::Format F, class Map>
 __device__ __forceinline__ void encode_row(float (&y)[Map::kElements], int lane, format::RowShape shape,
                                            const format::SideInputs& side, bool store, std::uint8_t* data, int access,

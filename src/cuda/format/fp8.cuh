@@ -34,7 +34,7 @@ struct Fragment<format::Fp8PerTokenHead> : LevelsE4M3 {};
 template <>
 struct Fragment<format::TurboQuantK8> : LevelsE4M3 {};
 
-// The high byte of fp16.
+// The code is the high byte of an fp16 number.
 template <>
 struct Fragment<format::Fp8E5M2PerTensor> {
   static constexpr int kElements = 32;
@@ -48,7 +48,8 @@ struct Fragment<format::Fp8E5M2PerTensor> {
   }
 };
 
-// e4b15 is fp16 with three mantissa bits and no exponents above 1: sign, then 7 bits below the top exponent bit.
+// e4b15 is fp16 with three mantissa bits and no exponents above 1: a sign, then 7 bits that begin below the top
+// exponent bit.
 template <>
 struct Fragment<format::TurboQuantK8E4B15> {
   static constexpr int kElements = 32;
@@ -65,7 +66,7 @@ struct Fragment<format::TurboQuantK8E4B15> {
   }
 };
 
-// fp8 codes of q; whether any of them is a NaN. A NaN's sign is not its own.
+// Writes the fp8 codes of q. Returns whether any of them is a NaN, whose sign is then not that of q.
 template <class Fp8, int kN>
 __device__ __forceinline__ bool encode_fp8(const float (&q)[kN], std::uint8_t* bytes) {
   static_assert(kN % 4 == 0);
@@ -73,7 +74,7 @@ __device__ __forceinline__ bool encode_fp8(const float (&q)[kN], std::uint8_t* b
 #pragma unroll
   for (int j = 0; j < kN; j += 4) {
     const std::uint32_t word = Fp8::encode_pair(q[j], q[j + 1]) | (Fp8::encode_pair(q[j + 2], q[j + 3]) << 16);
-    nans |= (word & 0x7f7f7f7fU) + 0x01010101U;  // a byte's bit 7: it was 0x7f
+    nans |= (word & 0x7f7f7f7fU) + 0x01010101U;  // bit 7 of a byte is set where the byte was 0x7f
     memcpy(bytes + j, &word, 4);
   }
   return (nans & 0x80808080U) != 0;
@@ -81,12 +82,12 @@ __device__ __forceinline__ bool encode_fp8(const float (&q)[kN], std::uint8_t* b
 
 template <class F, class Fp8>
 struct TensorScalePacker {
-  // Every element's division by one divisor. With r = 1 / scale correctly rounded, x r misses the quotient by less than
-  // 2 ulp, one step of Newton's by less than 1 ulp, and from there a second step rounds correctly (Markstein, IBM
-  // Journal of R&D 34, 1990), as long as no remainder underflows. With 2^-64 <= scale <= 2^64 one does so only for
-  // quotients below 2^-38, whose code is a signed zero however they are rounded. The remainders' signs are such that a
-  // zero keeps its own. A NaN code says that an element was not finite, or that its quotient is none: then all are
-  // divided.
+  // Every element is divided by the same divisor. With r = 1 / scale, correctly rounded, x r misses the quotient by
+  // less than 2 ulp and one step of Newton's by less than 1 ulp; from there a second step rounds correctly (Markstein,
+  // IBM Journal of R&D 34, 1990), as long as no remainder underflows. With 2^-64 <= scale <= 2^64 a remainder
+  // underflows only for quotients below 2^-38, whose code is a signed zero however they are rounded. The signs of the
+  // remainders are such that a zero keeps its own. A NaN code says that an element was not finite or that its quotient
+  // is NaN; then all elements are divided.
   template <int kN>
   static __device__ __forceinline__ void pack(const typename F::Encoder& encoder, float (&y)[kN], std::uint8_t* bytes) {
     const float scale = encoder.tensor_scale;

@@ -1,22 +1,21 @@
-// Codes to 16-bit levels for the tensor cores: Fragment<F> turns the codes of a group of elements, already in
-// registers, into packed pairs. bfloat16 and float16 caches are used as they lie (kRaw16); every other format comes
-// through here.
+// Fragment<F> turns the codes of a group of elements, already in registers, into packed pairs of 16-bit levels for the
+// tensor cores. bfloat16 and float16 caches are used as they lie (kRaw16); every other format comes through here.
 //
-//   kElements                    of a group: 32, or as many as fill whole words
-//   kWords                       32-bit words that hold their codes
-//   Tables                       optional: what the kernels keep in shared memory for convert, filled by
-//                                fill(tables, thread, num_threads)
-//   convert(words, pairs)        elements 2 i and 2 i + 1, times level_unit<F>, in pairs[i]; words beyond the row's end
-//                                hold anything. A format with kHistory takes the byte before the words too, one with
-//                                Tables these: (words, before, tables, pairs)
+//   kElements                The elements of a group: 32, or as many as fill whole words.
+//   kWords                   The 32-bit words that hold their codes.
+//   Tables                   Optional: what the kernels keep in shared memory for convert; fill(tables, thread,
+//                            num_threads) writes it.
+//   convert(words, pairs)    Writes elements 2 i and 2 i + 1, times level_unit<F>, to pairs[i]. Words past the end of
+//                            the row may hold anything. A format with kHistory takes the byte before the words too,
+//                            and one with Tables takes these: (words, before, tables, pairs).
 //
-// The primary template is built on the format's own unpack, so a format is one header; its levels should be fp16 values
-// (a level that is not is rounded, 2^-11 of it). A specialization, in the format's file of this folder, gives the same
-// pairs in fewer instructions. fp16 holds every level of the integer and fp8 formats exactly; codebook levels are
-// scaled first, by a unit chosen so that all of them lie next to fp16 values.
+// The primary template is built on the format's own unpack, so one header is enough for a format. Its levels should be
+// fp16 values; a level that is not is rounded, by at most 2^-11 of it. A specialization, in the format's file of this
+// folder, gives the same pairs in fewer instructions. fp16 holds every level of the integer and fp8 formats exactly;
+// the levels of codebooks are scaled first, by a unit that brings all of them next to fp16 values.
 //
-// Small integers become fp16 by placing them in the mantissa of 1024 (0x6400 + n = 1024 + n) and subtracting; codebooks
-// of 4 or 8 levels are looked up four at a time by byte permutes, low and high bytes apart.
+// A small integer n becomes fp16 when it is placed in the mantissa of 1024 (0x6400 + n is 1024 + n) and 1024 is
+// subtracted. Codebooks of 4 or 8 levels are looked up four codes at a time by byte permutes, low and high bytes apart.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -34,14 +33,15 @@ namespace quire::cuda {
 __device__ __forceinline__ std::uint32_t pair_bits(__half2 pair) { return *reinterpret_cast<std::uint32_t*>(&pair); }
 __device__ __forceinline__ __half2 as_half2(std::uint32_t bits) { return *reinterpret_cast<__half2*>(&bits); }
 
-// 1024 + n for the bytes n of `bytes`: the low two, then the high two; less `bias` (1024 + the code of level 0).
+// Turns each byte n of `bytes` into 1024 + n less `bias`, which is 1024 plus the code of level 0: pairs[0] has the low
+// two bytes, pairs[1] the high two.
 __device__ __forceinline__ void bytes_to_pairs(std::uint32_t bytes, std::uint32_t bias, std::uint32_t* pairs) {
   constexpr std::uint32_t kHigh = 0x64646464U;
   pairs[0] = pair_bits(__hsub2(as_half2(ptx::permute(bytes, kHigh, 0x4140U)), as_half2(bias)));
   pairs[1] = pair_bits(__hsub2(as_half2(ptx::permute(bytes, kHigh, 0x4342U)), as_half2(bias)));
 }
 
-// Eight fp16 levels as two tables of bytes.
+// Eight fp16 levels, as a table of their low bytes and one of their high bytes.
 struct ByteTables {
   std::uint32_t low[2], high[2];
 
@@ -56,7 +56,7 @@ struct ByteTables {
     return tables;
   }
 
-  // Four levels by the four nibbles of `selector` (each below 8).
+  // Looks up four levels by the low four nibbles of `selector`, each of which is below 8.
   __device__ __forceinline__ void look_up(std::uint32_t selector, std::uint32_t* pairs) const {
     const std::uint32_t lows = ptx::permute(low[0], low[1], selector);
     const std::uint32_t highs = ptx::permute(high[0], high[1], selector);
@@ -65,7 +65,7 @@ struct ByteTables {
   }
 };
 
-// fp16 bits of x, at compile time: 2^-14 <= |x| < 65504, ties to even.
+// The fp16 bits of x, at compile time, for 2^-14 <= |x| < 65504; ties go to even.
 constexpr std::uint32_t constant_half(float x) {
   std::uint32_t sign = 0;
   double magnitude = x;
@@ -89,11 +89,11 @@ constexpr std::uint32_t constant_half(float x) {
   return sign + (static_cast<std::uint32_t>(exponent) << 10) + whole;
 }
 
-// A codebook's levels times this are nearly fp16 values.
+// The levels of a codebook, times this unit, are nearly fp16 values.
 template <class F>
 inline constexpr float level_unit = 1.0F;
 
-// The smallest group of 32, 64, .. elements that is whole packs and whole words.
+// The smallest group of 32, 64, 128 and so on elements that fills whole packs and whole words.
 template <class F>
 constexpr int group_elements() {
   int elements = 32;
@@ -108,7 +108,7 @@ struct Fragment {
 
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], std::uint32_t before,
                                                  std::uint32_t (&pairs)[kElements / 2]) {
-    // The byte before the codes, for units that see it.
+    // The byte before the codes is there for units that see it.
     std::uint8_t bytes[4 + 4 * kWords];
     memcpy(bytes, &before, 4);
     memcpy(bytes + 4, words, sizeof(words));
@@ -122,7 +122,7 @@ struct Fragment {
   }
 };
 
-// Shared memory that a format's fragments use.
+// The tables in shared memory that a format's fragments use.
 struct NoTables {};
 template <class F>
 struct FragmentTables {
@@ -144,7 +144,7 @@ using Tables = typename FragmentTables<F>::Type;
 template <class F>
 struct Codes {
   std::uint32_t words[Fragment<F>::kWords];
-  std::uint32_t before;  // kHistory: the byte before them is its last; 0 at the row's start
+  std::uint32_t before;  // for kHistory: its last byte is the one before the codes, 0 at the start of the row
 };
 
 template <class F>

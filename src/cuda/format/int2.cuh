@@ -13,11 +13,11 @@
 
 namespace quire::cuda {
 
-// Largest relative error 6e-8; found by trying two million units in [1, 2), as the others are.
+// The largest relative error is 6e-8. This unit, as the other formats', was found by trying two million in [1, 2).
 template <>
 inline constexpr float level_unit<format::Int2PerTokenHead> = 1.525879F;
 
-// Four 2-bit codes to four nibbles.
+// The primary tables look up nibbles, so four 2-bit codes become four nibbles first.
 template <>
 struct Fragment<format::Int2PerTokenHead> {
   static constexpr int kElements = 32;
@@ -45,8 +45,9 @@ struct Fragment<format::Int2PerTokenHead> {
   }
 };
 
-// Levels are linear in the bits of a code: (b1 b0) is -outer + (outer - inner) b0 + (outer + inner) b1. A plane of each
-// bit, as it lies: codes e and e + 8 of a word in one pair, each fourth a power of 4 larger.
+// A level is linear in the bits of its code: (b1 b0) stands for -outer + (outer - inner) b0 + (outer + inner) b1. So
+// each bit is a plane of its own, taken as it lies: a pair holds codes e and e + 8 of a word, and each of four
+// neighbouring pairs is 4 times as large as the one before.
 struct Int2Planes {
   using F = format::Int2PerTokenHead;
   static constexpr int kPlanes = 2;
@@ -94,13 +95,14 @@ template <>
 struct Packer<format::Int2PerTokenHead> {
   using F = format::Int2PerTokenHead;
 
-  // A code is the sign of z and whether |z| reaches the threshold, strictly where z is negative. Times 1 - 2^-24,
-  // rounded up, a negative z comes one float nearer to zero, a positive one stays (but for powers of two), and + 0
-  // takes the sign from a zero. Then the difference of the bits of 2 and of the threshold is added: bit 30 says whether
-  // |z| reaches the threshold. The two top bits of 16 elements are shifted into a word and become codes together.
+  // A code is the sign of z and whether |z| reaches the threshold; a negative z has to exceed it. Multiplied by 1 -
+  // 2^-24 and rounded up, a negative z moves to the next float nearer to zero, while a positive z stays (but for powers
+  // of two); the + 0 takes the sign from a zero. Adding the difference between the bits of 2 and those of the threshold
+  // then makes bit 30 say whether |z| reaches the threshold. The two top bits of 16 elements are shifted into one word
+  // and become codes together.
   template <int kN>
   static __device__ __forceinline__ void pack(F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
-    if (encoder.is_poisoned()) {  // beyond the lowest threshold: code 0
+    if (encoder.is_poisoned()) {  // below the lowest threshold, so that every code is 0
 #pragma unroll
       for (int j = 0; j < kN; ++j) y[j] = -2.0F;
       encoder.inverse = 1.0F;

@@ -17,7 +17,7 @@ struct Fragment<format::Int4PerTokenHead> : LevelsNibble {};
 template <>
 struct ValueOperand<format::Int4PerTokenHead> : ValuesNibble {};
 
-// Codes as they lie: element e and e + 4 of a word in one pair, each second pair 16 times as large.
+// Takes codes as they lie: a pair holds elements e and e + 4 of a word, and every second pair is 16 times as large.
 template <>
 struct KeyOperand<format::Int4PerTokenHead> : NoOperandTable {
   static constexpr int kPlanes = 1;
@@ -41,9 +41,9 @@ template <>
 struct Packer<format::Int4PerTokenHead> {
   using F = format::Int4PerTokenHead;
 
-  // Without the clamp a code is floor(step + 0.5): 2^22 + 0.5, added toward zero, leaves it in bits 1 to 4 of the sum,
-  // above a bit of fraction. Rows that need the clamp (the extremes round outwards, or an element is not finite) get
-  // their steps clamped beforehand, as elements of a row of scale 1.
+  // Without the clamp a code is floor(step + 0.5). Adding 2^22 + 0.5, rounded toward zero, leaves the code in bits 1 to
+  // 4 of the sum, above one bit of fraction. In rows that need the clamp (an element is not finite, or the extremes
+  // round outwards) the steps are clamped beforehand, and are then the elements of a row of scale 1.
   template <int kN>
   static __device__ __forceinline__ void pack(F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
     if (!encoder.in_range) {
@@ -57,7 +57,8 @@ struct Packer<format::Int4PerTokenHead> {
       std::uint32_t sum[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        // Four sums, a byte apart, add up to their codes: this bias of the second takes away what 2^22 leaves in all.
+        // Four sums, shifted by a byte each, add up to their four codes. This bias of the second takes away what 2^22
+        // leaves in all of them.
         const std::uint32_t bias = j / 2 == 1 ? 0x358000U : 0U;
         sum[j] = exact::bits_of(__fadd_rz(F::step(encoder, y[first + j]), exact::from_bits(0x4a800001U + bias)));
       }

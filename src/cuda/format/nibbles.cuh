@@ -1,4 +1,4 @@
-// Two codes a byte, low nibble first, to levels: what the 4-bit formats share.
+// Two codes a byte, low nibble first, become levels: what the 4-bit formats share.
 #pragma once
 
 #include "cuda/format/fragment.cuh"
@@ -6,7 +6,7 @@
 
 namespace quire::cuda {
 
-// Nibbles, low first: codes of a word to the bytes of two words, in element order.
+// Spreads the nibbles of a word, low first, to the bytes of two words in the order of elements, and converts those.
 __device__ __forceinline__ void nibbles_to_pairs(std::uint32_t word, std::uint32_t bias, std::uint32_t* pairs) {
   const std::uint32_t even = word & 0x0f0f0f0fU;
   const std::uint32_t odd = (word >> 4) & 0x0f0f0f0fU;
@@ -23,7 +23,8 @@ struct LevelsNibble {
   }
 };
 
-// Values: level = code - 8. Eight codes of two tokens, four at a time, as they lie: each second one 16 times as large.
+// Values, whose level is code - 8: eight codes of each of two tokens, four at a time, as they lie. In every second pair
+// they are 16 times as large.
 struct ValuesNibble {
   static constexpr int kPlanes = 1;
   static constexpr float kBias = 0.0F, kScale = 0x1p24F;

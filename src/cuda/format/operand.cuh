@@ -1,28 +1,29 @@
-// Codes in registers to the first operand of m16n8k16, keys on its rows (softmax/orientation.cuh, KeysOnM): what
-// decode_pages asks of a format. Nothing goes through shared memory, and the order of elements is free: the other operand
-// is arranged alike.
+// Turns codes in registers into the first operand of m16n8k16 with keys on its rows (softmax/orientation.cuh, KeysOnM),
+// which is what decode_pages asks of a format. Nothing goes through shared memory. The order of elements is free,
+// because the other operand is arranged alike.
 //
-// K: lane t of a quad holds pieces of kElements neighbouring elements of a row. KeyOperand<F>:
+// K: lane t of a quad holds pieces of kElements neighbouring elements of a row. KeyOperand<F> has
 //
-//   convert(words, table, lane4, pairs)   the piece's elements, two in each of kElements / 2 registers, for each of
-//                                   kPlanes; table: kTableBytes of shared memory that fill() has filled
-//   element(pair, half)             which element of the piece that is
-//   weight(pair)                    a power of two by which the pair is too large
+//   convert(words, table, lane4, pairs)   The piece's elements, two in each of kElements / 2 registers, for each of
+//                                   kPlanes. `table` is kTableBytes of shared memory that fill() has written.
+//   element(pair, half)             Which element of the piece that is.
+//   weight(pair)                    A power of two by which the pair is too large.
 //
 //   level = sum over planes of plane(p) * pair / weight - kBias
 //
-// V: lane g = lane / 4 holds pieces of kElements neighbouring elements of a row, of tokens a and b. ValueOperand<F>:
+// V: lane g = lane / 4 holds pieces of kElements neighbouring elements of a row, of tokens a and b. ValueOperand<F> has
 //
-//   convert(a, b, values)           values[p][n] = (element n of a, element n of b), for each of kPlanes
-//   weight(n)                       a power of two by which it is too large
-//   kCenter                         taken from every code, but later: as kCenter times the sum of the weights
+//   convert(a, b, values)           values[p][n] = (element n of a, element n of b), for each of kPlanes.
+//   weight(n)                       A power of two by which that is too large.
+//   kCenter                         Is taken from every code, but later: as kCenter times the sum of the weights.
 //
 //   level = kScale * sum over planes of plane(p) * value / weight - kCenter - kBias
 //
-// The primary templates are built on Fragment<F>, so every format has both; a specialization does it in fewer
-// instructions. An integer n below 1024 in the low bits of fp16 is n 2^-24, exactly, and the tensor cores take it at
-// full speed: a mask is the whole conversion. kBias takes back what that adds to the level. Values would sum it up over
-// all keys and lose bits to it: kCenter is taken away every few slices; int2's bits are small enough without.
+// The primary templates are built on Fragment<F>, so every format has both; a specialization needs fewer instructions.
+// An integer n below 1024 in the low bits of fp16 is exactly n 2^-24, which the tensor cores multiply at full speed, so
+// one mask is the whole conversion. kBias corrects what such codes add to the level of a key. In a value that excess
+// would grow with the sum over all keys and cost bits, so it is kCenter, which is taken away every few slices. int2's
+// bits are so small that it needs no kCenter.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +40,8 @@ namespace quire::cuda {
 template <class F>
 inline constexpr int kCodeBits = 8 * F::kUnitBytes / F::kUnit;
 
-// How a row of kHead elements is cut among kLanes lanes: pieces of at most 16 bytes, each lane's next one kLanes pieces
-// on.
+// How a row of kHead elements is cut among kLanes lanes: into pieces of at most 16 bytes, where piece i belongs to lane
+// i % kLanes.
 template <class F, int kHead, int kLanes>
 struct Pieces {
   static constexpr int largest() {
@@ -54,7 +55,8 @@ struct Pieces {
   static constexpr int kWords = (kBytes + 3) / 4;
 };
 
-// Whether a format can be read in pieces: codes fill whole words at 32 elements, and units do not see one another.
+// Whether a format can be read in pieces: its codes fill whole words at 32 elements, and its units do not see one
+// another.
 template <class F>
 constexpr bool has_pieces() {
   if constexpr (kRaw16<F>) return true;
@@ -64,7 +66,7 @@ constexpr bool has_pieces() {
   }
 }
 
-// The levels of a piece as pairs in the order of elements.
+// The levels of a piece, as pairs in the order of elements.
 template <class F, int kElements, int kWords>
 __device__ __forceinline__ void piece_levels(const std::uint32_t (&words)[kWords],
                                              std::uint32_t (&pairs)[kElements / 2]) {
@@ -122,13 +124,13 @@ struct ValueOperand {
   }
 };
 
-// The integers below 1024 in the bits that `mask` has of a pair, plus 1024, as fp16.
+// The integers below 1024 in the bits that `mask` selects of a pair, plus 1024, as fp16.
 __device__ __forceinline__ std::uint32_t plus_1024(std::uint32_t bits, std::uint32_t mask) {
   return ptx::and_or(bits, mask, 0x64006400U);
 }
 
-// kBytes bytes at an address of shared memory; words past the piece hold anything. kAccess: a power of two, 2 to 16, that
-// divides the address of every row.
+// Loads kBytes bytes from an address of shared memory; words past the piece hold anything. kAccess is a power of two
+// from 2 to 16 that divides the address of every row.
 template <int kBytes, int kAccess>
 __device__ __forceinline__ void load_piece(std::uint32_t at, std::uint32_t (&words)[(kBytes + 3) / 4]) {
   constexpr int kWords = (kBytes + 3) / 4;
@@ -144,7 +146,7 @@ __device__ __forceinline__ void load_piece(std::uint32_t at, std::uint32_t (&wor
   } else if constexpr (kBytes == 2) {
     words[0] = ptx::load_shared_16(at);
   } else {
-    // Pieces of an odd number of bytes start anywhere, others at even addresses.
+    // A piece of an odd number of bytes may start at any address, any other at even ones.
     constexpr int kLoads = (kBytes + (kBytes % 2 == 0 ? 2 : 3) + 3) / 4;
     const std::uint32_t shift = (at & 3U) * 8;
     at &= ~3U;

@@ -15,7 +15,7 @@ namespace quire::cuda {
 
 // ---- codes to levels ------------------------------------------------------------------------------------------------
 
-// Largest relative errors 2.5e-5 (3 bits) and 7.4e-5 (4 bits), against 3e-4 without a unit.
+// The largest relative errors are 2.5e-5 (3 bits) and 7.4e-5 (4 bits), against 3e-4 without a unit.
 template <>
 inline constexpr float level_unit<format::TurboQuantK3> = 1.260678F;
 template <>
@@ -24,14 +24,14 @@ inline constexpr float level_unit<format::TurboQuantK4> = 1.7335825F;
 template <>
 struct Fragment<format::TurboQuantV4> : LevelsNibble {};
 
-// Eight 3-bit codes (the low 24 bits) to eight nibbles.
+// Spreads eight 3-bit codes, the low 24 bits, to eight nibbles.
 __device__ __forceinline__ std::uint32_t spread_3_to_4(std::uint32_t codes) {
   std::uint32_t x = (codes & 0xfffU) | ((codes & 0xfff000U) << 4);
   x = (x & 0x003f003fU) | ((x & 0x0fc00fc0U) << 2);
   return (x & 0x07070707U) | ((x & 0x38383838U) << 1);
 }
 
-// The 24 bits of eight codes, `group` of 32 elements' three words.
+// The 24 bits of eight codes: those of group `group` among the three words that 32 elements have.
 __device__ __forceinline__ std::uint32_t three_bytes(const std::uint32_t (&words)[3], int group) {
   switch (group) {
     case 0:
@@ -73,7 +73,7 @@ struct Fragment<format::TurboQuantV3> {
   }
 };
 
-// Sixteen centroids, symmetric: the magnitude is looked up, the sign set apart.
+// The sixteen centroids are symmetric, so the magnitude is looked up and the sign is set apart.
 template <>
 struct Fragment<format::TurboQuantK4> {
   static constexpr int kElements = 32;
@@ -83,7 +83,7 @@ struct Fragment<format::TurboQuantK4> {
         [](int i) { return constant_half(format::Codebook<4>::positive(i) * level_unit<format::TurboQuantK4>); }, 8);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      // Codes below 8 are negative and count downwards.
+      // Codes below 8 are negative, and their magnitudes grow as the codes fall.
       const std::uint32_t negative = ~words[w] & 0x88888888U;
       const std::uint32_t magnitude = (words[w] ^ ((negative >> 3) * 7U)) & 0x77777777U;
       kTables.look_up(magnitude, pairs + 4 * w);
@@ -97,8 +97,8 @@ struct Fragment<format::TurboQuantK4> {
   }
 };
 
-// Values of 3 bits: three codes of two tokens at a time, moved to the low 9 bits of a half each, and left there: 1, 8 and
-// 64 times as large.
+// Values of 3 bits: three codes of each of two tokens at a time are moved to the low 9 bits of a half and stay there,
+// where they are 1, 8 and 64 times as large.
 template <>
 struct ValueOperand<format::TurboQuantV3> {
   static constexpr int kPlanes = 1;
@@ -106,7 +106,7 @@ struct ValueOperand<format::TurboQuantV3> {
   static constexpr int kCenter = 4;
   static constexpr float plane(int) { return 1.0F; }
   static constexpr float weight(int n) { return static_cast<float>(1 << (3 * (n % 3))); }
-  // The bits of a piece, bit `first` on.
+  // The bits of a piece from bit `first` on.
   template <int kWords>
   static __device__ __forceinline__ std::uint32_t bits_from(const std::uint32_t (&words)[kWords], int first) {
     const int w = first / 32;
@@ -128,7 +128,7 @@ struct ValueOperand<format::TurboQuantV3> {
 template <>
 struct ValueOperand<format::TurboQuantV4> : ValuesNibble {};
 
-// The levels of two neighbouring codes, by the bits of both.
+// The levels of two neighbouring codes, indexed by the bits of both.
 template <class F, int kBits>
 struct KeyPairs {
   std::uint32_t pairs[1 << (2 * kBits)] = {};
@@ -142,8 +142,8 @@ struct KeyPairs {
 template <class F, int kBits>
 __device__ const KeyPairs<F, kBits> key_pairs;
 
-// Keys: two neighbouring codes at a time are looked up in a table of pairs, of which every lane has its own copy so that
-// no two lanes meet in a bank.
+// Keys: two neighbouring codes at a time are looked up in a table of pairs. Every lane has its own copy of the table,
+// so that no two lanes meet in a bank.
 template <class F, int kBits>
 struct KeyPairTable {
   static constexpr int kPlanes = 1;
@@ -158,7 +158,7 @@ struct KeyPairTable {
       reinterpret_cast<std::uint32_t*>(table)[i] = key_pairs<F, kBits>.pairs[i / 32];
     }
   }
-  // `lane4`: 4 times the lane, whose copy of an entry is that many bytes into it.
+  // `lane4` is 4 times the lane, the bytes into an entry at which the lane's copy lies.
   template <int kElements, int kWords>
   static __device__ __forceinline__ void convert(const std::uint32_t (&words)[kWords], const std::uint8_t* table,
                                                  std::uint32_t lane4, std::uint32_t (&pairs)[1][kElements / 2]) {
@@ -185,13 +185,13 @@ struct KeyOperand<format::TurboQuantK4> : KeyPairTable<format::TurboQuantK4, 4> 
 
 // ---- elements to codes ----------------------------------------------------------------------------------------------
 
-// The same by a table: a uniform grid so fine that a cell holds one midpoint at most. The code of a y in cell k is the
-// number of midpoints before the cell, one more from the cell's own midpoint on. Which cell takes a y near a border is
-// up to rounding, and it does not matter: no midpoint lies near one.
+// nearest_centroid by a table: a uniform grid that is so fine that a cell holds one midpoint at most. The code of a y
+// in cell k is the number of midpoints before the cell, plus one from the cell's own midpoint on. Rounding decides
+// which cell takes a y near a border; that does not matter, since no midpoint lies near one.
 template <int kBits>
 struct CentroidGrid {
-  static constexpr int kCells = 31;             // around 0; the outer two reach to infinity
-  static constexpr float kReach = 30 * 0.225F;  // between the centres of the outer two
+  static constexpr int kCells = 31;             // cells around 0; the outer two reach to infinity
+  static constexpr float kReach = 30 * 0.225F;  // the distance between the centres of the outer two cells
 
   struct Cell {
     float minus_midpoint;  // y + minus_midpoint is negative, and not -0, exactly where y is below the midpoint
@@ -202,7 +202,7 @@ struct CentroidGrid {
   constexpr CentroidGrid() {
     for (int k = 0; k < 32; ++k) {
       const float centre = (static_cast<float>(k) - 15.0F) * (kReach / 30);
-      cells[k] = {-1e30F, 0};  // no midpoint: every y is below
+      cells[k] = {-1e30F, 0};  // a cell without a midpoint, which every y is below
       for (int i = 1; i < 2 * format::Codebook<kBits>::kHalf; ++i) {
         const float midpoint = format::lower_midpoint<kBits>(i);
         const float distance = (midpoint - centre) / (kReach / 30);
@@ -211,7 +211,7 @@ struct CentroidGrid {
       }
     }
   }
-  // The midpoints in order, one a cell, none near a border.
+  // Whether the midpoints are in order, at most one a cell, and none near a border.
   constexpr bool holds() const {
     for (int i = 1; i < 2 * format::Codebook<kBits>::kHalf; ++i) {
       const float place = format::lower_midpoint<kBits>(i) / (kReach / 30) + 15.0F;
@@ -228,8 +228,8 @@ struct CentroidGrid {
 template <int kBits>
 __device__ const CentroidGrid<kBits> centroid_grid;
 
-// nearest_centroid of many y, none of them NaN or beyond 1e29. The lanes of a warp hold the grid, a cell each, and look
-// up one another's.
+// nearest_centroid of many y, none of which is NaN or beyond 1e29. The lanes of a warp hold one cell of the grid each
+// and look up one another's.
 template <int kBits, int kN>
 __device__ __forceinline__ void nearest_centroids(const float (&y)[kN], std::uint32_t (&codes)[kN]) {
   using Grid = CentroidGrid<kBits>;
@@ -238,7 +238,7 @@ __device__ __forceinline__ void nearest_centroids(const float (&y)[kN], std::uin
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     const float place = ptx::fma_saturate(y[j], 1.0F / Grid::kReach, 0.5F);
-    // 2^23 + k has k in its low bits, which are all that a shuffle reads of a lane's number.
+    // The low bits of the float 2^23 + k are k, and a shuffle reads no other bits of a lane's number.
     const std::uint32_t cell = exact::bits_of(__fmaf_rn(place, 30.0F, 8388608.0F));
     const float below = y[j] + __shfl_sync(~0U, own.minus_midpoint, static_cast<int>(cell));
     const std::uint32_t before = __shfl_sync(~0U, own.before, static_cast<int>(cell));
@@ -246,15 +246,15 @@ __device__ __forceinline__ void nearest_centroids(const float (&y)[kN], std::uin
   }
 }
 
-// Codes of kBits to bytes. A code may have a float's exponent above it; kThirdBias, added to the third of eight codes,
-// takes what the exponents leave in the bytes away.
+// Packs codes of kBits into bytes. A code may have the exponent of a float above it; kThirdBias, added to the third of
+// eight codes, takes away what the exponents leave in the bytes.
 template <int kBits>
 struct CodePacker;
 
 template <>
 struct CodePacker<4> {
-  // Eight words with 2^23's exponent, shifted by 0, 4, .. 28 bits, add 0xfb000000 to their codes (modulo 2^32). This
-  // bias of the third word, which is shifted by 8 bits, adds the 0x05000000 that make it 0.
+  // Eight words that have the exponent of 2^23, shifted by 0, 4, 8 and so on up to 28 bits, add 0xfb000000 to their
+  // codes (modulo 2^32). This bias of the third word, shifted by 8 bits, adds the 0x05000000 that makes that 0.
   static constexpr std::uint32_t kThirdBias = 0x50000U;
   template <int kN>
   static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
@@ -269,7 +269,7 @@ struct CodePacker<4> {
 template <>
 struct CodePacker<3> {
   static constexpr std::uint32_t kThirdBias = 0;
-  // Bits 24 and above of the codes' sum are dropped.
+  // Bits 24 and above of the sum of the codes are dropped.
   template <int kN>
   static __device__ __forceinline__ void pack(const std::uint32_t (&codes)[kN], std::uint8_t* bytes) {
     std::uint32_t words[kN / 8];
@@ -299,7 +299,7 @@ struct KeyPacker {
     const bool poisoned = encoder.inverse != encoder.inverse;
 #pragma unroll
     for (int j = 0; j < kN; ++j) y[j] *= encoder.unit;
-    if (poisoned) {  // below every midpoint: code 0
+    if (poisoned) {  // below every midpoint, so that every code is 0
 #pragma unroll
       for (int j = 0; j < kN; ++j) y[j] = -1e6F;
     }
@@ -315,8 +315,8 @@ struct Packer<format::TurboQuantK3> : KeyPacker<format::TurboQuantK3, 3> {};
 
 template <class F, int kBits>
 struct ValuePacker {
-  // Of a finite row steps + 0.5 lies in [0.5, kMaxCode + 0.5 + rounding], so no clamp: 2^23 added toward zero leaves
-  // its integer part in the low bits.
+  // In a finite row steps + 0.5 lies in [0.5, kMaxCode + 0.5 + rounding], so it needs no clamp, and 2^23 added toward
+  // zero leaves its integer part in the low bits.
   template <int kN>
   static __device__ __forceinline__ void pack(typename F::Encoder encoder, float (&y)[kN], std::uint8_t* bytes) {
     if (encoder.inverse != encoder.inverse) {

@@ -11,7 +11,7 @@
 
 namespace quire::cuda {
 
-// `bytes` bytes from or to global memory, in pieces of `access` bytes (1, 2, 4, 8 or 16, dividing the address).
+// Moves `bytes` bytes from or to global memory, in pieces of `access` bytes (1, 2, 4, 8 or 16, dividing the address).
 template <class Word, int kBytes>
 __device__ __forceinline__ void load_words(const std::uint8_t* from, std::uint8_t (&to)[kBytes], int bytes) {
   if constexpr (sizeof(Word) <= kBytes) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_bytes(const std::uint8_t (&from)[kBytes], 
   store_words<std::uint8_t>(from, to, bytes);
 }
 
-// One element of a float tensor, widened. float8 reads its code's value.
+// One element of a float tensor, widened to fp32. Of a float8 it is the value of its code.
 __device__ __forceinline__ float load_float(const std::uint8_t* at, DType dtype) {
   switch (dtype) {
     case DType::kFloat16:

@@ -42,18 +42,18 @@ __device__ __forceinline__ void load_lane(const std::uint8_t* row, DType dtype, 
   }
 }
 
-// Whether a row's signs may be flipped before its statistics are taken: as it is loaded.
+// Whether a row's signs may be flipped while it is loaded, before its statistics are taken.
 template <format::Format F>
 inline constexpr bool kFlipsInput =
     F::kRotation == format::Rotation::kSignedHadamard&& F::kStatsOf != format::StatsOf::kInput;
 
-// What a lane loads of its row. An exact map keeps its 16-bit elements as they come, in half the registers, so that a
+// What a lane loads of its row. An exact map keeps 16-bit elements as they come, in half the registers, so that a
 // second row can be on its way while the first is worked on.
 template <class Map>
 struct LaneInput {
   float y[Map::kElements] = {};
 
-  // The elements of the format's row, its signs flipped where kFlipsInput.
+  // The elements of the format's row, with their signs flipped where kFlipsInput.
   template <format::Format F>
   __device__ __forceinline__ void widen(DType, int lane, int head_size, float (&to)[Map::kElements]) const {
 #pragma unroll
@@ -67,7 +67,7 @@ requires(Map::kExact) struct LaneInput<Map> {
   static constexpr int kPairs = Map::kElements / 2;
   uint4 words[kPairs / 4];
 
-  // Where word w of 8 elements lies in the row, in words.
+  // Where word w of the lane's 8 elements lies in the row, in words.
   static __device__ __forceinline__ int place(int lane, int w) {
     constexpr int kChunkWords = Map::kChunk / 8;
     return (w / kChunkWords * Map::kLanes + lane) * kChunkWords + w % kChunkWords;

@@ -55,7 +55,7 @@ struct LaneMap {
 // Rows of any head size over a whole warp, for queries and outputs.
 using WideMap = LaneMap<16, 32, true>;
 
-// A trivially copyable value of lane `lane ^ lane_mask`.
+// The value of lane `lane ^ lane_mask`, for any trivially copyable type.
 template <int kLanes, class T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -74,7 +74,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
   return x;
 }
-// A NaN never becomes the maximum.
+// The maximum over a warp, in which a NaN never wins.
 __device__ __forceinline__ float warp_max(float x) {
   if (!(x == x)) x = -INFINITY;
 #pragma unroll

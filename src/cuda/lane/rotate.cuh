@@ -1,5 +1,5 @@
-// The rotations of format/rotation.h on a row over lanes: butterflies h < kChunk between a lane's registers, then by a
-// shuffle with lane l ^ (h / kChunk), then, of a chunked map, between registers again.
+// The rotations of format/rotation.h on a row over lanes. Butterflies h < kChunk are between registers of a lane, the
+// next ones a shuffle with lane l ^ (h / kChunk), and then, in a chunked map, they are between registers again.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -45,7 +45,7 @@ __device__ __forceinline__ void flip_signs(float (&y)[Map::kElements], int lane,
   for (int j = 0; j < kE; ++j) y[j] = format::apply_sign(y[j], word, j);
 }
 
-// Brings a lane's signs into the constant cache, which a kernel of microseconds does before it has a row.
+// Brings a lane's signs into the constant cache. A kernel of a few microseconds does it before it has a row.
 __device__ __forceinline__ void touch_signs(format::Rotation rotation, int block, int lane) {
   if (rotation != format::Rotation::kSignedHadamard) return;
   asm volatile("" ::"r"(kSignWords.words[__ffs(block) - 1][lane % (format::kMaxHeadSize / 32)]));
@@ -73,7 +73,7 @@ __device__ __forceinline__ void hadamard(float (&y)[Map::kElements], int lane, i
 #pragma unroll
   for (int step = 1; step < Map::kLanes; step *= 2) {
     if (step * Map::kChunk < block) {
-      // The lower lane adds, the upper one subtracts its own: a product with +-1 is exact, so one rounding remains.
+      // The lower lane adds, and the upper one subtracts its own. A product with +-1 is exact, so one rounding remains.
       const float sign = (lane & step) != 0 ? -1.0F : 1.0F;
 #pragma unroll
       for (int j = 0; j < kE; ++j) {

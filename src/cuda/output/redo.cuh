@@ -1,4 +1,4 @@
-// A row again, value by value in fp32: where an infinite or NaN value has met weights of 0.
+// Computes a row again, value by value in fp32, where an infinite or NaN value has met weights of 0.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
   const std::uint8_t* row = side.row(block, slot, head);
   constexpr int kBytes = 16 / F::kUnit * F::kUnitBytes;
   alignas(16) std::uint8_t bytes[kBytes] = {};
-  // Units as narrow as they are aligned wherever a row begins.
+  // A unit is read in words as narrow as every row's alignment allows.
   using Word = std::conditional_t<F::kUnitBytes % 4 == 0, std::uint32_t,
                                   std::conditional_t<F::kUnitBytes % 2 == 0, std::uint16_t, std::uint8_t>>;
   load_words<Word>(row + lane * kBytes, bytes, static_cast<int>(format::code_bytes<F>(head_size)) - lane * kBytes);
@@ -40,7 +40,7 @@ __device__ __forceinline__ format::Affine read_row(const CacheSide& side, std::i
   return {F::kLevelNorm ? affine.scale * rsqrtf(warp_sum(squares)) : affine.scale, affine.offset};
 }
 
-// load_float, as a call: there are sixteen.
+// load_float as a function call, since the caller would hold sixteen copies of it.
 static __device__ __noinline__ float query_element(const std::uint8_t* at, DType dtype) {
   return load_float(at, dtype);
 }
@@ -49,8 +49,8 @@ struct AllKeys {
   __device__ __forceinline__ bool operator()(int) const { return true; }
 };
 
-// One warp, one row, value by value in fp32, over those of the tile's keys that `has` says: rows that do not see an
-// infinite or NaN value do not meet it. Writes sum p v (times v_scale) to `row` [head_size_v].
+// One warp computes one row, value by value in fp32, over those of the tile's keys for which `has` is true. A row that
+// does not see an infinite or NaN value does not meet it. Writes sum p v (times v_scale) to `row` [head_size_v].
 template <class KeyF, class ValueF, class Has = AllKeys>
 __device__ __noinline__ attention::SoftmaxState exact_row(const AttentionParams& p, const TileRows& tile,
                                                           std::int64_t token, int head, float* row, int lane,

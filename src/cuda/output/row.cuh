@@ -13,12 +13,12 @@
 
 namespace quire::cuda {
 
-// Sixteen bits of x in the dtype.
+// x in the dtype, as sixteen bits.
 __device__ __forceinline__ std::uint32_t narrow_to_16(DType dtype, float x) {
   return dtype == DType::kFloat16 ? __half_as_ushort(__float2half_rn(x)) : __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
-// One warp writes one row: `row` [head_size_v] in shared memory holds sum p v under `state`, rotated, before 1 / sum.
+// One warp writes one row: `row` [head_size_v] in shared memory holds sum p v for `state`, rotated and not yet divided.
 template <class Map = WideMap>
 __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* row, attention::SoftmaxState state,
                                            std::int64_t token, int head, int lane, bool exists = true) {
@@ -68,7 +68,8 @@ __device__ __forceinline__ void finish_row(const OutputRule& rule, const float* 
   }
 }
 
-// The lanes of a Map: a row's result as the output, or as this split's partial, where it `exists`. All of a warp call.
+// The lanes of a Map write a row's result where it `exists`: as the output, or as this split's partial. All of a warp
+// call.
 template <class Map>
 __device__ __forceinline__ void write_row(const AttentionParams& p, const float* row,
                                           const attention::SoftmaxState& state, std::int64_t token, int head, int split,

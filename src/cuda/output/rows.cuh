@@ -1,4 +1,4 @@
-// How the rows of a warp leave, from accumulators in the fragments of m16n8k16.
+// How the rows of a warp leave from accumulators in the fragments of m16n8k16.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace quire::cuda {
 
-// One warp: its rows, first_row on, from accumulators to the output or the split's partials, through `rows` in shared
-// memory.
+// One warp brings its rows, from first_row on, from accumulators to the output or to the split's partials, through
+// `rows` in shared memory.
 template <class KeyF, class ValueF, int kTiles, int kFragments>
 __device__ __forceinline__ void finish_rows(const AttentionParams& p, const TileRows& tile,
                                             const float (&acc)[kTiles][kFragments][4],
@@ -32,7 +32,7 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const Tile
             make_float2(softmax.output(acc[m][n][2 * r], m, 2 * r) * value_factor,
                         softmax.output(acc[m][n][2 * r + 1], m, 2 * r + 1) * value_factor);
       }
-      // The row's state rides in its padding.
+      // The state of a row travels in the row's padding.
       if (softmax.at.leads()) {
         *reinterpret_cast<float2*>(&row[8 * kFragments]) = make_float2(softmax.max[m][r], softmax.sum[m][r]);
       }
@@ -50,7 +50,7 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& p, const Tile
     const bool exists = info.query >= 0;
     float* row = rows[r + lane / Map::kLanes];
     if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
-      // An infinite or NaN value has met weights of 0: again, value by value.
+      // Where an infinite or NaN value has met weights of 0, the row is computed again, value by value.
       bool finite = true;
       for (int c = row_lane; c < p.head_size_v; c += Map::kLanes) finite = finite && exact::is_finite(row[c]);
       const std::uint32_t odd = __ballot_sync(kFullWarp, exists && !finite);

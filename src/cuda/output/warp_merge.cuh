@@ -1,7 +1,7 @@
-// The rows of a block whose warps have divided the keys: their running softmaxes and accumulators meet in shared
+// The rows of a block whose warps have divided the keys. Their running softmaxes and accumulators meet in shared
 // memory, and each warp finishes some rows.
 //
-// Merge is a struct of acc [kWarps][rows][head_size + 4], max and sum [kWarps][rows].
+// Merge is a struct with acc [kWarps][rows][head_size + 4] and with max and sum [kWarps][rows].
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace quire::cuda {
 
-// One warp's accumulators of 16 rows; `state` is finished.
+// Writes one warp's accumulators of 16 rows; `state` is finished.
 template <class Merge, int kFragments>
 __device__ __forceinline__ void put_partial(Merge& merge, int warp, const RunningSoftmax<RowsOnM, 1>& state,
                                             const float (&acc)[1][kFragments][4]) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void put_partial(Merge& merge, int warp, const Runnin
   }
 }
 
-// A warp has every row of number warp + n * kWarps.
+// Finishes the rows of a warp: row `warp` and every kWarps-th after it.
 template <class KeyF, class ValueF, int kNumRows, class Merge>
 __device__ __forceinline__ void merge_warps(const AttentionParams& p, const TileRows& tile, Merge& merge,
                                             const RowInfo* rows, int warp, int lane) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ void merge_warps(const AttentionParams& p, const Tile
       merged[c] = x * value_factor;
     }
     if constexpr (ValueF::kStatsOf == format::StatsOf::kNothing) {
-      // An infinite or NaN value has met weights of 0: again, value by value.
+      // Where an infinite or NaN value has met weights of 0, the row is computed again, value by value.
       if (!__all_sync(kFullWarp, finite)) {
         const TileRows same_tile = tile;  // a copy, so that the call does not force the caller's out of registers
         state = exact_row<KeyF, ValueF>(p, same_tile, token, query_head, merged, lane);

@@ -9,7 +9,7 @@
 
 namespace quire::cuda::ptx {
 
-// Barriers of `threads` threads of a block, by number; 0 is __syncthreads.
+// Waits at a barrier of `threads` threads of a block, given by its number; number 0 is __syncthreads.
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
@@ -30,7 +30,7 @@ __device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
 __device__ __forceinline__ void mbarrier_arrive_after_copies(std::uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Waits until the phase of this parity has ended; a fresh barrier's phase of parity 1 has.
+// Waits until the phase of this parity has ended. In a fresh barrier the phase of parity 1 has.
 __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"

@@ -1,4 +1,4 @@
-// Bulk copies from global into shared memory by the copy engine, and the register budget of warpgroups: sm_90.
+// Bulk copies from global into shared memory by the copy engine, and the register budget of warpgroups, on sm_90.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,18 +9,19 @@
 
 namespace quire::cuda::ptx {
 
-// A barrier of shared memory by its address, so that a pipeline's barriers cost no registers of pointers.
+// Initialises a barrier that is given by its shared address, so that the barriers of a pipeline cost no pointer
+// registers.
 __device__ __forceinline__ void barrier_init_at(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive_at(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives, and lets the phase wait for so many bytes of bulk copies too.
+// Arrives, and makes the phase wait for so many bytes of bulk copies as well.
 __device__ __forceinline__ void barrier_arrive_expecting(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits until the phase of this parity has ended; a fresh barrier's phase of parity 1 has.
+// Waits until the phase of this parity has ended. In a fresh barrier the phase of parity 1 has.
 __device__ __forceinline__ void barrier_wait_at(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"
@@ -37,7 +38,7 @@ __device__ __forceinline__ void barriers_initialised() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// `bytes` bytes (a multiple of 16, as both addresses are) to shared memory; the barrier counts them.
+// Copies `bytes` bytes (a multiple of 16, as both addresses are) to shared memory; the barrier counts them.
 __device__ __forceinline__ void bulk_copy(std::uint32_t to, const void* from, std::uint32_t bytes,
                                           std::uint32_t barrier, std::uint64_t policy) {
   asm volatile(
@@ -46,7 +47,7 @@ __device__ __forceinline__ void bulk_copy(std::uint32_t to, const void* from, st
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
-// What is read once leaves the L2 first.
+// The cache policy by which what is read once leaves the L2 first.
 __device__ __forceinline__ std::uint64_t evict_first_policy() {
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -62,7 +63,7 @@ __device__ __forceinline__ void touch_params(const Params& params) {
   }
 }
 
-// The next kernel of the stream, launched to overlap this one, may start; waits until the one before has ended.
+// Lets the next kernel of the stream start, if it was launched to overlap this one; the other waits for the one before.
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -88,7 +89,7 @@ __device__ __forceinline__ void load_shared_128(std::uint32_t address, std::uint
                : "r"(address));
 }
 
-// The transpose of an 8x8 matrix of 16-bit elements whose row l / 4 is in lanes l, a pair each.
+// The transpose of an 8x8 matrix of 16-bit elements. Row l / 4 of it is in lanes l, a pair of elements in each.
 __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t pair) {
   std::uint32_t transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));

@@ -7,21 +7,21 @@
 
 namespace quire::cuda::ptx {
 
-// 2^x, 2 ulp; 0 for -inf, NaN for NaN.
+// 2^x with an error of 2 ulp; 0 for -inf, and NaN for NaN.
 __device__ __forceinline__ float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// sqrt, 1 ulp.
+// The square root, with an error of 1 ulp.
 __device__ __forceinline__ float sqrt_approx(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / sqrt, 2 ulp.
+// 1 / sqrt, with an error of 2 ulp.
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -33,14 +33,14 @@ __device__ __forceinline__ std::uint32_t permute(std::uint32_t a, std::uint32_t 
   return __byte_perm(a, b, selector);
 }
 
-// (a & b) | c: one instruction, where the compiler may make two of it.
+// (a & b) | c in one instruction, of which the compiler may make two.
 __device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   std::uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
 
-// a * b + c, one rounding: up, or to nearest and limited to [0, 1] (NaN gives 0).
+// a * b + c with one rounding: up, or to nearest and then limited to [0, 1], where NaN gives 0.
 __device__ __forceinline__ float fma_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }
 __device__ __forceinline__ float fma_saturate(float a, float b, float c) {
   float result;

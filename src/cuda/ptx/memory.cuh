@@ -35,16 +35,16 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A lane's place, in bytes, among rows `pitch` bytes apart that ldmatrix_x4 reads 16 columns of at a time: 16 rows as
-// the first operand of m16n8k16, or as its second (two matrices of 8 rows, 8 and 8 columns each), and 16 rows to be
-// transposed.
+// The place of a lane, in bytes, among rows `pitch` bytes apart of which ldmatrix_x4 reads 16 columns at a time: 16
+// rows as the first operand of m16n8k16, 16 rows as its second (two matrices of 8 rows, each 8 and 8 columns), or 16
+// rows that are to be transposed.
 __device__ __forceinline__ int first_operand(int lane, int pitch) { return lane % 16 * pitch + lane / 16 * 16; }
 __device__ __forceinline__ int second_operand(int lane, int pitch) {
   return (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16;
 }
 __device__ __forceinline__ int transposed_operand(int lane, int pitch) { return first_operand(lane, pitch); }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], std::uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

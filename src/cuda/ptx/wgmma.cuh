@@ -1,4 +1,4 @@
-// The tensor cores, a warpgroup of four warps with operands in shared memory: sm_90a alone.
+// The tensor cores of sm_90a, for a warpgroup of four warps with operands in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@ namespace quire::cuda::ptx {
 // Makes this thread's writes to shared memory visible to wgmma, which reads it through another proxy.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A warpgroup's registers a thread; all of its warps call it.
+// Sets the registers that each thread of a warpgroup may use; all of its warps call it.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -27,9 +27,9 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// A matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 64 elements, 8 rows a group of 1024
-// bytes at a multiple of 1024, 16-byte chunk c of row r at chunk c ^ (r % 8). `leading_bytes`: from 64 columns to the
-// next 64, for a matrix that is read transposed.
+// Describes a matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 64 elements, 8 rows in a
+// group of 1024 bytes at a multiple of 1024, and 16-byte chunk c of row r at chunk c ^ (r % 8). `leading_bytes` is the
+// distance from 64 columns to the next 64, for a matrix that is read transposed.
 __device__ __forceinline__ std::uint64_t wgmma_matrix(std::uint32_t address, int leading_bytes) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
   constexpr std::uint64_t kGroup = std::uint64_t{1024 >> 4} << 32;

@@ -26,7 +26,7 @@ struct RowsOnM {
   int quad, pair;
 
   __device__ __forceinline__ explicit RowsOnM(int lane) : quad(lane / 4), pair(lane % 4 * 2) {}
-  // Which of its two rows and keys element i is of.
+  // Which of the lane's two rows and of its two keys element i belongs to.
   static __device__ constexpr int row_of(int i) { return i / 2; }
   static __device__ constexpr int key_of(int i) { return i % 2; }
   __device__ __forceinline__ int row(int m, int r) const { return 16 * m + 8 * r + quad; }

@@ -33,7 +33,7 @@ __device__ __forceinline__ float power_above(float x) {
                                         : (x > 0.0F && bits < 0x7f800000U ? x : 0.0F);
 }
 
-// power_above the largest finite magnitude of some scales in shared memory. For slices that hold a poisoned row.
+// power_above the largest finite magnitude of some scales in shared memory; slices that hold a poisoned row need it.
 template <int kCount>
 __device__ __noinline__ float largest_finite(const float* scales) {
   float largest = 0.0F;
@@ -43,13 +43,14 @@ __device__ __noinline__ float largest_finite(const float* scales) {
   return power_above(largest);
 }
 
-// From the 16-bit query's product with levels to a logit in log2, but for the row's scale.
+// The factor from the 16-bit query's product with levels to a logit in log2, without the row's scale.
 template <class KeyF>
 __device__ __forceinline__ float log2_factor(const AttentionParams& p, const TileRows& tile) {
   return logit_factor(p, tile) / (KeyF::kLevelNorm ? 1.0F : level_unit<KeyF>)*kLog2E;
 }
 
-// Whether logits are scaled before the softmax. A factor that is not positive would turn maxima into minima.
+// Whether logits are scaled before the softmax. They are also where the factor is not positive, since it would turn
+// maxima into minima.
 __device__ __forceinline__ bool has_bias(const AttentionParams& p, float logit_factor) {
   return p.softcap > 0.0F || p.alibi_slopes != nullptr || p.qq_bias != nullptr || !(logit_factor > 0.0F);
 }
@@ -62,11 +63,11 @@ struct RunningSoftmax {
   float factor[kTiles][2];     // from units of s to log2
   float query_sum[kTiles][2];  // of the 16-bit query
   float max[kTiles][2];        // in units of s
-  float sum[kTiles][2];        // this lane's keys only, as is `offset`
+  float sum[kTiles][2];        // of this lane's keys only, and so is `offset`
   float offset[kTiles][2];
   float unit;
 
-  // `rows`: the first row of tile 0. `first_unit`: 1 where values carry no scale, else 0.
+  // `rows` starts with the first row of tile 0. `first_unit` is 1 where values carry no scale, and 0 elsewhere.
   __device__ __forceinline__ RunningSoftmax(const AttentionParams& p, float log2_factor, const RowInfo* rows, int lane,
                                             float first_unit)
       : at(lane), biased(has_bias(p, log2_factor)), sum{}, offset{}, unit(first_unit) {
@@ -82,8 +83,8 @@ struct RunningSoftmax {
     }
   }
 
-  // key_scale, key_offset: of the tile's keys. An infinite logit becomes NaN here, since from here on -inf means a key
-  // that is not seen.
+  // key_scale and key_offset are those of the tile's keys. An infinite logit becomes NaN here, because from here on
+  // -inf means a key that is not seen.
   template <class KeyF, int kFragments>
   __device__ __forceinline__ void scale_logits(float (&s)[kTiles][kFragments][4], const float* key_scale,
                                                const float* key_offset) const {
@@ -136,7 +137,7 @@ struct RunningSoftmax {
     }
   }
 
-  // readable: one bit a key of the tile, 32 a word.
+  // `readable` has one bit for each key of the tile, 32 in a word.
   template <int kFragments>
   __device__ __forceinline__ void mask_logits(float (&s)[kTiles][kFragments][4], const RowInfo* rows,
                                               const std::uint32_t* readable, int first_key) const {
@@ -145,7 +146,7 @@ struct RunningSoftmax {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowInfo& seen = rows[at.row(m, r)];
-        // Not seen: [prefix_end, begin), in one comparison, and from `end` on.
+        // The keys of [prefix_end, begin), which one comparison finds, and those from `end` on are not seen.
         const int prefix_end = seen.prefix_end - first_key;
         const auto gap_keys = static_cast<unsigned>(seen.begin - seen.prefix_end);
         const int end = seen.end - first_key;
@@ -169,7 +170,7 @@ struct RunningSoftmax {
     bool moved = false;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      // Four chains, two a row: an addition waits four clocks for the one before.
+      // There are four chains, two a row, because an addition waits four clocks for the one before.
       float largest[2][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) largest[at.row_of(i)][at.key_of(i)] = s[m][0][i];
@@ -212,8 +213,8 @@ struct RunningSoftmax {
     return moved;
   }
 
-  // value_scale, value_offset: of the tile's keys; `largest`: the bits of the largest magnitude among the scales.
-  // Returns whether `unit`, and with it `correction`, changed.
+  // value_scale and value_offset are those of the tile's keys; `largest` has the bits of the largest magnitude among
+  // the scales. Returns whether `unit`, and with it `correction`, changed.
   template <class ValueF, int kFragments>
   __device__ __forceinline__ bool weigh_values(float (&s)[kTiles][kFragments][4], const float* value_scale,
                                                const float* value_offset, std::uint32_t largest,
@@ -257,7 +258,7 @@ struct RunningSoftmax {
           }
         }
       };
-      // 0 times a NaN scale is not 0: keys without weight must not meet it.
+      // 0 times a NaN scale is not 0, so keys without weight must not meet it.
       if (poisoned) {
         weigh(std::true_type{});
       } else {
@@ -287,7 +288,7 @@ struct RunningSoftmax {
     }
   }
 
-  // The state of a row as attention::SoftmaxState has it: natural logarithms. Call in all lanes.
+  // Brings the state of the rows into the form of attention::SoftmaxState, with natural logarithms. All lanes call.
   __device__ __forceinline__ void finish() {
     const auto add = [](float a, float b) { return a + b; };
 #pragma unroll

@@ -1,5 +1,5 @@
-// Codes of rows in shared memory to 16-bit levels: to shared memory for ldmatrix and wgmma, or to registers in the
-// order of a matrix operand.
+// Turns the codes of rows in shared memory into 16-bit levels: in shared memory for ldmatrix and wgmma, or in registers
+// in the order of a matrix operand.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 
 namespace quire::cuda {
 
-// The codes of group g of a part of a row that starts at `at`; `aligned`: the part starts at a multiple of 16 bytes;
-// `first`: the group is the row's first.
+// Loads the codes of group g of a part of a row that starts at `at`. `aligned` says that the part starts at a multiple
+// of 16 bytes, `first` that the group is the row's first.
 template <class F>
 __device__ __forceinline__ void load_codes(const std::uint8_t* at, bool aligned, int g, bool first, Codes<F>& codes) {
   constexpr int kWords = Fragment<F>::kWords;
   if constexpr (F::kHistory) codes.before = first ? 0U : std::uint32_t{at[4 * g * kWords - 1]} << 24;
-  // Arithmetic on the pointer itself, so that the compiler still knows it is shared memory.
+  // The arithmetic is on the pointer itself, so that the compiler still knows that it points to shared memory.
   const unsigned odd = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(at)) & 3U;
   const auto* words = reinterpret_cast<const std::uint32_t*>(at - odd) + g * kWords;
   if (aligned && kWords % 4 == 0) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_codes(const std::uint8_t* at, bool aligned,
   std::uint32_t low = words[0];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    // The word after the last one is the row's metadata or its padding: inside the pitch.
+    // The word after the last one is the row's metadata or its padding, so it lies inside the pitch.
     const std::uint32_t high = words[w + 1];
     codes.words[w] = __funnelshift_r(low, high, shift);
     low = high;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_squares(const std::uint32_t (&pairs)[kPairs]
   }
 }
 
-// The squares of the levels of kPart elements, element `offset` of the row on, that come first at `at`.
+// The squares of the levels of kPart elements from element `offset` of the row on, which come first at `at`.
 template <class F, int kPart>
 __device__ __forceinline__ void sum_squares(const std::uint8_t* at, bool aligned, int offset, int head_size,
                                             const Tables<F>& tables, float* squares) {
@@ -66,13 +66,13 @@ __device__ __forceinline__ void sum_squares(const std::uint8_t* at, bool aligned
   }
 }
 
-// A row of 16-bit elements, by chunks of 16 bytes.
+// The places of a row of 16-bit elements, by chunks of 16 bytes.
 __device__ __forceinline__ auto row_chunks(std::uint8_t* row) {
   return [row](int chunk) { return row + 16 * chunk; };
 }
 
-// Levels to shared memory: a group's, 16 bytes at a time to place(0), place(1) and so on; a kLevelNorm format adds
-// their squares, as far as they are among `elements`.
+// Writes the levels of a group to shared memory, 16 bytes at a time to place(0), place(1) and so on. A kLevelNorm
+// format adds up their squares, as far as they are among `elements`.
 template <class F, class Place>
 __device__ __forceinline__ void put_levels(const Codes<F>& codes, const Tables<F>& tables, Place&& place, int elements,
                                            float* squares) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void put_levels(const Codes<F>& codes, const Tables<F
   }
 }
 
-// kPart elements of a raw row, element `offset` on, which start at `at`, as levels to `to`.
+// Writes kPart elements of a raw row, from element `offset` on, which start at `at`, as levels to `to`.
 template <class F, int kPart>
 __device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligned, std::uint8_t* to, int offset,
                                              int head_size, const Tables<F>& tables, float* squares) {
@@ -101,9 +101,9 @@ __device__ __forceinline__ void convert_part(const std::uint8_t* at, bool aligne
   }
 }
 
-// Levels to registers in MMA order: operand[s] are the two registers of this lane in step s of a product over 16 k at a
-// time. Lane t of a quad holds a group of its own, and which element stands at which k is free, as long as the other
-// operand is arranged alike: k = 2 t + e + 8 r of step s is element 4 s + 2 r + e of lane t's group.
+// Levels to registers in MMA order: operand[s] has the two registers of this lane in step s of a product over 16 k at a
+// time. Lane t of a quad holds a group of its own. Which element stands at which k is free as long as the other operand
+// is arranged alike: k = 2 t + e + 8 r of step s is element 4 s + 2 r + e of lane t's group.
 template <class F>
 __device__ __forceinline__ void levels_in_mma_order(const Codes<F>& codes, const Tables<F>& tables,
                                                     std::uint32_t (&operand)[Fragment<F>::kElements / 4][2]) {

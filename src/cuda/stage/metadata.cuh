@@ -15,7 +15,7 @@ inline constexpr bool kHasScaleCache = F::kMetaPlace == format::MetaPlace::kScal
 template <class F>
 inline constexpr bool kHasMeta = F::kMetaBytes > 0;
 
-// Metadata of one row in global memory, loaded with one access where it lies in a scale cache.
+// The metadata of one row in global memory, loaded with one access where it lies in a scale cache.
 template <format::Format F>
 __device__ __forceinline__ format::Affine load_affine(const CacheSide& side, std::int64_t block, std::int64_t slot,
                                                       int head, format::RowShape shape) {
@@ -37,8 +37,9 @@ __device__ __forceinline__ format::Affine raw_affine(const float* scale, const s
   return F::read_meta(meta, format::row_shape(head_size));
 }
 
-// What 16-bit levels mean, given the row's metadata and, of a kLevelNorm format, the sum of the levels' squares. A
-// key's unit is in the logit's factor, a value's in its scale; the norm of levels in units takes the unit with it.
+// What 16-bit levels mean, given the row's metadata and, for a kLevelNorm format, the sum of the levels' squares. A
+// key's unit is part of the logit's factor, a value's of its scale; the norm of levels in units contains the unit
+// already.
 template <class F, bool kIsKey>
 __device__ __forceinline__ format::Affine affine_of_levels(format::Affine affine, float squares) {
   if constexpr (F::kLevelNorm) {
@@ -49,7 +50,7 @@ __device__ __forceinline__ format::Affine affine_of_levels(format::Affine affine
   return affine;
 }
 
-// Both.
+// Both of the above.
 template <class F, bool kIsKey>
 __device__ __forceinline__ format::Affine staged_affine(const float* scale, const std::uint8_t* row, int head_size,
                                                         float squares) {

@@ -1,4 +1,4 @@
-// Query rows from global to shared memory: rotated as the keys are, and rounded to 16 bits.
+// Brings query rows from global to shared memory, rotated as the keys are and rounded to 16 bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +22,7 @@ struct QueryRow {
   std::uint32_t words[kPer / 2];
 };
 
-// This lane's elements of a row that is not made of whole vectors. A call, since it is long and rare.
+// This lane's elements of a row that is not made of whole vectors. It is a function call, since it is long and rare.
 static __device__ __noinline__ uint4 fetch_elements(const std::uint8_t* from, int elements, DType dtype, int bytes) {
   std::uint64_t halves[2] = {};
 #pragma unroll 1
@@ -35,7 +35,7 @@ static __device__ __noinline__ uint4 fetch_elements(const std::uint8_t* from, in
                     static_cast<std::uint32_t>(halves[1]), static_cast<std::uint32_t>(halves[1] >> 32));
 }
 
-// One warp: the query row of an info of the tile; zeros for a row past the end.
+// One warp fetches the query row of an info of the tile, or zeros for a row past the end.
 __device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const TileRows& tile, const RowInfo& info,
                                                 int lane) {
   constexpr int kPer = QueryRow::kPer;
@@ -55,8 +55,8 @@ __device__ __forceinline__ QueryRow fetch_query(const AttentionParams& p, const 
   return query;
 }
 
-// The row rotated, over a power of two, as 16-bit elements, 8 of them to place(0), place(1) and so on; its info,
-// completed, to `info`.
+// Rotates the row, divides it by a power of two, and writes it as 16-bit elements, 8 of them to place(0), place(1) and
+// so on. Its completed info goes to `info`.
 template <class KeyF, int kHead, class Place>
 __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& query, Place&& place, RowInfo& info,
                                           int lane) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& qu
 #pragma unroll
     for (int j = 0; j < kPer; ++j) largest = fmaxf(largest, fabsf(y[j]));
     largest = warp_max(largest);
-    // The power of two below the largest element: q16 lies in [-2, 2).
+    // The power of two below the largest element, so that q16 lies in [-2, 2).
     const std::uint32_t exponent = __float_as_uint(largest) & 0x7f800000U;
     if (exponent > 0x08000000U && exponent < 0x7f000000U) unit = __uint_as_float(exponent);
   }
@@ -100,7 +100,8 @@ __device__ __forceinline__ void put_query(const AttentionParams& p, QueryRow& qu
   if (lane == 0) info = query.info;
 }
 
-// One warp: its query rows, first_row on, to place(row) in shared memory; several loads under way at a time.
+// One warp puts its query rows, from first_row on, to place(row) in shared memory, with several loads under way at a
+// time.
 template <class KeyF, int kHead, int kNumRows, class PlaceOfRow>
 __device__ __forceinline__ void load_queries(const AttentionParams& p, const TileRows& tile, int first_row,
                                              PlaceOfRow&& place, RowInfo* row_infos, int lane) {
@@ -117,8 +118,8 @@ __device__ __forceinline__ void load_queries(const AttentionParams& p, const Til
   }
 }
 
-// One warp: four query rows of a tile at once, eight lanes a row, rotated and rounded as put_query does it; to shared
-// memory, `pitch` bytes apart. Their infos, but for scale and sum, are there already.
+// One warp puts four query rows of a tile at once into shared memory, `pitch` bytes apart: eight lanes a row, rotated
+// and rounded as put_query does it. All of their infos but scale and sum are there already.
 template <class KeyF, int kHead>
 __device__ __forceinline__ void put_four_queries(const AttentionParams& p, const TileRows& tile, RowInfo* infos,
                                                  std::uint8_t* rows, int pitch, int lane) {

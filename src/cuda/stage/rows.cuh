@@ -1,5 +1,5 @@
-// Rows of the cache into shared memory by cp.async, as they lie there, 16 bytes a copy; rows at odd addresses come with
-// their aligned cover.
+// Brings rows of the cache into shared memory by cp.async, as they lie there, 16 bytes a copy. Rows at odd addresses
+// come with their aligned cover.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace quire::cuda {
 
-// Shared-memory rows of 16-bit elements: 16 bytes more than the row, so that ldmatrix meets every bank once.
+// A row of 16-bit elements in shared memory: 16 bytes longer than the row, so that ldmatrix meets every bank once.
 template <int kHead>
 inline constexpr int kPitch16 = kHead * 2 + 16;
 
@@ -20,7 +20,7 @@ inline constexpr int kPitch16 = kHead * 2 + 16;
 template <class F, int kHead>
 struct RawRow {
   static constexpr int kBytes = static_cast<int>(format::row_bytes<F>(kHead));
-  // Rows used in place are aligned; others may start up to 15 bytes into their cover.
+  // Rows that are used in place are aligned; others may start up to 15 bytes into their cover.
   static constexpr int kCover = kRaw16<F> ? kBytes : (kBytes + 15 + 15) / 16 * 16;
   static constexpr int kChunks = kCover / 16;
   static constexpr int kPitch = kRaw16<F> ? kPitch16<kHead> : (kChunks % 2 == 1 ? kCover : kCover + 16);
@@ -32,9 +32,9 @@ __device__ __forceinline__ void copy_scale(const CacheSide& side, KeyPlace place
   ptx::cp_async_4(ptx::shared_address(to), side.scales + at, place.block < 0 ? 0 : 4);
 }
 
-// Starts the copies of kNumRows rows by kThreads threads, neighbouring threads on neighbouring chunks of 16 bytes, to
-// place(row, chunk) in shared memory. Rows that are not read (offset -1) become zeros. `dense`: aligned rows that fill
-// the head-size class.
+// Starts the copies of kNumRows rows by kThreads threads to place(row, chunk) in shared memory; neighbouring threads
+// copy neighbouring chunks of 16 bytes. Rows that are not read (offset -1) become zeros. `dense` says that rows are
+// aligned and fill the head-size class.
 template <class F, int kHead, int kNumRows, int kThreads, class Place>
 __device__ __forceinline__ void copy_rows(const CacheSide& side, const std::int64_t* offsets, bool dense, int row_bytes,
                                           Place&& place, int thread) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_rows(const CacheSide& side, const std::int6
   }
 }
 
-// Raw rows one after the other, RawRow::kPitch apart.
+// The places of raw rows one after the other, RawRow::kPitch apart.
 template <class F, int kHead>
 __device__ __forceinline__ auto raw_rows(const std::uint8_t* to) {
   return [target = ptx::shared_address(to)](int row, int chunk) -> std::uint32_t {

@@ -1,4 +1,4 @@
-// A row on its way into the cache: what a lane loads of it, and its bytes to their address.
+// A row on its way into the cache: what a lane loads of it, and how its bytes get to their address.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace quire::cuda {
 
-// pointer + index * stride. Where every lane is full the launcher has seen that both fit 32 bits.
+// pointer + index * stride. Where every lane is full, the launcher has seen that both fit 32 bits.
 template <class Map, class Byte>
 __device__ __forceinline__ Byte* advance(Byte* pointer, std::int64_t index, std::int64_t stride) {
   if constexpr (Map::kExact) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ std::uint8_t* scale_address(const StoreSide& side, co
   return advance<Map>(advance<Map>(page, slot.offset, side.scale_slot_stride), head, side.scale_head_stride);
 }
 
-// Encodes one side's row, y, to `data`: its place in the cache, or in a stage in shared memory.
+// Encodes one side's row, y, to `data`, which is its place in the cache or in a stage in shared memory.
 template <format::Format F, class Map>
 __device__ __forceinline__ void store_row(const StoreSide& side, float (&y)[Map::kElements], const SlotAddress& slot,
                                           std::uint32_t head, int lane, std::uint8_t* data, int access) {
@@ -94,7 +94,8 @@ __device__ __forceinline__ void copy_by_warp(const std::uint8_t* from, std::uint
   copy_words<std::uint8_t>(from, to, bytes);
 }
 
-// The pointer into `base` of another lane. (As a distance: the compiler sees that it points to global memory.)
+// The pointer into `base` of another lane, passed as a distance so that the compiler sees that it points to global
+// memory.
 __device__ __forceinline__ std::uint8_t* shuffle_pointer(std::uint8_t* base, std::uint8_t* pointer, int lane) {
   return base + __shfl_sync(kFullWarp, static_cast<long long>(pointer - base), lane);
 }

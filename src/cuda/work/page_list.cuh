@@ -1,14 +1,15 @@
-// The work of a launch as one list, cut into runs: the slices (16 keys) of every row tile of every sequence, one after
-// the other. decode_pages gives each block runs of it, and notes the first and the last run of each tile for the merge.
+// The work of a launch as one list that is cut into runs: the slices of every row tile of every sequence, one after the
+// other. decode_pages gives each block runs of the list and notes the first and the last run of each tile for the
+// merge.
 //
-//   slice    keys 16 i to 16 i + 15 of a sequence, from the first to the last that some row sees, less those between
-//            R-SWA's prefix and its windows
-//   grain    so many slices of a tile: 1, or what batch_invariant fixes
-//   run      so many grains of the list, which may cross tiles; a block takes runs_per_block neighbouring ones
-//   slot     where the partial result of the part of a tile that lies in a run goes: run + tile. No two parts have the
-//            same, since the next part is of the next run or of the next tile or both.
+//   slice    Keys 16 i to 16 i + 15 of a sequence. The list has those from the first to the last that some row sees,
+//            without those between R-SWA's prefix and its windows.
+//   grain    A fixed number of slices of a tile: 1, or what batch_invariant prescribes.
+//   run      A fixed number of grains of the list. It may cross tiles; a block takes runs_per_block of them in a row.
+//   slot     Where the partial result of the part of a tile that lies in a run goes: run + tile. No two parts share
+//            one, since the next part lies in the next run, in the next tile, or both.
 //
-// A run of batch_invariant is one grain: where it begins and ends depends on its sequence alone.
+// With batch_invariant a run is one grain, so where it begins and ends depends on its sequence alone.
 #pragma once
 
 #include <climits>
@@ -22,19 +23,19 @@
 namespace quire::cuda {
 
 inline constexpr int kSliceKeys = 16;
-inline constexpr int kInvariantGrain = 7;  // log2 of slices
+inline constexpr int kInvariantGrain = 7;  // log2 of the slices of a grain
 
 struct PageListShape {
-  int max_tiles;    // of a sequence
-  int grain_shift;  // a grain is 2^grain_shift slices
-  int blocks;       // that share the list
+  int max_tiles;    // the most row tiles of a sequence
+  int grain_shift;  // a grain has 2^grain_shift slices
+  int blocks;       // blocks that share the list
 };
 
-// Slices first, first + 1, .. of a sequence, from the gap_at-th on `gap` later.
+// Consecutive slices of a sequence, from `first` on; from the gap_at-th on they are `gap` later.
 struct SliceRun {
   int first = 0, gap_at = INT_MAX, gap = 0;
   __device__ __forceinline__ int slice(int i) const { return first + i + (i >= gap_at ? gap : 0); }
-  // Which one a slice is that is among them.
+  // The number of a slice among those of the run.
   __device__ __forceinline__ int index(int slice) const {
     const int i = slice - first;
     return i >= gap_at ? i - gap : i;
@@ -44,10 +45,10 @@ struct SliceRun {
   }
 };
 
-// One sequence's part of the list. The plan sees to it that all grains of a call fit an int.
+// One sequence's part of the list. The plan makes sure that the number of grains of a call fits an int.
 struct SequenceSlices {
-  int query_begin = 0, rows = 0;  // of this launch; 0 rows: another's
-  int tiles = 0, slices = 0;      // row tiles; each has so many slices:
+  int query_begin = 0, rows = 0;  // of this launch; 0 rows where another kernel has the sequence
+  int tiles = 0, slices = 0;      // row tiles, and the slices that each of them has
   SliceRun run;
   __device__ __forceinline__ int grains(const PageListShape& shape) const {
     return (slices + (1 << shape.grain_shift) - 1) >> shape.grain_shift;
@@ -63,7 +64,7 @@ __device__ __forceinline__ SequenceSlices sequence_rows(const AttentionParams& p
   work.tiles = (work.rows + kTileRows - 1) / kTileRows;
   return work;
 }
-// Where nothing limits what rows see, most of a mask's rules need not be asked.
+// The slices of a sequence where nothing limits what rows see, so that most of a mask's rules need not be asked.
 template <int kTileRows>
 __device__ __forceinline__ SequenceSlices plain_slices(const AttentionParams& p, int batch) {
   SequenceSlices work = sequence_rows<kTileRows>(p, batch);
@@ -71,7 +72,8 @@ __device__ __forceinline__ SequenceSlices plain_slices(const AttentionParams& p,
   work.slices = work.rows > 0 && seq_len > 0 ? (seq_len + kSliceKeys - 1) / kSliceKeys : 0;
   return work;
 }
-// The slices that masks leave of a sequence. A call, since it is long and most launches have plain masks.
+// The slices that a mask leaves of a sequence. It is a function call, since it is long and most launches have plain
+// masks.
 static __device__ __noinline__ SequenceSlices masked_slices(const AttentionParams& p, int batch, SequenceSlices work) {
   const attention::SequenceMask sequence = load_sequence(p, batch, work.rows / p.group_size);
   const attention::KeyRange range =
@@ -95,7 +97,7 @@ __device__ __forceinline__ SequenceSlices sequence_slices(const AttentionParams&
   return work.rows > 0 ? masked_slices(p, batch, work) : work;
 }
 
-// A row tile of a sequence whose work is `work`, and the keys that its rows see; the KV head is each warp's own.
+// A row tile of the sequence whose work is `work`, and the keys that its rows see. The KV head is each warp's own.
 static __device__ __noinline__ TileRows masked_tile(const AttentionParams& p, int batch, int row_begin, int tile_rows) {
   TileRows tile;
   tile.batch = batch;
@@ -123,28 +125,28 @@ __device__ __forceinline__ TileRows tile_of_sequence(const AttentionParams& p, c
   return tile;
 }
 
-// How the list is cut, by its number of grains.
+// How the list is cut, given its number of grains.
 struct PageRuns {
-  int total;   // grains
+  int total;   // grains of the list
   int length;  // grains of a run
   int runs_per_block;
   __device__ __forceinline__ PageRuns(const PageListShape& shape, int total_grains) : total(total_grains) {
     const int each =
         static_cast<int>((static_cast<unsigned>(total) + shape.blocks - 1) / static_cast<unsigned>(shape.blocks));
-    constexpr int kLeast = 2;  // slices of a run: a shorter one costs more to merge than it saves
+    constexpr int kLeast = 2;  // slices of a run: to merge a shorter one costs more than it saves
     length = shape.grain_shift > 0 ? 1 : max(each, kLeast);
     runs_per_block = shape.grain_shift > 0 ? each : 1;
   }
 };
 
-// What the merge needs to know of a row tile, as int4: the first and the last run that it lies in (set by those who have
-// them), its first query token, and its rows, negative where it has no slices.
+// Notes for the merge what a row tile is, as an int4: the first and the last run that it lies in (set by the blocks
+// that have them), its first query token, and its number of rows, which is negative where the tile has no slices.
 template <int kTileRows>
 __device__ __forceinline__ void note_tiles(const PageListShape& shape, const SequenceSlices& work, int4* tiles) {
 #pragma unroll 1
   for (int t = 0; t < shape.max_tiles; ++t) {
     const int rows = max(work.rows - t * kTileRows, 0);
-    if (rows == 0 || work.slices == 0) {  // nobody has a run of it
+    if (rows == 0 || work.slices == 0) {  // no run contains it
       tiles[t] = make_int4(0, -1, work.query_begin, -rows);
     } else {
       tiles[t].z = work.query_begin;
@@ -153,12 +155,12 @@ __device__ __forceinline__ void note_tiles(const PageListShape& shape, const Seq
   }
 }
 
-// A warp's view of the list: lane l has the grains of sequences l n to l n + n - 1, and those before. `tiles` (one warp's
-// of the launch is not null) receives what the merge needs.
+// A warp's view of the list. Lane l counts the grains of n = per_lane sequences from l n on, and of all before. One
+// warp of the launch passes `tiles`, which receives what the merge needs; it is null in the others.
 template <int kTileRows>
 struct PageList {
   int per_lane;
-  int own = 0, through;  // grains of this lane's sequences; with those before
+  int own = 0, through;  // the grains of this lane's sequences, and those with all before
   __device__ __forceinline__ PageList(const AttentionParams& p, const PageListShape& shape, int4* tiles, int lane)
       : per_lane((p.batch + 31) / 32) {
     const int first = lane * per_lane;
@@ -170,7 +172,7 @@ struct PageList {
       }
     };
     if (p.plain_mask) {
-      constexpr int kAtOnce = 4;  // whose lengths are on their way together
+      constexpr int kAtOnce = 4;  // sequences whose lengths are loaded together
 #pragma unroll 1
       for (int b = first; b < last; b += kAtOnce) {
         SequenceSlices works[kAtOnce];
@@ -193,7 +195,8 @@ struct PageList {
     }
   }
   __device__ __forceinline__ int total() const { return __shfl_sync(kFullWarp, through, 31); }
-  // The first sequence of the lane whose sequences have grain `at`, and how many grains on that is. All lanes call.
+  // The first sequence of the lane that counts grain `at`; `at` becomes the grain's distance from its start. All lanes
+  // call.
   __device__ __forceinline__ int find(int& at) const {
     const std::uint32_t after = __ballot_sync(kFullWarp, through > at);
     const int lane = after == 0 ? 31 : __ffs(static_cast<int>(after)) - 1;

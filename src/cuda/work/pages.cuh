@@ -1,4 +1,4 @@
-// Where a key lies: from its position through the block table to the address of its row.
+// Where a key lies: the way from its position through the block table to the address of its row.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@ namespace quire::cuda {
 
 // The physical place of a key: its entry of the block table and its slot there.
 struct KeyPlace {
-  std::int32_t block;  // -1: the key is not read
+  std::int32_t block;  // -1 where the key is not read
   int slot;
 };
 
-// Whether a key below tile.begin is one of [tile.first, tile.prefix_end). Written with what lies in memory: only R-SWA
-// asks, and two fields more would stay in registers through the kernels' loops.
+// Whether a key below tile.begin is one of [tile.first, tile.prefix_end). It reads memory instead of those two fields:
+// only R-SWA asks, and the fields would occupy registers throughout the kernels' loops.
 __device__ __forceinline__ bool in_prefix(const AttentionParams& p, const TileRows& tile, int key) {
   return p.prefix_lens != nullptr && key >= tile.split * p.split_size &&
          key < p.prefix_lens[tile.batch * p.prefix_stride];
@@ -34,12 +34,12 @@ __device__ __forceinline__ KeyPlace find_key(const AttentionParams& p, const Til
   return place;
 }
 
-// Bytes from the cache's start to a row; -1 for a key that is not read.
+// Bytes from the start of the cache to a row, or -1 for a key that is not read.
 __device__ __forceinline__ std::int64_t row_offset(const CacheSide& side, KeyPlace place, int head) {
   return place.block < 0 ? -1 : side.offset(place.block, place.slot, head);
 }
 
-// Bytes from the start of a row's aligned cover to the row.
+// Bytes from the start of the aligned 16 bytes that a row begins in, its cover, to the row.
 __device__ __forceinline__ int row_skew(const CacheSide& side, std::int64_t offset) {
   return static_cast<int>((reinterpret_cast<std::uintptr_t>(side.data) + static_cast<std::uintptr_t>(offset)) & 15U);
 }

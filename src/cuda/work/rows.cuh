@@ -1,5 +1,5 @@
-// Which rows and keys a block works on: from its place in the grid to a sequence, the rows of a tile, and the keys that
-// they see in its split.
+// Which rows and keys a block works on: the way from its place in the grid to a sequence, the rows of a tile, and the
+// keys that they see in its split.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@ namespace quire::cuda {
 
 // A thread's place in the grid, which only the __global__ function reads.
 struct BlockIndex {
-  std::int64_t tile;  // of rows
+  std::int64_t tile;  // the row tile
   int kv_head, split, thread;
 };
 
-// Start of a sequence's row tiles in the grid: every sequence gets at least as many as its rows fill, whatever the
-// lengths, from cu_seqlens_q alone.
+// The number of a sequence's first row tile in the grid. It depends on cu_seqlens_q alone, and leaves every sequence at
+// least as many tiles as its rows fill.
 __host__ __device__ __forceinline__ std::int64_t first_tile(std::int64_t rows_before, std::int64_t sequence,
                                                             int tile_rows) {
   return rows_before / tile_rows + sequence;
@@ -38,18 +38,18 @@ __device__ __forceinline__ int find_sequence(const AttentionParams& p, std::int6
   return low;
 }
 
-// The rows of a block, all of one KV head of one sequence, and the keys they see.
+// The rows of a block, all of one KV head of one sequence, and the keys that they see.
 struct TileRows {
   int batch, kv_head, split;
-  int query_begin;  // first query token of the sequence
-  int row_begin;    // first row of the tile, within the sequence
-  int num_rows;     // rows of the sequence (the plan bounds all rows by 2^31)
+  int query_begin;  // the first query token of the sequence
+  int row_begin;    // the first row of the tile, counted within the sequence
+  int num_rows;     // rows of the sequence (the plan bounds the sum over sequences by 2^31)
   attention::SequenceMask sequence;
-  // Keys of this block: those that some row sees, in this split. [begin, end) and, where R-SWA's prefix has keys in the
-  // split that do not meet them, [first, prefix_end) before; first is begin and prefix_end 0 elsewhere.
+  // The keys that some row sees in this split: [begin, end), and before it [first, prefix_end) where R-SWA's prefix has
+  // keys in the split that do not touch the interval. Elsewhere first is begin and prefix_end is 0.
   int first, prefix_end;
   int begin, end;
-  int full_begin, full_end;  // keys that every row sees
+  int full_begin, full_end;  // the keys that every row sees
 };
 
 // A sequence as the mask sees it.
@@ -66,7 +66,7 @@ __device__ __forceinline__ attention::SequenceMask load_sequence(const Attention
   return sequence;
 }
 
-// attention::visible_range; where nothing limits what rows see, most of a mask's rules need not be asked.
+// attention::visible_range. Where nothing limits what rows see, most of the mask's rules need not be asked.
 __device__ __forceinline__ attention::KeyRange visible_keys(const AttentionParams& p,
                                                             const attention::SequenceMask& sequence, int first,
                                                             int last) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ attention::KeyRange visible_keys(const AttentionParam
   return {0, last < 0 ? 0 : (sequence.causal ? min(last + 1, sequence.seq_len) : sequence.seq_len)};
 }
 
-// Fills in a tile whose batch, KV head, split and row_begin are set; false where it has no rows of this launch.
+// Fills in a tile whose batch, KV head, split and row_begin are set. Returns false where it has no rows of this launch.
 __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile_rows, TileRows& tile) {
   tile.query_begin = p.cu_seqlens_q[tile.batch * p.cu_stride];
   const int query_len = p.cu_seqlens_q[(tile.batch + 1) * p.cu_stride] - tile.query_begin;
@@ -100,14 +100,14 @@ __device__ __forceinline__ bool complete_rows(const AttentionParams& p, int tile
   return true;
 }
 
-// What the inner loops need to know of a row, in shared memory.
+// What the inner loops need to know of a row; it is kept in shared memory.
 struct RowInfo {
-  int query;         // query token within the sequence; -1: past the end
-  int position;      // of that token; negative: sees nothing
-  int head;          // query head
+  int query;         // the query token within the sequence, or -1 past the end
+  int position;      // the position of that token; a row with a negative one sees nothing
+  int head;          // the query head
   int begin, end;    // the keys it sees: every kind of mask leaves a row one interval (attention/mask.h),
-  int prefix_end;    // and R-SWA those below this; 0 where they meet the interval, or there are none
-  float scale, sum;  // its 16-bit query times `scale` is the rotated query; `sum` adds up the 16-bit one
+  int prefix_end;    // and R-SWA also the keys below this; 0 where they touch the interval or there are none
+  float scale, sum;  // the 16-bit query times `scale` is the rotated query; `sum` adds up the 16-bit one
 };
 
 __device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const TileRows& tile, int row) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ RowInfo row_info(const AttentionParams& p, const Tile
   return info;
 }
 
-// The rows of a block; false where it has none of this launch's.
+// Finds the rows of a block. Returns false where it has none of this launch.
 __device__ __forceinline__ bool find_rows(const AttentionParams& p, const BlockIndex& block, int tile_rows,
                                           TileRows& tile) {
   tile.kv_head = block.kv_head;
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool find_rows(const AttentionParams& p, const BlockI
   return complete_rows(p, tile_rows, tile);
 }
 
-// softmax_scale, the per-tensor scales and the rotation's norm: what a query's product with a key is multiplied by.
+// The factor of a query's product with a key: softmax_scale, the per-tensor scales and the rotation's norm.
 __device__ __forceinline__ float logit_factor(const AttentionParams& p, const TileRows& tile) {
   return p.softmax_scale * p.q_scale.at(tile.batch, tile.kv_head) * p.k_scale.at(tile.batch, tile.kv_head) *
          p.key_unrotate;

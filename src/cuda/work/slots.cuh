@@ -1,4 +1,4 @@
-// Where a token is stored: from its number through the slot mapping to a block and an offset.
+// Where a token is stored: the way from its number through the slot mapping to a block and an offset.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace quire::cuda {
 
-// Where a token goes. Not stored: its slot is negative, or outside the cache.
+// Where a token goes. It is not stored where its slot is negative or outside of the cache.
 struct SlotAddress {
   std::int64_t block = 0, offset = 0;
   bool stored = false;

@@ -12,13 +12,13 @@ namespace {
 
 std::vector<void (*)()> functions;
 
-// The type says which overload is meant.
+// The type selects the overload.
 template <class F>
 void link(F* function) {
   functions.push_back(reinterpret_cast<void (*)()>(function));
 }
 
-// A mode of floats that another mode reads.
+// A mode of floats, which are read in the place of another mode's.
 class Backend : public quire::QuantKVBackend {
  public:
   quire::ModeId mode() const override { return *quire::parse_kv_cache_dtype("every_function"); }

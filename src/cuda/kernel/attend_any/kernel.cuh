@@ -41,8 +41,8 @@ __device__ __forceinline__ float dot4(float sum, float4 a, float4 b) {
 template <class F>
 inline constexpr int kUnpacked = F::kUnit > kChunk ? F::kUnit : kChunk;
 
-// The rows of a tile's keys to fp32 levels [kKeys][pitch], zeros past the head size and for keys that are not read, and
-// their (scale, offset). Returns whether this thread met a level that is not finite.
+// Unpacks the rows of a tile's keys to fp32 levels [kKeys][pitch], zeros past the head size and for keys that are not
+// read, and their (scale, offset). Returns whether this thread met a level that is not finite.
 template <format::Format F>
 __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendAnyConfig::Storage& shared, int kv_head,
                                             int head_size, float* levels, float2* affine, int thread) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendA
     if (shared.block[k] >= 0) {
       const std::uint8_t* row = side.row(shared.block[k], shared.slot[k], kv_head);
       const int access = kElements == kChunk ? side.access : 1;
-      // The byte before the codes, for units that see it.
+      // The byte before the codes is there for units that see it.
       alignas(16) std::uint8_t bytes[16 + kBytes] = {};
       alignas(16) std::uint8_t codes[kBytes] = {};
       load_bytes(row + chunk * kBytes, codes, row_bytes - chunk * kBytes, access);
@@ -92,8 +92,8 @@ __device__ __forceinline__ bool unpack_rows(const CacheSide& side, const AttendA
   return !all_finite;
 }
 
-// Levels to values where the rows have a centre: scale * level + offset + centre, in place; (scale, offset) become (1,
-// 0). A warp a row. All threads call it, after unpack_rows.
+// Turns levels into values where the rows have a centre: scale * level + offset + centre, in place, after which (scale,
+// offset) are (1, 0). Each warp takes a row at a time. All threads call it, after unpack_rows.
 template <format::Format F>
 __device__ __noinline__ void add_centre(const CacheSide& side, AttendAnyConfig::Storage& shared, int kv_head,
                                         int head_size, float* levels, float2* affine, int thread) {
@@ -172,7 +172,7 @@ class AttendAnyBlock {
     add_values();
   }
 
-  // Rows leave through shared memory: [kRows][pitch_v] in the values' place.
+  // The rows leave through shared memory, [kRows][pitch_v], in the place of the values.
   __device__ __forceinline__ void finish() {
     if (lane_ == 0) {
 #pragma unroll
@@ -214,7 +214,7 @@ class AttendAnyBlock {
     }
   }
 
-  // Who sees which key (lane = key), and where the seen ones are. False where no row sees any.
+  // Finds who sees which key (each lane has a key) and where the seen ones are. Returns false where no row sees any.
   __device__ __forceinline__ bool find_keys(int key0) {
     const int key = key0 + lane_;
     std::uint32_t warp_sees = 0;
@@ -262,7 +262,7 @@ class AttendAnyBlock {
     any_odd_value_ = __syncthreads_or(odd_values) != 0;
   }
 
-  // affine.scale over the norm of the row's levels.
+  // Divides affine.scale by the norm of the row's levels.
   static __device__ __forceinline__ void divide_by_norm(float2& affine, const float* levels, int pitch) {
     float squares = 0.0F;
     for (int c = 0; c < pitch / 4 - 1; ++c) {
@@ -272,7 +272,7 @@ class AttendAnyBlock {
     affine.x = affine.x / sqrtf(squares);
   }
 
-  // Logits and the running softmax: lane = key.
+  // Computes the logits and the running softmax; each lane has a key.
   __device__ __forceinline__ void weigh(int key0) {
     readable_ = __ballot_sync(kFullWarp, shared_.block[lane_] >= 0);
     float2 key_affine = shared_.key_affine[lane_];
@@ -313,7 +313,7 @@ class AttendAnyBlock {
     }
   }
 
-  // Weighted values: a thread owns columns thread, thread + 128 and so on.
+  // Adds the weighted values; a thread owns columns thread, thread + 128 and so on.
   __device__ __forceinline__ void add_values() {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
@@ -325,7 +325,7 @@ class AttendAnyBlock {
         const int k = __ffs(static_cast<int>(left)) - 1;
         const float level = values_[k * pitch_v_ + column];
         if (any_odd_value_) {
-          // A NaN or an infinity must reach only the rows that see its key: 0 * NaN is not 0.
+          // A NaN or an infinity must reach only the rows that see its key, and 0 * NaN is not 0.
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             if ((shared_.row_sees[r] >> k & 1U) != 0) acc_[i][r] = fmaf(shared_.weight[k][r], level, acc_[i][r]);

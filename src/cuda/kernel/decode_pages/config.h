@@ -1,4 +1,5 @@
-// Sizes and shared memory of decode_pages.
+// The sizes and the shared memory of decode_pages, for a pair of formats, a class of head sizes and a number of query
+// rows.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@
 
 namespace quire::cuda {
 
-// Whether codes that nobody wrote may be NaN.
+// Whether the bytes of a slot that was never stored may decode to NaN. Such rows need care even where nobody sees them.
 template <class F>
 inline constexpr bool kCodesMayBeNaN =
     F::kStatsOf == format::StatsOf::kNothing || std::is_same_v<F, format::Fp8PerTokenHead>;
@@ -24,46 +25,51 @@ struct DecodePagesConfig {
   using ValuePieces = Pieces<ValueF, kHead, 8>;
   static constexpr bool kBFloat16Keys = std::is_same_v<KeyF, format::BFloat16>;
   static constexpr bool kBFloat16Values = std::is_same_v<ValueF, format::BFloat16>;
-  // Up to four rows stand on the even columns of a product, a row a lane: no lane computes the softmax of padding.
+  // A tile of four rows stands on the even columns of a product, one row a lane, so that no lane computes the softmax
+  // of padding.
   static constexpr bool kSpread = kRows == 4;
-  static constexpr int kTiles = kSpread ? 1 : kRows / 8;     // of 8 columns
-  static constexpr int kColumns = kSpread ? 1 : 2 * kTiles;  // rows of a lane
-  static constexpr int kSets = kRows / 4;                    // of four rows, in partials
+  static constexpr int kTiles = kSpread ? 1 : kRows / 8;     // tiles of 8 columns
+  static constexpr int kColumns = kSpread ? 1 : 2 * kTiles;  // query rows that one lane holds
+  static constexpr int kSets = kRows / 4;                    // groups of four rows, the unit of a partial result
 
-  // Table look-ups wait on one another: more warps.
+  // Look-ups in a table wait for one another, so more warps are needed to fill the time.
   static constexpr int kWarps = KeyOperand<KeyF>::kTableBytes > 0 && kHead <= 128 && kRows <= 8 ? 16 : 8;
-  static constexpr int kThreads = 32 * (kWarps + 4);  // a warpgroup for the copies, so that it can give registers
+  // The copies have a whole warpgroup, so that it can give registers away.
+  static constexpr int kThreads = 32 * (kWarps + 4);
   static constexpr int kConsumerRegisters = kWarps == 16 ? 104 : 216;
   static constexpr int kProducerRegisters = kWarps == 16 ? 64 : 72;
-  // Slices at once.
+  // How many slices a warp works on at once.
   static constexpr int kRawWords =
       2 * KeyPieces::kCount * KeyPieces::kWords + 4 * ValuePieces::kCount * ValuePieces::kWords;
   static constexpr int kSlicesAtOnce = kWarps > 8 || kRows > 16 || kHead > 128 || kRawWords > 32 ? 1 : 2;
-  static constexpr bool kLateValues = kRawWords > 32 || kRows > 16;  // loaded once K's registers are free
-  // What divides the address of every row where nothing is odd about the layout: rows of slots are as aligned as a slot.
+  // Whether V is loaded only when K's registers are free.
+  static constexpr bool kLateValues = kRawWords > 32 || kRows > 16;
+  // The power of two that divides the address of every row in an ordinary layout. Rows inside of slots are only as
+  // aligned as the slot.
   static constexpr bool kSlots =
       KeyF::kMetaPlace == format::MetaPlace::kInRow || ValueF::kMetaPlace == format::MetaPlace::kInRow;
   static constexpr int kRowBytes = static_cast<int>(format::row_bytes<KeyF>(kHead) | format::row_bytes<ValueF>(kHead));
   static constexpr int kAccess = !kSlots ? 16 : kRowBytes % 4 == 0 ? 4 : 2;
-  static constexpr int kLeastAccess = kSlots ? 2 : 4;                      // whatever the layout
-  static constexpr bool kTail = kCodesMayBeNaN<KeyF> || KeyF::kLevelNorm;  // elements past the head size matter
+  static constexpr int kLeastAccess = kSlots ? 2 : 4;  // what every accepted layout guarantees
+  // Whether elements past the head size reach the result.
+  static constexpr bool kTail = kCodesMayBeNaN<KeyF> || KeyF::kLevelNorm;
 
   static constexpr int kMaxStages = 32;
   static constexpr int kSegments = 4;
-  static constexpr int kQueryRows = kRows < 8 ? kRows : 8;  // on their way to registers
+  static constexpr int kQueryRows = kRows < 8 ? kRows : 8;  // rows that are staged at a time on their way to registers
   static constexpr int kQueryPitch = 2 * kHead + 16;
-  // Where accumulators take the registers, queries are kept in shared memory, as fragments.
+  // Where the accumulators take the registers, the queries stay in shared memory, as fragments.
   static constexpr bool kQueryInShared = kRows * kHead > 16 * 128;
 
   struct Segment {
     TileRows tile;
     SliceRun run;
-    int num_slices;  // none: the end
+    int num_slices;  // 0 marks the end of the list
     int slot;
   };
   struct StageInfo {
-    int first_key;  // far below 0: nothing was copied
-    int careful;    // some row does not see some of the keys
+    int first_key;  // far below 0 where nothing was copied
+    int careful;    // 1 where some row does not see some of the keys
   };
   struct Warp {
     alignas(16) std::uint8_t queries[kQueryRows * kQueryPitch];
@@ -79,7 +85,7 @@ struct DecodePagesConfig {
   };
   static constexpr int kHeaderBytes = (static_cast<int>(sizeof(Storage)) + 127) / 128 * 128;
   static constexpr int kSharedBytes = 227 * 1024;
-  static constexpr int kSlack = 512;  // what is read past the last row: a row of the head-size class
+  static constexpr int kSlack = 512;  // bytes that loads may read past the last row: one row of the head-size class
 };
 
 }  // namespace quire::cuda

@@ -1,4 +1,5 @@
-// A consumer warp of decode_pages: one KV head's rows of each segment, slice by slice.
+// A consumer warp of decode_pages. It attends one KV head's query rows of each segment over the segment's keys, slice
+// by slice.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,8 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
         stage_(group_),
         barriers_(ptx::shared_address(shared.full)),
         lane4_(4 * static_cast<std::uint32_t>(lane)) {
-    // Row g of a product is key g ^ (g >> 1 & 1) of the slice, so that the keys of one load of V lie in both halves of
-    // the banks.
+    // Row g of a product is key g ^ (g >> 1 & 1) of the slice. This order puts the keys that one load of V touches into
+    // both halves of the shared-memory banks.
     const int head = warp % p.slice.num_heads;
     key_ = quad_ ^ (quad_ >> 1 & 1);
     value_key_ = 2 * pair_ ^ (pair_ & 1);
@@ -45,7 +46,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
                                          : place(p.slice.value, key_) + code_bytes<ValueF>(p.head_size_v);
     leads_ = lane == 0 ? 1U : 0U;
     touch_signs(KeyF::kRotation, format::row_shape(p.head_size).block, lane);
-    // Kept in registers, not computed again in the loop.
+    // The empty assembly makes the compiler keep these in registers instead of computing them again in the loop.
     asm volatile("" : "+r"(key_at_), "+r"(value_at_[0]), "+r"(value_at_[1]), "+r"(key_meta_), "+r"(value_meta_));
     asm volatile("" : "+r"(barriers_), "+r"(leads_), "+r"(lane4_));
   }
@@ -60,8 +61,9 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
       load_queries(segment.tile);
       clear();
       biased_ = p_.softcap > 0.0F || p_.alibi_slopes != nullptr || p_.qq_bias != nullptr ? 1U : 0U;
-      asm volatile("" : "+r"(biased_));                                     // asked once
-      const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;  // with those that are there to fill up
+      asm volatile("" : "+r"(biased_));  // so that the loop tests a register
+      // The stages of this group, those without a slice included.
+      const int slices = (segment.num_slices + p_.groups - 1) / p_.groups;
       int left = slices;
       if (p_.aligned && !(Config::kTail && p_.head_size < kHead)) {
         constexpr int kN = Config::kSlicesAtOnce;
@@ -70,7 +72,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
           if (kCentered && left % 16 < kN) center();
         }
       }
-      for (; left > 0; --left) {  // what is left, and whatever is unusual
+      for (; left > 0; --left) {  // the rest, and every slice of an unusual layout
         take<1, Config::kTail, Config::kLeastAccess>(segment);
         if (kCentered && left % 16 == 0) center();
       }
@@ -115,7 +117,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
   using typename Base::ValueOp;
   using typename Base::Values;
   static constexpr int kPlanes = KeyOp::kPlanes;
-  // Two chains of products where one would wait for itself.
+  // Two independent chains of products, where a single one would wait for its own result.
   static constexpr int kChains = kPlanes == 1 && kTiles == 1 ? 2 : 1;
 
   template <class F>
@@ -125,7 +127,8 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
 
   // ---- slices -------------------------------------------------------------------------------------------------------
 
-  // The next kN slices of this group. kTail: there are elements past the head size that matter; kAccess: load_piece's.
+  // Attends over the next kN slices of this group. kTail: some elements past the head size reach the result. kAccess:
+  // as in load_piece.
   template <int kN, bool kTail, int kAccess>
   __device__ __forceinline__ void take(const typename Config::Segment& segment) {
     Slice slices[kN];
@@ -146,7 +149,8 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     for (int n = 0; n < kN; ++n) multiply_values(slices[n]);
   }
 
-  // Waits for the next stage of this group; its keys and scales to registers. Whether to be careful.
+  // Waits for the next stage of this group and loads its keys and scales into registers. Returns whether some row does
+  // not see some of the keys.
   template <int kAccess>
   __device__ __forceinline__ int load_keys(Slice& slice) {
     slice.barrier = barriers_ + 8 * stage_;
@@ -190,7 +194,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     return F::read_meta(meta, format::row_shape(head_size));
   }
 
-  // Values to registers, and the stages back.
+  // Loads the values into registers and gives the stages back to the producer.
   template <int kAccess, int kN>
   __device__ __forceinline__ void load_values(Slice (&slices)[kN]) {
 #pragma unroll
@@ -211,7 +215,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     }
   }
 
-  // Codes of elements past the head size, which may be those of a NaN, to zeros.
+  // Replaces the codes of elements past the head size, which may be those of a NaN, by zeros.
   __device__ __forceinline__ void zero_tail(Slice& slice) const {
     if constexpr (kCodesMayBeNaN<KeyF>) {
       constexpr int kPerWord = 32 / kCodeBits<KeyF>;
@@ -227,7 +231,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     }
   }
 
-  // Logits in log2, times the row's scale: of the lane's columns and keys.
+  // Computes the logits of the lane's columns and keys, in log2 and times the row's scale.
   template <int kN, bool kTail>
   __device__ __forceinline__ void multiply_keys(Slice (&slices)[kN]) {
     float s[kN][kTiles][kPlanes * kChains][4] = {};
@@ -259,7 +263,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
               ptx::mma_16x8x16<Config::kBFloat16Keys>(s[n][m][kChains == 2 ? step % 2 : plane], a, query.x, query.y);
             }
             if constexpr (KeyF::kLevelNorm) {
-              // The squares of a row's levels, on the diagonals.
+              // The diagonals of these products are the squared norms of the rows' levels.
               ptx::mma_16x8x8(norm[n][0], a[0], a[1], a[0]);
               ptx::mma_16x8x8(norm[n][1], a[0], a[1], a[1]);
               ptx::mma_16x8x8(norm[n][0], a[2], a[3], a[2]);
@@ -272,7 +276,8 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       if constexpr (KeyF::kLevelNorm) {
-        // Of key_: element (quad, quad) of the first, of the one eight later: of the second's lower half.
+        // This fetches the norms of the lane's two keys. That of key_ is element (quad, quad) of the first product;
+        // that of the key eight later is on the diagonal of the second product's lower half.
         const int lane = (lane_ & 28) | quad_ / 2;
         const float squares = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][0][1] : norm[n][0][0], lane);
         const float later = __shfl_sync(kFullWarp, quad_ & 1 ? norm[n][1][3] : norm[n][1][2], lane);
@@ -301,7 +306,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
       dot = products[0][element];
     }
     const float factor = row_factor(c);
-    // Levels of a kLevelNorm format are divided by their norm, in units.
+    // The norm of a kLevelNorm format is taken of the scaled levels, so the unit cancels.
     constexpr float kPlane = KeyF::kLevelNorm ? 1.0F : KeyOp::plane(0) / kQueryGain;
     float s = 0.0F;
     if constexpr (KeyF::kHasOffset || KeyOp::kBias != 0.0F) {
@@ -330,7 +335,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     }
   }
 
-  // Whether some row sees the key: what lies in the place of others may be anything.
+  // Whether some row sees the key. The bytes in the place of any other key may be anything.
   static __device__ __forceinline__ bool is_read(const TileRows& tile, int key) {
     return (key >= tile.begin && key < tile.end) || (key >= tile.first && key < tile.prefix_end);
   }
@@ -342,7 +347,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = slices[n].first_key + key_ + 8 * i;
-        if (!is_read(tile, key)) slices[n].of_value[i] = {0.0F, 0.0F};  // or it would choose the unit
+        if (!is_read(tile, key)) slices[n].of_value[i] = {0.0F, 0.0F};  // its scale must not choose the unit
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           const RowInfo& row = own_.rows[row_of(c)];
@@ -353,7 +358,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
     }
   }
 
-  // Codes of rows that nobody sees to zeros: what lies there may be NaN, and a weight of 0 does not help.
+  // Replaces the codes of rows that nobody sees by zeros: they may decode to NaN, which a weight of 0 does not remove.
   template <int kN>
   __device__ __forceinline__ void zero_unread(Slice (&slices)[kN], const typename Config::Segment& segment) const {
 #pragma unroll
@@ -382,7 +387,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
         };
         constexpr bool kBf16 = Config::kBFloat16Values;
         if constexpr (kSpread) {
-          // Even columns hold keys 0 to 7, odd ones 8 to 15.
+          // Even columns hold keys 0 to 7 of the slice, odd ones 8 to 15.
           weights[0][plane][0] = ptx::transpose_8x8(pack_pair<kBf16>(at(0, 0), at(0, 1)));
           weights[0][plane][1] = __shfl_xor_sync(kFullWarp, weights[0][plane][0], 4);
         } else {
@@ -422,7 +427,7 @@ class PageConsumer : PageQueries<KeyF, ValueF, kHead, kRows> {
   std::uint32_t parity_ = 0;
   std::uint32_t barriers_, lane4_, leads_;
   int key_, value_key_;
-  std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // in the first stage
+  std::uint32_t key_at_, value_at_[2], key_meta_, value_meta_;  // shared addresses within the first stage
 
   std::uint32_t biased_;
 };

@@ -1,19 +1,21 @@
-// unified_attention for few query rows at the memory's speed: decode and verify on sm_90a.
+// decode_pages is unified_attention for few query rows (decode and verification) at the speed of memory, on sm_90a.
 //
-//   grid    one block a multiprocessor. The slices (16 keys) of all sequences are one list; a block takes a run of it
-//           (work/page_list.cuh), whatever sequences that meets.
-//   block   8 or 16 consumer warps, one a KV head, and one warp that copies. With fewer KV heads the warps are groups,
-//           each with every head, which take the slices in turn.
-//   stage   one slice of all heads: codes and scales of K and V, as they lie in the page, by bulk copies of whole runs
-//           (attention/page_slices.h). As many stages as fit, so that 170 KiB and more are on their way at any time.
-//   slice   K is the first operand of m16n8k16, keys on its rows, straight from the raw words (format/operand.cuh): S^T
-//           = K Q^T. Query rows stand on the columns. Then O^T = V^T P^T, dimensions on the rows.
+//   grid    One block a multiprocessor. The slices (16 keys) of all sequences form one list, and every block takes a
+//           run of it (work/page_list.cuh), whichever sequences the run meets.
+//   block   8 or 16 consumer warps, one a KV head, and one warp that copies. Where there are fewer KV heads than
+//           warps, the warps form groups that each have every head and take the slices in turn.
+//   stage   One slice of all heads: codes and scales of K and V as they lie in the page, fetched by bulk copies of
+//           whole runs (attention/page_slices.h). There are as many stages as fit: 170 KiB and more are always on
+//           their way.
+//   slice   S^T = K Q^T: K is the first operand of m16n8k16 with keys on its rows, made straight from the raw words
+//           (format/operand.cuh), and the query rows stand on the columns. Then O^T = V^T P^T, with dimensions on
+//           the rows.
 //
-//   The running maximum moves only when some weight would pass 2^12: most slices need no shuffle. Weights are relative
-//   to it and, where values have scales, to `unit`, a power of two no scale has exceeded by much.
+//   The running maximum moves only when some weight would pass 2^12, so most slices need no shuffle. Weights are
+//   relative to it and, where values have scales, to `unit`, a power of two that no scale has exceeded by much.
 //
-// Partial results go to memory in the order of the fragments; merge_pages combines them. Budget and measurements:
-// docs/kernels/decode.md.
+// Partial results go to memory in the order of the fragments, and merge_pages combines them. The budget and the
+// measurements are in docs/kernels/decode.md.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// decode_pages and merge_pages in the stream, the second launched so that it can start while the first ends.
+// Puts decode_pages and merge_pages into the stream. The merge is launched so that it can start while decode_pages
+// ends.
 #include <algorithm>
 #include <cstdint>
 
@@ -11,7 +12,7 @@
 namespace quire::cuda {
 namespace {
 
-constexpr int kLine = 128;  // bytes: stages begin at a line of shared memory
+constexpr int kLine = 128;  // bytes of a line of shared memory, where stages begin
 
 template <int kHead>
 __global__ void __launch_bounds__(32 * PagesMerge<kHead>::kMostWarps)
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(32 * PagesMerge<kHead>::kMostWarps)
 #endif
 }
 
-// Launches a kernel that may start while the one before it in the stream ends; it waits for that itself.
+// Launches a kernel that may start while the one before it in the stream ends. The kernel itself waits for that end.
 template <class Params>
 cudaError_t launch_overlapped(void (*kernel)(Params), std::int64_t blocks, int threads, std::size_t shared_bytes,
                               const Params& params, cudaStream_t stream) {
@@ -55,7 +56,7 @@ cudaError_t launch_merge(const MergePagesParams& params, cudaStream_t stream) {
                            params, stream);
 }
 
-// Log2 of the warps for each row of about `count` partials: as many as one load of each has them all on their way.
+// The log2 of the warps that merge a row of about `count` partials: enough that one load of each warp fetches them all.
 int merge_warps(std::int64_t count) {
   constexpr int kMost = 4;
   int log2 = 0;
@@ -63,7 +64,7 @@ int merge_warps(std::int64_t count) {
   return log2;
 }
 
-// How the list is shared out, and the slots of its partial results.
+// How the list is divided among the blocks, and how many slots their partial results take.
 struct Sharing {
   int heads, parts, groups, blocks;
   std::int64_t slots;
@@ -119,7 +120,8 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   p.list = {params.sequence_tiles, params.batch_invariant ? kInvariantGrain : 0, sharing.blocks};
   p.parts = sharing.parts;
   p.groups = sharing.groups;
-  // Loads reach past the last row where rows are smaller than their class, or unaligned: not into the next stage.
+  // Where rows are smaller than their class or unaligned, loads reach past the last row; these bytes keep them out of
+  // the next stage.
   const bool full = params.head_size == kernel.head_class && params.head_size_v == kernel.head_class;
   const int past = !full ? kernel.slack : (kernel.access < 16 ? 16 : 0);
   p.stage_bytes = (p.slice.bytes + past + kLine - 1) / kLine * kLine;
@@ -147,7 +149,7 @@ cudaError_t launch_pages(const PagesKernel& kernel, void (*function)(DecodePages
   merge.tiles = static_cast<int>(tiles);
   merge.num_tokens = p.num_tokens;
   merge.output = p.output;
-  // The order of a row's sums must not depend on the batch where that is invariant.
+  // Where results are batch-invariant, the order in which a row's partials are summed must not depend on the batch.
   const std::int64_t count = (sharing.blocks / std::max<std::int64_t>(1, tiles) + 2) * p.groups;
   merge.log2_warps = params.batch_invariant ? 3 : merge_warps(count);
   merge.warps = 1 << merge.log2_warps;

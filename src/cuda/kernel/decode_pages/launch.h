@@ -1,4 +1,4 @@
-// decode_pages in the table of kernels: a row for each number of query rows of a tile.
+// decode_pages in the table of kernels: one row for each number of query rows that a tile can have.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +8,12 @@
 
 namespace quire::cuda {
 
-// Tiles that a class of head sizes is compiled for: what is worth its device code.
+// The tiles that are compiled for a class of head sizes: those that are worth their device code.
 constexpr bool has_tile(int head_class, int rows) {
   return head_class == 128 || (head_class == 64 && (rows == 4 || rows == 16)) || (head_class == 256 && rows == 8);
 }
-// The tile that batch_invariant takes: of the smallest class of head sizes, the smallest that holds the heads of a token.
+// Whether batch_invariant takes this tile. It takes the smallest class of head sizes that fits, and in it the smallest
+// tile that holds the query heads of one token.
 constexpr bool is_invariant_tile(int head_class, int rows, int head_size, int group_size) {
   const int own_class = head_size <= 64 ? 64 : (head_size <= 128 ? 128 : 256);
   if (head_class != own_class || group_size > rows) return false;

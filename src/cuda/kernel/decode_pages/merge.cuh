@@ -1,4 +1,4 @@
-// The partial results of decode_pages to outputs.
+// Merges the partial results of decode_pages into rows of the output.
 #pragma once
 
 #include <cstdint>
@@ -12,22 +12,22 @@
 
 namespace quire::cuda {
 
-inline constexpr int kMergeWarps = 4;  // of a block, where a row has no more
+inline constexpr int kMergeWarps = 4;  // warps of a block whose rows have one warp each
 
-// A row's partials are dealt out to `p.warps` warps, whose lanes have kHead / 32 elements each.
+// The partials of a row are divided among `p.warps` warps. In each, a lane has kHead / 32 elements of the row.
 template <int kHead>
 struct PagesMerge {
-  static constexpr int kMostWarps = 16;                            // of a row
-  static constexpr int kVectors = kHead <= 128 ? 1 : kHead / 128;  // float4 of a lane
-  static constexpr int kLanes = kHead / 4 / kVectors;              // that have elements
-  static constexpr int kAtOnce = 8 / kVectors;                     // partials whose loads are on their way together
+  static constexpr int kMostWarps = 16;                            // the most warps that share a row
+  static constexpr int kVectors = kHead <= 128 ? 1 : kHead / 128;  // float4 vectors of a lane
+  static constexpr int kLanes = kHead / 4 / kVectors;              // lanes that have elements
+  static constexpr int kAtOnce = 8 / kVectors;                     // partials that are loaded together
 
   struct alignas(16) Sum {
-    float max = -INFINITY, sum = 0.0F;  // max in log2
+    float max = -INFINITY, sum = 0.0F;  // max is in log2
     float4 total[kVectors] = {};
 
-    // Adds `count` partials whose states and whose elements of this lane are so many bytes apart; a lane's vectors are
-    // `vector_stride` float4 apart. All lanes call.
+    // Adds `count` partials to this sum. `state_step` and `vector_step` are the bytes from one partial to the next, of
+    // its state and of this lane's elements; the vectors of a lane are `vector_stride` float4 apart. All lanes call.
     __device__ __forceinline__ void add(const char* states, std::int64_t state_step, const char* vectors,
                                         std::int64_t vector_step, int vector_stride, int count, int lane) {
       states += lane % kAtOnce * state_step;
@@ -42,8 +42,8 @@ struct PagesMerge {
           }
           vectors += vector_step;
         }
-        // Lane j has the state of partial j, and so have those kAtOnce on. A partial without a visible key is left out,
-        // whatever it holds.
+        // Lane j holds the state of partial j, and so do lanes j + kAtOnce, j + 2 kAtOnce and so on. A partial without
+        // a visible key is left out, whatever it holds.
         const float2 from = lane % kAtOnce < count ? *reinterpret_cast<const float2*>(states) : float2{};
         states += kAtOnce * state_step;
         const bool exists = from.y != 0.0F;
@@ -51,7 +51,8 @@ struct PagesMerge {
 #pragma unroll
         for (int reach = 1; reach < kAtOnce; reach *= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, reach));
         top = fmaxf(top, max);
-        // NaN sums have no maximum: -inf less -inf must not hide them.
+        // Where both maxima are -inf, their difference would be NaN and would hide a sum that is NaN; the factor is 1
+        // then.
         const float factor = from.x == top ? 1.0F : ptx::ex2_approx(from.x - top);
         float part = exists ? from.y * factor : 0.0F;
 #pragma unroll
@@ -76,17 +77,18 @@ struct PagesMerge {
     }
   };
 
-  // `unit`: the row, as (tile, KV head, row of the tile). `sums`: shared memory of p.warps times kLanes, `own` of kHead
-  // floats, the row's own.
+  // Merges one row and writes it. `unit` numbers the rows as (tile, KV head, row of the tile). `sums` is shared memory
+  // for p.warps times kLanes sums, and `own` is shared memory for the kHead floats of this row.
   static __device__ __forceinline__ void run(const MergePagesParams& p, int unit, Sum* sums, float* own, int warp,
                                              int lane) {
     const int row = unit % p.tile_rows;
     const int head = unit / p.tile_rows % p.num_kv_heads;
     const int tile = unit / p.tile_rows / p.num_kv_heads;
-    const int index = tile % p.max_tiles * p.tile_rows + row;  // of the sequence's rows
+    const int index = tile % p.max_tiles * p.tile_rows + row;  // the row's index within its sequence
     const int query = index / p.group_size;
     const int query_head = head * p.group_size + index - query * p.group_size;
-    const std::int64_t stride = static_cast<std::int64_t>(p.num_kv_heads) * p.tile_rows;  // of a row's partials
+    // The rows between two partials of one row.
+    const std::int64_t stride = static_cast<std::int64_t>(p.num_kv_heads) * p.tile_rows;
     const std::int64_t state_stride = stride * static_cast<int>(sizeof(float2));
     const std::int64_t vector_stride = stride * (kHead * static_cast<int>(sizeof(float)));
     const std::int64_t before = (static_cast<std::int64_t>(tile) * p.groups + warp) * stride + head * p.tile_rows + row;
@@ -95,28 +97,29 @@ struct PagesMerge {
     float4* places[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int place = v * kLanes + lane % kLanes;  // elements f on of a lane of decode_pages
+      const int place = v * kLanes + lane % kLanes;  // which four elements of a lane of decode_pages these are
       const int f = place / 8 * 4;
       places[v] =
           reinterpret_cast<float4*>(own + (f / p.value_piece * 8 + place % 8) * p.value_piece + f % p.value_piece);
     }
-    asm volatile("" ::"r"(query), "r"(query_head), "l"(states), "l"(vectors), "l"(places[0]));  // now, not later
+    // These are computed now, before the wait below.
+    asm volatile("" ::"r"(query), "r"(query_head), "l"(states), "l"(vectors), "l"(places[0]));
     ptx::touch_params<sizeof(MergePagesParams)>(p);
     touch_signs(p.output.rotation, p.output.shape.block, lane);
     ptx::let_next_kernel_start();
     ptx::wait_for_previous_kernel();
     const int4 note = tile < p.tiles ? p.partials.tiles[tile] : make_int4(0, -1, 0, 0);
     const int num_rows = abs(note.w);
-    // Partial i is that of run i / groups and group i % groups; this warp's are warp, warp + p.warps, ..
+    // Partial i comes from run i / groups and group i % groups. This warp has partials warp, warp + p.warps and so on.
     const int count = note.w < 0 || row >= num_rows ? 0 : (note.y - note.x + 1) * p.groups;
     Sum sum;
-    int left = (count - warp + p.warps - 1) >> p.log2_warps;  // negative where there are none
+    int left = (count - warp + p.warps - 1) >> p.log2_warps;  // negative where this warp has none
     states += note.x * p.groups * state_stride;
     vectors += note.x * p.groups * vector_stride;
     std::int64_t state_step = p.warps * state_stride;
     std::int64_t vector_step = p.warps * vector_stride;
 #pragma unroll 1
-    for (int pass = 0;; ++pass) {  // over the partials of this warp, then over the warps' sums
+    for (int pass = 0;; ++pass) {  // pass 0 adds this warp's partials, pass 1 the warps' sums
       sum.add(states, state_step, vectors, vector_step, pass == 0 ? kLanes : 1, left, lane);
       if (pass == 1 || p.warps == 1) break;
       if (lane < kLanes) sums[warp * kLanes + lane] = sum;

@@ -1,4 +1,4 @@
-// What a consumer warp of decode_pages leaves of a segment: a partial result, in the order of the fragments.
+// How a consumer warp of decode_pages leaves a segment: as a partial result, in the order of the fragments.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace quire::cuda {
 
-// The keys of a segment that a group of warps has.
+// Whether a key of a segment belongs to this group of warps.
 struct SlicesOfGroup {
   SliceRun run;
   int group, groups;
@@ -47,11 +47,11 @@ class PageOutput : protected PageSoftmax<KeyF, ValueF, kHead, kRows> {
         group_(warp / p.slice.num_heads),
         head_(part * p.slice.num_heads + warp % p.slice.num_heads) {}
 
-  // Query row of the tile that a column of this lane holds.
+  // The query row of the tile that a column of this lane holds.
   __device__ __forceinline__ int row_of(int column) const {
     return kSpread ? pair_ : 8 * (column / 2) + 2 * pair_ + column % 2;
   }
-  // Element `n` of piece j of a column's output, before v_scale.
+  // Element `n` of piece j of a column's output, before it is multiplied by v_scale.
   __device__ __forceinline__ float output(int column, int j, int n) const {
     const float acc = acc_[tile_of(column)][j * kTilesOfPiece + n / 2][element_of(column, n % 2)];
     return fmaf(acc, ValueOp::kScale / ValueOp::weight(n), offset_[column]) * unit_;
@@ -84,19 +84,19 @@ class PageOutput : protected PageSoftmax<KeyF, ValueF, kHead, kRows> {
     }
   }
 
-  // The dimension of this lane's element f.
+  // The dimension of V that this lane's element f is.
   __device__ __forceinline__ int dimension(int f) const {
     return (f / Values::kElements * 8 + quad_) * Values::kElements + f % Values::kElements;
   }
 
-  // Rows of a column that met an infinite or NaN value: again, value by value.
+  // Rows of a column that met an infinite or NaN value are computed again, value by value.
   __device__ __forceinline__ void redo(const typename Config::Segment& segment, int column, bool finite,
                                        float (&y)[kHead / 8], attention::SoftmaxState& state) {
     TileRows tile = segment.tile;
     tile.kv_head = head_;
     tile.first = max(tile.first, segment.run.first * kSliceKeys);
     tile.end = min(tile.end, (segment.run.slice(segment.num_slices - 1) + 1) * kSliceKeys);
-    auto* row = reinterpret_cast<float*>(own_.queries);  // in registers by now
+    auto* row = reinterpret_cast<float*>(own_.queries);  // the queries are in registers by now, so their place is free
     static_assert(Config::kQueryRows * Config::kQueryPitch >= kHead * static_cast<int>(sizeof(float)));
     const std::uint32_t odd = __ballot_sync(kFullWarp, !finite);
     for (int t = 0; t < 4; ++t) {

@@ -1,5 +1,5 @@
-// The copying warp of decode_pages: walks the block's runs of the list, tells the other warps what comes, and keeps the
-// stages full.
+// The copying warp of decode_pages. It walks the block's runs of the list, tells the other warps which segments come,
+// and keeps the stages full.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ namespace quire::cuda {
 template <class Config>
 class PageProducer {
  public:
-  // `stages`: the address of the first one. `part`, `place`: of the block among those of its KV heads.
+  // `stages` is the shared address of the first stage. `part` is the block's set of KV heads, `place` its number among
+  // the blocks of that set.
   __device__ __forceinline__ PageProducer(const DecodePagesParams& p, typename Config::Storage& shared,
                                           std::uint32_t stages, int part, int place, int lane)
       : p_(p),
@@ -58,7 +59,7 @@ class PageProducer {
     std::int32_t slice_stride = 0, bytes = 0, at = 0;
   };
 
-  // One run of the list, `left` grains from grain `at` on: a segment for each tile it meets.
+  // Walks one run of the list, `left` grains from grain `at` on, and makes a segment of each tile that the run meets.
   __device__ __forceinline__ void walk(const PageList<Config::kRows>& list, int run, int at, int left) {
     int batch = list.find(at);
 #pragma unroll 1
@@ -79,7 +80,7 @@ class PageProducer {
         segment.num_slices = min(count << p_.list.grain_shift, work.slices - before);
         segment.slot = run + batch * p_.list.max_tiles + tile;
         const int blocks = lane_ < segment.num_slices ? entry_of(batch, segment.run.slice(lane_)) : -1;
-        // While the block table is on its way:
+        // This work is done while the entries of the block table are on their way.
         segment.tile = tile_of_sequence<Config::kRows>(p_, work, batch, tile * Config::kRows);
         if (part_ == 0 && lane_ == 0) {
           int4& runs = p_.partials_of_pages.tiles[batch * p_.list.max_tiles + tile];
@@ -94,7 +95,7 @@ class PageProducer {
     }
   }
 
-  // Null: the end.
+  // Tells the consumers that a segment begins; null tells them that the list has ended.
   __device__ __forceinline__ void start_segment(const typename Config::Segment* given,
                                                 const typename Config::Segment& segment) {
     const int i = segment_ % Config::kSegments;
@@ -108,7 +109,7 @@ class PageProducer {
     ++segment_;
   }
 
-  // The entry of the block table for a slice; -1: the table has none.
+  // The block table's entry for a slice, or -1 where the table has none.
   __device__ __forceinline__ int entry_of(int batch, int slice) const {
     const int key = slice * kSliceKeys;
     const int entry = p_.block_shift >= 0 ? key >> p_.block_shift : key / p_.block_size;
@@ -116,7 +117,7 @@ class PageProducer {
     return p_.block_table[batch * p_.table_batch_stride + entry * p_.table_block_stride];
   }
 
-  // An entry; -1: nothing to read. Those outside the cache are counted once.
+  // The entry, or -1 where there is nothing to read. Keys of entries outside of the cache are counted once.
   __device__ __forceinline__ int checked(int block, const TileRows& tile, int slice) const {
     if (block >= 0 && block < p_.num_blocks) return block;
     const int key = slice * kSliceKeys;
@@ -128,12 +129,12 @@ class PageProducer {
     return -1;
   }
 
-  // `next`: the entry of this lane's slice among the first 32.
+  // Copies the slices of a segment. `next` is the entry of this lane's slice among the first 32.
   __device__ __forceinline__ void copy_slices(const typename Config::Segment& segment, int next) {
     const TileRows& tile = segment.tile;
     const SliceRun& run = segment.run;
     const int end = segment.num_slices;
-    // Every segment begins with the first group of warps: the last groups may get a stage without a slice.
+    // Every segment begins with the first group of warps, so the last groups may get a stage without a slice.
     const int stages = (end + p_.groups - 1) / p_.groups * p_.groups;
 #pragma unroll 1
     for (int first = 0; first < stages; first += 32) {

@@ -1,4 +1,5 @@
-// The query rows of a segment, as a consumer warp of decode_pages keeps them: the second operand of its first product.
+// The query rows of a segment as a consumer warp of decode_pages keeps them: as the second operand of its first
+// product.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +31,10 @@ class PageQueries : protected PageOutput<KeyF, ValueF, kHead, kRows> {
   using typename Base::Keys;
   using KeyOp = KeyOperand<KeyF>;
   static constexpr bool kInShared = Config::kQueryInShared;
-  static constexpr int kSteps = kHead / 16;  // of the first product
+  static constexpr int kSteps = kHead / 16;  // k-steps of the first product
   static constexpr int kStepsOfPiece = Keys::kElements / 4;
-  // Queries are this times too large, so that weights of pairs leave them normal numbers.
+  // Queries are multiplied by this gain, so that they stay normal fp16 numbers when they are divided by a pair's
+  // weight.
   static constexpr float kQueryGain = KeyOp::weight(1) != 1.0F || KeyOp::kPlanes > 1 ? 32.0F : 1.0F;
 
   using Base::Base;
@@ -67,7 +69,7 @@ class PageQueries : protected PageOutput<KeyF, ValueF, kHead, kRows> {
     if constexpr (kInShared) return own_.fragments[m][step][lane_];
     return make_uint2(query_[m][step][0], query_[m][step][1]);
   }
-  // What a column's products are multiplied by, and the sum of its query's elements.
+  // The factor of a column's products, and below it the sum of its query's elements.
   __device__ __forceinline__ float row_factor(int column) const {
     if constexpr (kInShared) return factor_ * own_.rows[row_of(column)].scale;
     return row_factor_[column];
@@ -78,7 +80,7 @@ class PageQueries : protected PageOutput<KeyF, ValueF, kHead, kRows> {
   }
 
  private:
-  // Rows 8 m on as the second operand, arranged as the keys' elements are.
+  // Keeps rows 8 m to 8 m + 7 as the second operand, with their elements arranged as those of the keys are.
   __device__ __forceinline__ void keep_queries(int m) {
     const int row = kSpread ? quad_ / 2 : quad_;
     const std::uint8_t* from = own_.queries + row * Config::kQueryPitch + 2 * pair_ * Keys::kElements;
@@ -112,7 +114,7 @@ class PageQueries : protected PageOutput<KeyF, ValueF, kHead, kRows> {
   }
 
   std::uint32_t query_[kInShared ? 1 : kTiles][kInShared ? 1 : kSteps][2];
-  float factor_;  // of all rows
+  float factor_;  // the part of the factor that all rows share
   float row_factor_[kInShared ? 1 : kColumns], query_sum_[kInShared ? 1 : kColumns];
 };
 

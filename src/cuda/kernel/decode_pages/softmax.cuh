@@ -1,4 +1,4 @@
-// The softmax of decode_pages between its two products: a warp's running maxima, sums and accumulators.
+// The softmax of decode_pages, between its two products: a warp's running maxima, sums and accumulators.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace quire::cuda {
 
-// A logit in log2 with its biases. A call: the loop would have a copy for each logit of a lane.
+// A logit in log2 with its biases. It is a function call, because inlined it would be copied for each logit of a lane.
 static __device__ __noinline__ float biased_logit(const AttentionParams& p, const TileRows& tile, const RowInfo& row,
                                                   float s, int key) {
   return kLog2E * add_bias(bias_row(p, tile, row), exact::nan_unless_finite(s * kLn2), key);
@@ -27,27 +27,28 @@ class PageSoftmax {
   using ValueOp = ValueOperand<ValueF>;
   static constexpr int kTiles = Config::kTiles;
   static constexpr int kColumns = Config::kColumns;
-  static constexpr int kOutTiles = kHead / 16;  // of the second product: 16 dimensions each
+  static constexpr int kOutTiles = kHead / 16;  // tiles of the second product, 16 dimensions each
   static constexpr bool kSpread = Config::kSpread;
   static constexpr float kMostWeight = 4096.0F;
-  static constexpr float kNothing = -3e38F;  // the maximum before the first key: any logit passes it
+  static constexpr float kNothing = -3e38F;  // the maximum before the first key, which any logit passes
   static constexpr bool kWeighted = kHasMeta<ValueF>;
   static constexpr bool kCentered = ValueOp::kCenter != 0;
 
-  // Where accumulator element (column, key) of a tile is: `key` 0 is this lane's key_, 1 eight later.
+  // Which element of a tile's accumulator belongs to (column, key), where `key` 0 is this lane's key_ and 1 the key
+  // eight later.
   static __device__ constexpr int element_of(int column, int key) { return 2 * key + (kSpread ? 0 : column % 2); }
   static __device__ constexpr int tile_of(int column) { return kSpread ? 0 : column / 2; }
 
   struct Slice {
     std::uint32_t key[2][Keys::kCount][Keys::kWords];
     std::uint32_t value[4][Values::kCount][Values::kWords];
-    format::Affine of_key[2], of_value[2];  // of this lane's keys
-    std::uint32_t at;                       // of the stage, in bytes
+    format::Affine of_key[2], of_value[2];  // of this lane's two keys
+    std::uint32_t at;                       // bytes from the first stage to this one
     std::uint32_t barrier;
     int first_key;
-    float s[kColumns][2];       // logits in log2
+    float s[kColumns][2];       // logits, in log2
     float x[kColumns][2];       // their exponentials
-    float weight[kColumns][2];  // times the scale of the value, over unit_
+    float weight[kColumns][2];  // exponentials times the scale of the value, over unit_
   };
 
   __device__ __forceinline__ void clear() {
@@ -69,7 +70,7 @@ class PageSoftmax {
     }
   }
 
-  // Logits to weights.
+  // Turns the logits of the slices into weights.
   template <int kN>
   __device__ __forceinline__ void weigh(Slice (&slices)[kN], bool careful) {
     if constexpr (kWeighted) scale_values(slices, inverse_);
@@ -124,7 +125,7 @@ class PageSoftmax {
     }
   }
 
-  // The running maxima and the unit move to where the slices' keys have weights of at most 1.
+  // Moves the running maxima and the unit up, to where the weights of the slices' keys are at most 1.
   template <int kN>
   __device__ __forceinline__ void move(Slice (&slices)[kN]) {
     float grow = 1.0F;
@@ -171,8 +172,8 @@ class PageSoftmax {
     exponentials(slices, base);
   }
 
-  // Sums of weights, and of what offsets add to every dimension. 0 times a NaN scale is not 0: where some row does not
-  // see a key (kCareful), keys without weight do not meet it.
+  // Adds up the weights, and what offsets add to every dimension. 0 times a NaN scale is not 0, so where some row does
+  // not see a key (kCareful), keys of weight 0 are left out.
   template <bool kCareful, int kN>
   __device__ __forceinline__ void add_up(Slice (&slices)[kN]) {
 #pragma unroll
@@ -196,7 +197,7 @@ class PageSoftmax {
     }
   }
 
-  // What kCenter has added to the accumulators is taken away, often enough that they lose few bits to it.
+  // Takes away what kCenter has added to the accumulators, often enough that they lose few bits to it.
   __device__ __forceinline__ void center() {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -221,11 +222,12 @@ class PageSoftmax {
   }
 
   float max_[kColumns];                     // in log2
-  float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset in units
+  float sum_[kColumns], offset_[kColumns];  // of this lane's keys; offset_ is in units
   float unit_, inverse_;
-  bool fresh_;  // unit_ has not been chosen yet
+  bool fresh_;  // whether unit_ has yet to be chosen
   float acc_[kTiles][kOutTiles][4];
-  float weights_[kTiles][4];  // sums of weights since center(), rounded as those of the products; for kCentered
+  // Sums of weights since center(), rounded as the products' weights are; they are used where kCentered.
+  float weights_[kTiles][4];
 };
 
 }  // namespace quire::cuda

@@ -11,9 +11,9 @@
 //   logit = factor[row] * (a_k * (q16 . level_k) + b_k * sum(q16))      p = exp(logit - max)
 //   acc  += fp16(p * a_v / unit) * level_v        offset += p * b_v        out = unit * acc + offset
 //
-// q16 is the rotated query over a power of two (factor takes it back); unit is a power of two no a_v has exceeded so
-// far, so that p * a_v / unit <= 1 always fits fp16: when it grows, acc shrinks with the softmax correction. Byte and
-// instruction budget: docs/kernels/decode.md.
+// q16 is the rotated query divided by a power of two, which factor takes back. unit is a power of two that no a_v has
+// exceeded so far, so that p * a_v / unit <= 1 always fits fp16; when unit grows, acc shrinks with the softmax
+// correction. The budget of bytes and instructions is in docs/kernels/decode.md.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,7 @@ class DecodeWarp {
         first_slice_(tile.first / kSlice),
         last_slice_(tile.end > tile.begin ? (tile.end - 1) / kSlice : first_slice_ - 1) {}
 
-  // The warps share this.
+  // All warps share this work.
   __device__ __forceinline__ void load_queries(int warp) {
     for (int r = warp; r < Config::kRows; r += kWarps) {
       QueryRow query = fetch_query(p_, tile_, row_info(p_, tile_, r), lane_);
@@ -71,7 +71,7 @@ class DecodeWarp {
     }
   }
 
-  // Queries to registers; the block meets after it.
+  // Brings the queries into registers; the block meets after it.
   __device__ __forceinline__ void keep_queries() {
     if constexpr (Config::kQueryInRegisters) {
 #pragma unroll
@@ -79,7 +79,7 @@ class DecodeWarp {
     }
   }
 
-  // A warp has every fourth slice of the block's, from its own number on.
+  // Attends over every fourth slice of the block's keys, from the warp's own number on.
   __device__ __forceinline__ void run(int warp, Softmax& state, float (&acc)[1][kHead / 8][4]) {
     int slice = first_slice_ + ((warp - first_slice_) & (kWarps - 1));
 #pragma unroll
@@ -132,9 +132,9 @@ class DecodeWarp {
     ptx::cp_async_commit();
   }
 
-  // One slice: logits, softmax, weighted values.
+  // Attends over one slice: logits, softmax, weighted values.
   __device__ __forceinline__ void attend(int slice, int stage, Softmax& state, float (&acc)[1][kHead / 8][4]) {
-    // Two lanes convert a row, half each.
+    // Two lanes convert a row, each half of it.
     const std::uint8_t* key_row = own_.raw[stage] + copy_key_ * RawRow<KeyF, kHead>::kPitch;
     const std::uint8_t* value_row = own_.raw[stage] + Config::kKeyBytes + copy_key_ * RawRow<ValueF, kHead>::kPitch;
     if (!key_aligned_) key_row += row_skew(p_.key, ::max(own_.offset[stage][0][copy_key_], std::int64_t{0}));
@@ -163,7 +163,8 @@ class DecodeWarp {
     multiply_values(own_.raw[stage] + Config::kKeyBytes, weights, acc);
   }
 
-  // Half of a raw row to levels. The squares of the whole row's, where the format divides by their norm.
+  // Converts half of a raw row to levels. Returns the squares of the whole row's, where the format divides by their
+  // norm.
   template <class F>
   __device__ __forceinline__ float convert_half(const std::uint8_t* row, bool aligned, int head_size,
                                                 const Tables<F>& tables) {
@@ -177,7 +178,7 @@ class DecodeWarp {
     return squares;
   }
 
-  // Lanes 0 to 15 read the metadata of K rows, 16 to 31 of V rows, whose scale they return.
+  // Lanes 0 to 15 read the metadata of K rows, and lanes 16 to 31 that of V rows, whose scale they return.
   __device__ __forceinline__ float read_meta(int stage, const std::uint8_t* key_row, const std::uint8_t* value_row,
                                              float key_squares) {
     float value_squares = 0.0F;
@@ -219,7 +220,7 @@ class DecodeWarp {
     }
   }
 
-  // Products to weights.
+  // Turns products into weights.
   __device__ __forceinline__ bool weigh(int slice, int stage, Softmax& state, float (&s)[1][2][4],
                                         float (&correction)[1][2]) {
     const std::uint32_t readable = own_.readable[stage];

@@ -1,4 +1,4 @@
-// hadamard on CUDA: a warp a row, through the rotations that the store and the queries take (lane/rotate.cuh).
+// hadamard on CUDA: each warp takes a row through the rotations that the store and the queries use (lane/rotate.cuh).
 #include <cstdint>
 #include <limits>
 #include <string>

@@ -1,4 +1,4 @@
-// merge_attn_states: two partial results over disjoint keys to one.
+// merge_attn_states: merges two partial results over disjoint keys into one.
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kAttentionThreads) merge_states(const __grid_c
   if (lane == 0 && p.merged.lse != nullptr) *lse_at(p.merged) = sum == 0.0F ? -INFINITY : max + logf(sum);
 }
 
-// Of a part that is read, and of the result. A part is not written through its pointers.
+// The part of a tensor that is read, or the result. What is read is not written through these pointers.
 MergePart make_part(const ConstTensor& out, const ConstTensor& lse) {
   const auto bytes = static_cast<std::int64_t>(dtype_bytes(out.dtype));
   MergePart part;

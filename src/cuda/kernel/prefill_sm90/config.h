@@ -50,13 +50,13 @@ struct PrefillSm90Config {
   struct Rows {
     float acc[kRows][kHead + 4];
   };
-  // What a stage's levels mean.
+  // What the levels of a stage mean.
   struct Meta {
     alignas(8) float scale[kKeys], offset[kKeys];
     std::uint32_t readable[kKeys / 32];       // K: one bit a key
     std::uint32_t largest_scale[kKeys / 32];  // V: of 32 keys, as bits
   };
-  // Of K or V: what producer and consumers share besides the stages.
+  // What producer and consumers share of K or of V besides the stages.
   template <class F>
   struct Side {
     alignas(16) std::uint8_t raw[kRaw16<F> ? 16 : kKeys * RawRow<F, kHead>::kPitch];

@@ -8,7 +8,7 @@
 //   turns   the consumers take turns at the tensor cores: one's softmax runs under the other's products, the
 //           producer's copies and conversions under both.
 //
-// Compiled for sm_90a, the only architecture with wgmma. Budget: docs/kernels/prefill.md.
+// It is compiled for sm_90a, the only architecture with wgmma. The budget is in docs/kernels/prefill.md.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@
 
 namespace quire::cuda {
 
-// Fills the stages of K or V, tile after tile. A thread looks up and converts one row of a tile; all of the warpgroup
-// copy every row.
+// Fills the stages of K or V, tile after tile. A thread looks up and converts one row of a tile, and all threads of the
+// warpgroup copy every row.
 template <class F, bool kIsKey, class Config>
 class TileProducer {
  public:
@@ -51,8 +51,8 @@ class TileProducer {
   // All of the warpgroup start together, and meet at kProducersBarrier after this.
   __device__ __forceinline__ void look_up_first() { readable_ = look_up(0); }
 
-  // K's and V's groups of copies take turns from here on, which fill() counts on: empty ones where there is nothing
-  // yet.
+  // From here on the groups of copies of K and of V take turns, which fill() counts on; where there is nothing to copy
+  // yet, a group is empty.
   __device__ __forceinline__ void start() {
     if constexpr (kConverts) {
       start_copies(0);
@@ -161,7 +161,7 @@ class TileProducer {
   std::uint32_t next_readable_ = 0;  // and of the one after
 };
 
-// Whether every row sees all keys of a tile, and which of them are there.
+// Whether every row sees all keys of a tile, and which of the keys are there.
 template <class Meta, int kWords>
 __device__ __forceinline__ bool read_visibility(const TileRows& tile, const Meta& meta, int tile_key,
                                                 std::uint32_t (&readable)[kWords]) {
@@ -189,10 +189,10 @@ __device__ __forceinline__ void init_barriers(Storage& shared) {
   }
 }
 
-// A block of prefill_sm90: the producer, or a consumer, 0 or 1, a warpgroup that multiplies 64 query rows with every
-// tile, the values of a tile after the keys of the next one. (Both loops stand here: as functions or classes of their
-// own they were 3 to 5 % slower in some modes, since the compiler then keeps the addresses of matrices and stages out
-// of the uniform registers.)
+// A block of prefill_sm90. One warpgroup is the producer. Each of the others is a consumer, 0 or 1, that multiplies 64
+// query rows with every tile, and the values of a tile after the keys of the next one. (Both loops stand here: as
+// functions or classes of their own they were slower in some modes, since the compiler then keeps the addresses of
+// matrices and stages out of the uniform registers.)
 template <class KeyF, class ValueF>
 __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, const BlockIndex& block,
                                                    std::uint8_t* shared_bytes) {
@@ -205,7 +205,7 @@ __device__ __forceinline__ void prefill_sm90_block(const AttentionParams& p, con
   const int first_key = tile.first / kKeys * kKeys;
   const int num_tiles = tile.begin < tile.end ? (tile.end - first_key + kKeys - 1) / kKeys : 0;
   const int thread = block.thread % Config::kWarpgroup;
-  // The same in all lanes, and known to be.
+  // The number is the same in all lanes, and the shuffle tells the compiler so.
   const int warpgroup = __shfl_sync(kFullWarp, block.thread / Config::kWarpgroup, 0);
   if (block.thread == 0) init_barriers<KeyF, ValueF>(shared);
   FragmentTables<KeyF>::fill(shared.key_tables, block.thread, Config::kThreads);

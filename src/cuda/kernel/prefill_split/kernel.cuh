@@ -59,7 +59,7 @@ class PrefillBlock {
 
   __device__ __forceinline__ int first_row() const { return first_row_; }
 
-  // Look-ups run two tiles ahead of the products, copies one.
+  // Look-ups run two tiles ahead of the products, and copies one.
   __device__ __forceinline__ void start(int first_key) {
     look_up(first_key, 0);
     __syncthreads();
@@ -137,7 +137,7 @@ class PrefillBlock {
     ptx::cp_async_commit();
   }
 
-  // The raw tile to levels and metadata: kParts threads a row.
+  // Converts the raw tile to levels and metadata, with kParts threads for each row.
   __device__ __forceinline__ void convert_tile(int buffer) {
     const std::uint8_t* key_row = tiles_.key_raw + copy_key_ * RawRow<KeyF, kHead>::kPitch;
     const std::uint8_t* value_row = tiles_.value_raw + copy_key_ * RawRow<ValueF, kHead>::kPitch;
@@ -168,8 +168,8 @@ class PrefillBlock {
     }
   }
 
-  // This thread's part of a row. The squares of the whole row's levels, where the format divides by their norm: each of
-  // the row's threads sums all parts, and keeps only its own levels.
+  // Converts this thread's part of a row. Returns the squares of the whole row's levels, where the format divides by
+  // their norm: each of the row's threads sums all parts, and keeps only its own levels.
   template <class F>
   __device__ __forceinline__ float convert_row(const std::uint8_t* row, bool aligned, int head_size, std::uint8_t* to,
                                                const Tables<F>& tables) {

@@ -1,5 +1,6 @@
-// reshape_and_cache for the pairs of formats that no mode names: the formats are looked up at run time. A warp a row, K
-// and V rows in the two halves of the grid. Compiled without contraction: the bytes are the CPU's.
+// reshape_and_cache for the pairs of formats that no mode names, which are looked up at run time. Each warp stores a
+// row; K and V rows are the two halves of the grid. It is compiled without contraction, so that the bytes are the
+// CPU's.
 #include <cstdint>
 
 #include "cuda/format/dispatch.cuh"

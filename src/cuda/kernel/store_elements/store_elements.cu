@@ -1,5 +1,5 @@
-// reshape_and_cache by elements: one thread each, K and V in the two halves of the grid, formats looked up at run time.
-// Compiled without contraction: the bytes are the CPU's.
+// reshape_and_cache element by element: each thread stores one, K and V are the two halves of the grid, and formats are
+// looked up at run time. It is compiled without contraction, so that the bytes are the CPU's.
 #include <algorithm>
 #include <cstdint>
 

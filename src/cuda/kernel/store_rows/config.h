@@ -13,15 +13,15 @@ namespace quire::cuda {
 template <class Map>
 inline constexpr bool kRowByRow = Map::kElements >= 32;
 
-// Threads of a block of store_rows, and how many blocks are to share a multiprocessor (0: the compiler's choice). Long-
-// lived warps come in small blocks: the launch ends sooner after the last one starts.
+// The threads of a block of store_rows, and how many blocks are to share a multiprocessor (0: the compiler's choice).
+// Warps that live long come in small blocks, so that the launch ends sooner after the last one starts.
 template <class Map>
 inline constexpr int kMapThreads = Map::kElements >= 64 ? 64 : 128;
 template <class Map>
 inline constexpr int kMinBlocks = kRowByRow<Map> ? 8 : 0;
 
 // Rows with metadata inside lie at odd addresses. Such pairs of formats are assembled in shared memory, K row and V row
-// of a token head one behind the other, and copied from there: whole runs of slots where they adjoin, 16 bytes at a
+// of a token head one behind the other, and copied from there in whole runs of slots where they adjoin, 16 bytes at a
 // time, so that no sector is written in parts.
 template <format::Format KeyF, format::Format ValueF>
 inline constexpr bool kStaged =

@@ -1,7 +1,7 @@
-// reshape_and_cache, K rows and V rows of one call in one launch: a token head's K row and V row over the lanes of a
-// warp (format/encode.cuh), written where its slot says.
+// reshape_and_cache of the K rows and V rows of a call in one launch. The lanes of a warp hold the K row and the V row
+// of a token head (format/encode.cuh) and write them where the token's slot says.
 //
-// Compiled without contraction: the bytes are the CPU's. Budget: docs/kernels/store.md.
+// It is compiled without contraction, so that the bytes are the CPU's. The budget is in docs/kernels/store.md.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,8 +25,8 @@ __device__ __forceinline__ void store_input(const StoreSide& side, const LaneInp
   store_row<F, Map>(side, y, slot, head, lane, to, access);
 }
 
-// Copies the staged rows of a warp to their slots, runs of slots that adjoin together. `key_to`, `value_to`: where this
-// lane's rows belong.
+// Copies the staged rows of a warp to their slots, and runs of slots that adjoin together. `key_to` and `value_to` say
+// where this lane's rows belong.
 template <format::Format KeyF, format::Format ValueF, class Map>
 __device__ __forceinline__ void copy_stage(const StoreParams& p, const std::uint8_t* staged, const SlotAddress& slot,
                                            std::uint8_t* key_to, std::uint8_t* value_to, int key_bytes,
@@ -44,8 +44,8 @@ __device__ __forceinline__ void copy_stage(const StoreParams& p, const std::uint
   }
 }
 
-// K and V of a token head by the same lanes, so that the slot is found once. Both rows are loaded before the first is
-// worked on; where a row takes most registers, V is loaded when K's words are free, or K is stored.
+// The same lanes store K and V of a token head, so that the slot is found once. Both rows are loaded before the first
+// is worked on; where a row takes most of the registers, V is loaded when K's words are free, or when K is stored.
 template <format::Format KeyF, format::Format ValueF, class Map>
 __global__ void __launch_bounds__(kMapThreads<Map>, kMinBlocks<Map>) store_rows(const __grid_constant__ StoreParams p) {
   constexpr int kRowsPerBlock = kMapThreads<Map> / Map::kLanes;
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kMapThreads<Map>, kMinBlocks<Map>) store_rows(
   const std::uint32_t row = blockIdx.x * kRowsPerBlock + threadIdx.x / Map::kLanes;
   const std::uint32_t token = p.num_heads.quotient(row);
   const std::uint32_t head = row - token * p.num_heads.divisor;
-  // Lanes past the last row work on it too, and store nothing. The inputs do not wait for the slot: all loads are on
-  // their way together.
+  // Lanes past the last row work on that row too, and store nothing. The inputs do not wait for the slot, so all loads
+  // are on their way together.
   const bool exists = token < p.num_tokens;
   const std::uint32_t read = exists ? token : static_cast<std::uint32_t>(p.num_tokens) - 1;
   std::int64_t slot_index = load_slot(p, read);

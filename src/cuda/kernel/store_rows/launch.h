@@ -12,7 +12,7 @@
 
 namespace quire::cuda {
 
-// Fewer rows than this leave multiprocessors idle if few lanes share a row: then latency counts, not instructions.
+// Fewer rows than this leave multiprocessors idle if few lanes share a row; latency counts then, and not instructions.
 inline constexpr std::int64_t kManyRows = 8192;
 
 // Whether a map serves a side; an exact map also takes its input in 16-byte loads.
