@@ -4,7 +4,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
-from compat import DEVICES, FP32_BOUND, Batch, assert_near, torch
+from compat import BOUND, DEVICES, Batch, assert_near, torch
 
 from quire.compat.vllm_quant_kv import (
     AttentionSpec,
@@ -251,7 +251,7 @@ def test_diffkv_stores_and_reads(device, heads_first):
     made = metadata(batch, TritonAttentionDiffKVMetadataBuilder)
     assert layer_impl.forward(layer(device), query, None, None, cache, made, out) is out
     expected = batch.expected(visible=lambda b, p, j: (j <= p) & (p - j < 8), sinks=torch.ones(4))
-    assert_near(out[:-3], expected, FP32_BOUND[device])
+    assert_near(out[:-3], expected, BOUND[device])
     assert (out[-3:] == 9).all()
 
 
@@ -297,7 +297,7 @@ def test_the_plain_backend(device, heads_first, kv_cache_dtype, dtype, bound):
     for one in (reader, writer):
         batch.out.fill_(float("nan"))
         one.forward(layer(device), batch.query, None, None, cache, metadata(batch), batch.out)
-        assert_near(batch.out, batch.expected(), bound or FP32_BOUND[device])
+        assert_near(batch.out, batch.expected(), bound or BOUND[device])
     assert writer.fused_rope_kvcache_supported() is False
 
 
@@ -309,7 +309,7 @@ def test_an_encoder(device, window):
     assert encoder.do_kv_cache_update(None, None, None, None, None) is None
     encoder.forward(None, batch.query, batch.key, batch.value, None, metadata(batch), batch.out)
     expected = batch.expected(visible=lambda b, p, j: abs(p - j) < (window or 100))
-    assert_near(batch.out, expected, FP32_BOUND[device])
+    assert_near(batch.out, expected, BOUND[device])
     with pytest.raises(NotImplementedError, match="int8"):
         impl(batch, kv_cache_dtype="int8_per_token_head", attn_type="encoder").forward(
             None, batch.query, batch.key, batch.value, None, metadata(batch), batch.out

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from compat import DEVICES, Batch, assert_near, torch
+from compat import DEVICES, Batch, assert_near, assert_same, torch
 
 import quire
 from quire.compat import _turboquant, vllm
@@ -160,7 +160,7 @@ def test_turboquant(device, key_bits, value_bits):
         max_query_len=1,
         max_seq_len=cache.shape[1] * batch.block_table.shape[1],
     )
-    assert torch.equal(by_ops, out)
+    assert_same(by_ops, out, device)
 
 
 def test_turboquant_refuses_other_tables(device):
