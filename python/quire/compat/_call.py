@@ -6,6 +6,7 @@ that only fp8 per tensor looks at, and caches whose rows may be followed by othe
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -31,6 +32,11 @@ def mode_of(name: str, cache: torch.Tensor) -> str:
         return {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8_e5m2"}.get(cache.dtype, "auto")
     if name == "FP8_PER_TENSOR":
         return "fp8_e5m2" if cache.dtype == torch.float8_e5m2 else "fp8"
+    return _named(name)
+
+
+@functools.cache
+def _named(name: str) -> str:
     mode = name.lower()
     try:
         quire.mode_info(mode)
@@ -56,11 +62,11 @@ def float32(value: Any, like: torch.Tensor) -> torch.Tensor | None:
         return None
     if not isinstance(value, torch.Tensor):
         return torch.full((1,), float(value), dtype=torch.float32, device=like.device)
-    return value.to(torch.float32)
+    return value if value.dtype == torch.float32 else value.to(torch.float32)
 
 
 def int32(value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else value.to(torch.int32)
+    return value if value is None or value.dtype == torch.int32 else value.to(torch.int32)
 
 
 def store(
