@@ -3,16 +3,19 @@ scripts/vllm-tests)."""
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 from compat import Batch, assert_near, torch
 
+from quire.compat import _turboquant_config
 from quire.compat import vllm as ours
 
 try:
     import vllm.v1.kv_cache_interface as interface
     from vllm.model_executor.layers.quantization.turboquant.centroids import solve_lloyd_max
     from vllm.model_executor.layers.quantization.turboquant.config import TQ_PRESETS, TurboQuantConfig
+    from vllm.model_executor.layers.quantization.turboquant.config import _get_full_attention_layer_indices as attending
     from vllm.v1.attention.ops import (
         int4_per_token_head,
         triton_reshape_and_cache_flash,
@@ -130,3 +133,48 @@ def test_turboquant_with_vllms_tables_and_sizes(preset, d):
         norm_correction=config.norm_correction,
     )
     assert_near(out, batch.expected(), 0.5)
+
+
+@pytest.mark.parametrize("preset", TQ_PRESETS)
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
+def test_turboquant_configurations_are_vllms(preset, d):
+    theirs = TurboQuantConfig.from_cache_dtype(preset, head_dim=d)
+    mine = ours.TurboQuantConfig.from_cache_dtype(preset, head_dim=d)
+    properties = [key for key, value in vars(TurboQuantConfig).items() if isinstance(value, property)]
+    assert ours.TQ_PRESETS == TQ_PRESETS and len(properties) >= 10
+    for key in [*properties, *vars(theirs)]:
+        assert getattr(mine, key) == getattr(theirs, key), key
+    assert vars(ours.TurboQuantConfig()) == vars(TurboQuantConfig())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_codebooks_are_vllms(bits, d):
+    for mine, theirs in zip(ours.solve_lloyd_max(d, bits), solve_lloyd_max(d, bits), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"is_hybrid": False, "num_hidden_layers": 32},
+        {"is_hybrid": False, "num_hidden_layers": 3},
+        {"is_hybrid": False, "num_hidden_layers": 0},
+        {"is_hybrid": True, "layer_types": ["linear_attention", "full_attention"]},
+        {"is_hybrid": True, "layers_block_type": ["mamba", "attention", "hybrid"]},
+        {"is_hybrid": True, "attn_type_list": [0, 1]},
+        {"is_hybrid": True},
+    ],
+)
+def test_boundary_layers_are_vllms(config):
+    model = SimpleNamespace(is_hybrid=config["is_hybrid"], hf_text_config=SimpleNamespace(**config))
+    model.hf_config = model.hf_text_config
+    assert _turboquant_config._get_full_attention_layer_indices(model) == attending(model)
+    for n in (0, 2, 10):
+        try:
+            expected = TurboQuantConfig.get_boundary_skip_layers(model, n)
+        except NotImplementedError:
+            with pytest.raises(NotImplementedError):
+                ours.TurboQuantConfig.get_boundary_skip_layers(model, n)
+        else:
+            assert ours.TurboQuantConfig.get_boundary_skip_layers(model, n) == expected

@@ -57,24 +57,24 @@ def test_hadamard_keeps_shape_and_dtype(device, dtype):
         vllm.fast_hadamard_transform(torch.zeros(2, 96, device=device))
 
 
-def lloyd_max(bits, d):
-    """vLLM's centroids of N(0, 1 / d) by its recipe (docs/formats/turboquant.md): 200 iterations from even steps, each
-    cell integrated by 200 trapezoids. Where it stops is part of the codebook."""
-    centroids = -3.5 + 7 * (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
-    steps = torch.linspace(0, 1, 201, dtype=torch.float64)
-    ends = torch.tensor([10.5], dtype=torch.float64)
-    for _ in range(200):
-        edges = torch.cat([-ends, (centroids[1:] + centroids[:-1]) / 2, ends])
-        x = edges[:-1, None] + (edges[1:] - edges[:-1])[:, None] * steps
-        density = torch.exp(-x * x / 2)
-        centroids = torch.trapezoid(x * density, dim=1) / torch.trapezoid(density, dim=1)
-    return (centroids / math.sqrt(d)).float()
+def test_the_codebook_is_lloyd_maxs(device):
+    """Each centroid is the mean of its cell, and each boundary is halfway: by sums over a grid, to what 200 steps
+    leave."""
+    for bits in (3, 4):
+        centroids, boundaries = vllm.solve_lloyd_max(128, bits)
+        grid = torch.linspace(-1, 1, 2000001, dtype=torch.float64)
+        weight = torch.exp(-64 * grid * grid)
+        cell = torch.bucketize(grid, boundaries.double())
+        sums = [torch.zeros(2**bits, dtype=torch.float64).index_add_(0, cell, x) for x in (weight * grid, weight)]
+        assert (sums[0] / sums[1] - centroids).abs().max() < 1e-3 * 128**-0.5
+        torch.testing.assert_close(boundaries, (centroids[1:] + centroids[:-1]) / 2, rtol=1e-6, atol=1e-9)
+        assert vllm.get_centroids(128, bits) is vllm.get_centroids(128, bits)
 
 
 def tables(bits, d, device):
     """What vLLM's callers pass: the rotation, centroids and midpoints."""
     rotation = (sylvester(d) / math.sqrt(d & -d)).float().to(device)
-    centroids = lloyd_max(max(bits, 3), d)
+    centroids = vllm.get_centroids(d, max(bits, 3))
     return rotation, centroids.to(device), ((centroids[1:] + centroids[:-1]) / 2).to(device)
 
 

@@ -18,15 +18,20 @@ import torch
 from . import _call
 from ._rotate import fast_hadamard_transform, single_rht
 from ._turboquant import triton_turboquant_decode_attention, triton_turboquant_store
+from ._turboquant_config import TQ_PRESETS, TurboQuantConfig, get_centroids, solve_lloyd_max
 
 __all__ = [
     "KVQuantMode",
+    "TQ_PRESETS",
+    "TurboQuantConfig",
     "fast_hadamard_transform",
+    "get_centroids",
     "get_kv_quant_mode",
     "is_quantized_kv_cache",
     "kv_cache_uses_per_token_head_scales",
     "reshape_and_cache_int4",
     "single_rht",
+    "solve_lloyd_max",
     "triton_reshape_and_cache_flash",
     "triton_reshape_and_cache_flash_diffkv",
     "triton_reshape_and_cache_flash_per_token_head_quant",

@@ -24,6 +24,7 @@ from typing import Any
 
 from .._rotate import fast_hadamard_transform, single_rht
 from .._turboquant import _use_fp8_e4b15, triton_turboquant_decode_attention, triton_turboquant_store
+from .._turboquant_config import TQ_PRESETS, TurboQuantConfig
 from ..vllm import triton_reshape_and_cache_flash, triton_reshape_and_cache_flash_diffkv, unified_attention_diffkv
 from .base import QuantKVBackend
 from .modes import (
@@ -118,6 +119,7 @@ __all__ = [
     "FullAttentionSpec",
     "KVQuantMode",
     "QuantKVBackend",
+    "TQ_PRESETS",
     "TritonAttentionBackend",
     "TritonAttentionDiffKVBackend",
     "TritonAttentionDiffKVImpl",
@@ -125,6 +127,7 @@ __all__ = [
     "TritonAttentionImpl",
     "TritonAttentionMetadata",
     "TritonAttentionMetadataBuilder",
+    "TurboQuantConfig",
     "fast_hadamard_transform",
     "get_backend",
     "get_kv_quant_mode",
