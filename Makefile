@@ -45,7 +45,7 @@ build:
 wheel:
 	@scripts/bootstrap build python
 	@scripts/python-venv build-wheel/venv
-	@build-wheel/venv/bin/pip wheel -q . --no-deps -w dist -Cbuild.tool-args=-j$(JOBS) -Ccmake.args="$(CMAKE_ARGS)"
+	@CMAKE_ARGS="$(CMAKE_ARGS)" build-wheel/venv/bin/pip wheel -q . --no-deps -w dist -Cbuild.tool-args=-j$(JOBS)
 	@ls -l dist/*.whl
 
 cuda:

@@ -48,14 +48,8 @@ class Tensor:
     def bits(self) -> memoryview:
         """The same memory as unsigned integers of as many bytes, on the CPU: what NumPy can show of bfloat16 and
         float8, ``numpy.asarray(t.bits)``."""
-    def __dlpack__(
-        self,
-        *,
-        stream: Any = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> Any:
+    def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None,
+                   dl_device: tuple[int, int] | None = None, copy: bool | None = None) -> Any:
         """The capsule of the array API standard. Nothing is synchronized: a view does not know who writes to it."""
     def __dlpack_device__(self) -> tuple[int, int]:
         """(1, 0) for the CPU, (2, index) for CUDA."""
@@ -121,9 +115,8 @@ def backend_packed_head_size(mode: str, head_size: int) -> int:
 def backend_row_bytes(mode: str, head_size: int, is_value: bool) -> int:
     """QuantKVBackend.row_bytes of a mode's backend."""
 
-def backend_scale_caches(
-    mode: str, num_blocks: int, block_size: int, num_kv_heads: int
-) -> tuple[Tensor | None, Tensor | None]:
+def backend_scale_caches(mode: str, num_blocks: int, block_size: int,
+                         num_kv_heads: int) -> tuple[Tensor | None, Tensor | None]:
     """QuantKVBackend.allocate_scale_caches of a mode's backend."""
 
 def make_layout(spec: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,19 +132,10 @@ class KVCacheViews:
     behind.
     """
 
-    def __init__(
-        self,
-        key_cache: Array,
-        value_cache: Array,
-        k_scale_cache: Array | None = None,
-        v_scale_cache: Array | None = None,
-        *,
-        k_page_meta: Array | None = None,
-        v_page_meta: Array | None = None,
-        k_head_vector: Array | None = None,
-        v_head_vector: Array | None = None,
-        mode: str | None = None,
-    ) -> None:
+    def __init__(self, key_cache: Array, value_cache: Array, k_scale_cache: Array | None = None,
+                 v_scale_cache: Array | None = None, *, k_page_meta: Array | None = None,
+                 v_page_meta: Array | None = None, k_head_vector: Array | None = None,
+                 v_head_vector: Array | None = None, mode: str | None = None) -> None:
         """Views a cache in arrays of your own, of any strides.
 
         key_cache, value_cache: [num_blocks, block_size, Hk, row], row being the format's row in elements of the cache's
@@ -193,14 +177,8 @@ class KVCacheViews:
     def with_mode(self, mode: str) -> KVCacheViews:
         """The same arrays, of another mode."""
 
-def make_views(
-    spec: Any,
-    num_blocks: int,
-    base: Array,
-    v_base: Array | None = None,
-    k_scale_base: Array | None = None,
-    v_scale_base: Array | None = None,
-) -> KVCacheViews:
+def make_views(spec: Any, num_blocks: int, base: Array, v_base: Array | None = None, k_scale_base: Array | None = None,
+               v_scale_base: Array | None = None) -> KVCacheViews:
     """The views of memory that is laid out as make_layout(spec) says, for a cache of num_blocks pages.
 
     Each base is a writable, contiguous array of any dtype with at least the bytes that cache_bytes(spec, num_blocks)
@@ -235,18 +213,9 @@ def device_arch(device: Any) -> tuple[int, int, int, int]:
 def device_count(type: str) -> int:
     """quire.device_count."""
 
-def reshape_and_cache(
-    key: Array,
-    value: Array,
-    cache: KVCacheViews,
-    slot_mapping: Array,
-    *,
-    mode: str | None = None,
-    k_scale: Array | None = None,
-    v_scale: Array | None = None,
-    error_counter: Array | None = None,
-    stream: Stream = None,
-) -> None:
+def reshape_and_cache(key: Array, value: Array, cache: KVCacheViews, slot_mapping: Array, *, mode: str | None = None,
+                      k_scale: Array | None = None, v_scale: Array | None = None, error_counter: Array | None = None,
+                      stream: Stream = None) -> None:
     """Encodes rows of keys and values and puts them into the slots of a paged cache.
 
     key: [T, Hk, d] Float (also float8 where the cache is the same float8: copied). value: [T, Hk, dv].
@@ -265,39 +234,16 @@ def reshape_and_cache(
     TypeError where an argument is no array.
     """
 
-def unified_attention(
-    query: Array,
-    out: Array,
-    cache: KVCacheViews,
-    cu_seqlens_q: Array,
-    seq_lens: Array,
-    block_table: Array,
-    softmax_scale: float,
-    *,
-    mode: str | None = None,
-    causal: bool = True,
-    causal_per_seq: Array | None = None,
-    sliding_window: int = -1,
-    chunk_lookback: int = -1,
-    mm_prefix_range: Array | None = None,
-    mm_prefix_clamp_window: bool = False,
-    rswa_prefix_lens: Array | None = None,
-    rswa_window: int = -1,
-    softcap: float = 0.0,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    use_alibi_sqrt: bool = False,
-    qq_bias: Array | None = None,
-    q_descale: Array | None = None,
-    k_descale: Array | None = None,
-    v_descale: Array | None = None,
-    output_scale: Array | None = None,
-    lse: Array | None = None,
-    max_query_len: int = 0,
-    max_seq_len: int = 0,
-    error_counter: Array | None = None,
-    stream: Stream = None,
-) -> None:
+def unified_attention(query: Array, out: Array, cache: KVCacheViews, cu_seqlens_q: Array, seq_lens: Array,
+                      block_table: Array, softmax_scale: float, *, mode: str | None = None, causal: bool = True,
+                      causal_per_seq: Array | None = None, sliding_window: int = -1, chunk_lookback: int = -1,
+                      mm_prefix_range: Array | None = None, mm_prefix_clamp_window: bool = False,
+                      rswa_prefix_lens: Array | None = None, rswa_window: int = -1, softcap: float = 0.0,
+                      sinks: Array | None = None, alibi_slopes: Array | None = None, use_alibi_sqrt: bool = False,
+                      qq_bias: Array | None = None, q_descale: Array | None = None, k_descale: Array | None = None,
+                      v_descale: Array | None = None, output_scale: Array | None = None, lse: Array | None = None,
+                      max_query_len: int = 0, max_seq_len: int = 0, error_counter: Array | None = None,
+                      stream: Stream = None) -> None:
     """Attends over a paged cache and writes ``out``: plans, finds a workspace and runs, in one call.
 
     query: [N, Hq, d] Float or float8 (then real = code * q_descale); last stride 1.
@@ -333,95 +279,40 @@ def unified_attention(
     where an argument is no array.
     """
 
-def run_unified_attention(
-    plan: AttentionPlan,
-    query: Array,
-    out: Array,
-    cache: KVCacheViews,
-    cu_seqlens_q: Array,
-    seq_lens: Array,
-    block_table: Array,
-    softmax_scale: float,
-    *,
-    mode: str | None = None,
-    causal: bool = True,
-    causal_per_seq: Array | None = None,
-    sliding_window: int = -1,
-    chunk_lookback: int = -1,
-    mm_prefix_range: Array | None = None,
-    mm_prefix_clamp_window: bool = False,
-    rswa_prefix_lens: Array | None = None,
-    rswa_window: int = -1,
-    softcap: float = 0.0,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    use_alibi_sqrt: bool = False,
-    qq_bias: Array | None = None,
-    q_descale: Array | None = None,
-    k_descale: Array | None = None,
-    v_descale: Array | None = None,
-    output_scale: Array | None = None,
-    lse: Array | None = None,
-    max_query_len: int = 0,
-    max_seq_len: int = 0,
-    error_counter: Array | None = None,
-    stream: Stream = None,
-    workspace: Array | None = None,
-) -> None:
+def run_unified_attention(plan: AttentionPlan, query: Array, out: Array, cache: KVCacheViews, cu_seqlens_q: Array,
+                          seq_lens: Array, block_table: Array, softmax_scale: float, *, mode: str | None = None,
+                          causal: bool = True, causal_per_seq: Array | None = None, sliding_window: int = -1,
+                          chunk_lookback: int = -1, mm_prefix_range: Array | None = None,
+                          mm_prefix_clamp_window: bool = False, rswa_prefix_lens: Array | None = None,
+                          rswa_window: int = -1, softcap: float = 0.0, sinks: Array | None = None,
+                          alibi_slopes: Array | None = None, use_alibi_sqrt: bool = False,
+                          qq_bias: Array | None = None, q_descale: Array | None = None,
+                          k_descale: Array | None = None, v_descale: Array | None = None,
+                          output_scale: Array | None = None, lse: Array | None = None, max_query_len: int = 0,
+                          max_seq_len: int = 0, error_counter: Array | None = None, stream: Stream = None,
+                          workspace: Array | None = None) -> None:
     """Runs a plan: unified_attention without planning and without allocating.
 
     workspace: a contiguous array of at least plan.workspace_bytes bytes, 16-byte aligned, on the plan's device; it
-    needs
-    no initialisation, and None does where the plan needs 0 bytes. The call must lie inside the bounds of the plan, on
-    its device and in its dtypes. The other arguments are those of unified_attention; the plan's bounds take the place
-    of max_query_len and max_seq_len.
+    needs no initialisation, and None does where the plan needs 0 bytes. The call must lie inside the bounds of the
+    plan, on its device and in its dtypes. The other arguments are those of unified_attention; the plan's bounds take
+    the place of max_query_len and max_seq_len.
     """
 
-def problem_of(
-    query: Array,
-    out: Array,
-    cache: KVCacheViews,
-    cu_seqlens_q: Array,
-    seq_lens: Array,
-    block_table: Array,
-    softmax_scale: float,
-    *,
-    mode: str | None = None,
-    causal: bool = True,
-    causal_per_seq: Array | None = None,
-    sliding_window: int = -1,
-    chunk_lookback: int = -1,
-    mm_prefix_range: Array | None = None,
-    mm_prefix_clamp_window: bool = False,
-    rswa_prefix_lens: Array | None = None,
-    rswa_window: int = -1,
-    softcap: float = 0.0,
-    sinks: Array | None = None,
-    alibi_slopes: Array | None = None,
-    use_alibi_sqrt: bool = False,
-    qq_bias: Array | None = None,
-    q_descale: Array | None = None,
-    k_descale: Array | None = None,
-    v_descale: Array | None = None,
-    output_scale: Array | None = None,
-    lse: Array | None = None,
-    max_query_len: int = 0,
-    max_seq_len: int = 0,
-    error_counter: Array | None = None,
-    stream: Stream = None,
-) -> dict[str, Any]:
+def problem_of(query: Array, out: Array, cache: KVCacheViews, cu_seqlens_q: Array, seq_lens: Array,
+               block_table: Array, softmax_scale: float, *, mode: str | None = None, causal: bool = True,
+               causal_per_seq: Array | None = None, sliding_window: int = -1, chunk_lookback: int = -1,
+               mm_prefix_range: Array | None = None, mm_prefix_clamp_window: bool = False,
+               rswa_prefix_lens: Array | None = None, rswa_window: int = -1, softcap: float = 0.0,
+               sinks: Array | None = None, alibi_slopes: Array | None = None, use_alibi_sqrt: bool = False,
+               qq_bias: Array | None = None, q_descale: Array | None = None, k_descale: Array | None = None,
+               v_descale: Array | None = None, output_scale: Array | None = None, lse: Array | None = None,
+               max_query_len: int = 0, max_seq_len: int = 0, error_counter: Array | None = None,
+               stream: Stream = None) -> dict[str, Any]:
     """quire.problem_of, as a dict."""
 
-def merge_attn_states(
-    out: Array,
-    prefix_out: Array,
-    prefix_lse: Array,
-    suffix_out: Array,
-    suffix_lse: Array,
-    *,
-    lse: Array | None = None,
-    stream: Stream = None,
-) -> None:
+def merge_attn_states(out: Array, prefix_out: Array, prefix_lse: Array, suffix_out: Array, suffix_lse: Array, *,
+                      lse: Array | None = None, stream: Stream = None) -> None:
     """Combines two partial results over disjoint sets of keys, exactly.
 
     out = sum_i exp(lse_i - lse) out_i and lse = log sum exp lse_i. Outputs are [N, Hq, dv] Float, LSE [N, Hq] float32,
@@ -443,20 +334,9 @@ def hadamard(x: Array, out: Array, *, inverse: bool = False, signs: bool = False
     that divides d; s are fixed signs, the same in every block. The bits are the same on every device.
     """
 
-def turboquant_store(
-    key: Array,
-    value: Array,
-    kv_cache: Array,
-    slot_mapping: Array,
-    *,
-    key_bits: int = 4,
-    value_bits: int = 4,
-    norm_correction: bool = True,
-    key_e4b15: bool = False,
-    rotation: Array | None = None,
-    midpoints: Array | None = None,
-    stream: Stream = None,
-) -> None:
+def turboquant_store(key: Array, value: Array, kv_cache: Array, slot_mapping: Array, *, key_bits: int = 4,
+                     value_bits: int = 4, norm_correction: bool = True, key_e4b15: bool = False,
+                     rotation: Array | None = None, midpoints: Array | None = None, stream: Stream = None) -> None:
     """Stores rows in TurboQuant's slots, with the arguments of vLLM's launcher.
 
     key, value: [T, Hk, d] Float. kv_cache: [num_blocks, block_size, Hk, slot bytes] uint8, last stride 1; a slot may be
@@ -467,24 +347,11 @@ def turboquant_store(
     for N(0, 1 / d). quire derives both, honours these values and refuses others.
     """
 
-def turboquant_decode_attention(
-    query: Array,
-    out: Array,
-    kv_cache: Array,
-    block_table: Array,
-    seq_lens: Array,
-    softmax_scale: float,
-    *,
-    key_bits: int = 4,
-    value_bits: int = 4,
-    norm_correction: bool = True,
-    key_e4b15: bool = False,
-    rotation: Array | None = None,
-    centroids: Array | None = None,
-    lse: Array | None = None,
-    max_seq_len: int = 0,
-    stream: Stream = None,
-) -> None:
+def turboquant_decode_attention(query: Array, out: Array, kv_cache: Array, block_table: Array, seq_lens: Array,
+                                softmax_scale: float, *, key_bits: int = 4, value_bits: int = 4,
+                                norm_correction: bool = True, key_e4b15: bool = False, rotation: Array | None = None,
+                                centroids: Array | None = None, lse: Array | None = None, max_seq_len: int = 0,
+                                stream: Stream = None) -> None:
     """Attends over TurboQuant's slots, one token a sequence, with the arguments of vLLM's launcher.
 
     query, out: [B, Hq, d] Float. kv_cache: as turboquant_store has it. block_table: [B, max_blocks] int32. seq_lens:
@@ -493,20 +360,13 @@ def turboquant_decode_attention(
     InvalidArgumentError for 3- or 4-bit keys without norm_correction.
     """
 
-def turboquant_mode(
-    key_bits: int = 4, value_bits: int = 4, norm_correction: bool = True, key_e4b15: bool = False
-) -> str:
+def turboquant_mode(key_bits: int = 4, value_bits: int = 4, norm_correction: bool = True,
+                    key_e4b15: bool = False) -> str:
     """The mode of a configuration. Refused are other bit widths, and 3- or 4-bit keys without norm correction, because
     a mode is also read."""
 
-def turboquant_views(
-    kv_cache: Array,
-    head_size: int,
-    key_bits: int = 4,
-    value_bits: int = 4,
-    norm_correction: bool = True,
-    key_e4b15: bool = False,
-) -> KVCacheViews:
+def turboquant_views(kv_cache: Array, head_size: int, key_bits: int = 4, value_bits: int = 4,
+                     norm_correction: bool = True, key_e4b15: bool = False) -> KVCacheViews:
     """The key and value views of a slot array, for calling the ops with all that they can do. The slot array must be
     writable, as turboquant_store has it; there are no scale caches."""
 

@@ -137,8 +137,10 @@ const KnownClass& known_class(PyTypeObject* type) {
   found.has_requires_grad = PyObject_HasAttrString(object, "requires_grad") != 0;
   Py_INCREF(object);
   KnownClass& place = classes[next++ % 8];
-  Py_XDECREF(reinterpret_cast<PyObject*>(place.type));
-  return place = found;
+  PyObject* const before = reinterpret_cast<PyObject*>(place.type);
+  place = found;
+  Py_XDECREF(before);
+  return place;
 }
 
 // Refuses an array that requires grad.

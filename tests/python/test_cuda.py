@@ -1,6 +1,13 @@
-"""What only a GPU shows: streams, graphs, devices, memory. The other tests run with CUDA arrays too, where one is there."""
+"""What only a GPU shows: streams, graphs, devices, memory. The other tests run with CUDA arrays too, where one is
+there."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +135,34 @@ def test_cupy_is_told_the_stream(torch, on_gpu):
         quire.unified_attention(**arrays, stream=other)  # CuPy makes `other` wait for `own`
     other.synchronize()
     assert (cupy.asnumpy(arrays["out"]) == expected).all()
+
+
+def test_jax_arrays_on_the_gpu(torch):
+    """In a process of its own, since JAX would take most of the GPU's memory for itself."""
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("JAX is not installed")
+    code = """
+        import os
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        import jax, quire, torch
+        if jax.default_backend() == "gpu":
+            for dtype in ("float32", "bfloat16"):
+                x = jax.numpy.ones((2, 4), dtype) * 2
+                out = torch.empty(2, 4, device="cuda")
+                quire.hadamard(x, out)
+                assert quire.Tensor(x).device == "cuda:0" and quire.Tensor(x).dtype == dtype
+                assert out.tolist() == [[8, 0, 0, 0]] * 2
+        print("done")
+    """
+    path = str(Path(quire.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_a_plan_in_a_graph(torch, on_gpu):

@@ -215,7 +215,8 @@ def test_dtypes_of_ml_dtypes():
         quire.hadamard(x, x)
 
 
-def test_jax_arrays_are_read_and_not_written():
+def test_jax_arrays_are_read_and_not_written(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # tests/python/test_cuda.py has those of a GPU
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     for dtype in ("float32", "bfloat16"):
         x = jax.numpy.ones((2, 4), dtype)
