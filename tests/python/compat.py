@@ -138,7 +138,7 @@ class Batch:
                 logits = softcap * torch.tanh(logits / softcap)
             seen = j <= p if visible is None else visible(b, p, j)
             if alibi_slopes is not None:
-                slopes = alibi_slopes.double().cpu()[:, None, None]
+                slopes = alibi_slopes.detach().double().cpu()[:, None, None]
                 linear = (j - (keys - queries)).double()
                 root = torch.where(j <= p, -torch.sqrt((p - j).clamp(min=0).double()), 0.0)
                 logits = logits + slopes * (root if use_alibi_sqrt else linear)
@@ -146,7 +146,7 @@ class Batch:
                 logits[..., keys - queries :] += qq_bias.double().cpu()[:queries, :queries]
             logits = logits.masked_fill(~seen, -math.inf)
             if sinks is not None:
-                sink = sinks.double().cpu()[:, None, None].expand(-1, queries, 1)
+                sink = sinks.detach().double().cpu()[:, None, None].expand(-1, queries, 1)
                 weights = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
             else:
                 weights = torch.softmax(logits, -1)

@@ -118,7 +118,7 @@ def test_causal_per_sequence(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_small_tensors_of_any_float(device, dtype):
     batch = Batch(device)
-    sinks, slopes = (torch.randn(4, device=device).to(dtype) for _ in range(2))
+    sinks, slopes = (torch.nn.Parameter(torch.randn(4, device=device).to(dtype)) for _ in range(2))
     bias = torch.randn(7, 7, device=device).to(dtype)
     vllm.unified_attention(*batch.args(*batch.plain_caches()), sinks=sinks, alibi_slopes=slopes, qq_bias=bias)
     assert_near(batch.out, batch.expected(sinks=sinks, alibi_slopes=slopes, qq_bias=bias), BOUND[device])

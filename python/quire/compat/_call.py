@@ -62,6 +62,7 @@ def float32(value: Any, like: torch.Tensor) -> torch.Tensor | None:
         return None
     if not isinstance(value, torch.Tensor):
         return torch.full((1,), float(value), dtype=torch.float32, device=like.device)
+    value = value.detach() if value.requires_grad else value  # sinks and slopes may be parameters
     return value if value.dtype == torch.float32 else value.to(torch.float32)
 
 
