@@ -57,12 +57,12 @@ def r_swa(lens, width):
     return lambda b, p, j: (j <= p) & ((j < lens[b]) | (p - j < width))
 
 
-def spans(spans_of, inner):
+def spans(spans_of, inner, clamp=10**6):
     def visible(b, p, j):
         seen = inner(b, p, j)
         for first, last in spans_of[b]:
             if first < last:
-                seen = seen | ((p >= first) & (p <= last) & (j >= first) & (j <= last))
+                seen = seen | ((p >= first) & (p <= last) & (j >= first) & (j <= last) & (p - j < clamp))
         return seen
 
     return visible
@@ -90,6 +90,10 @@ CASES = {
     ),
     "half of R-SWA": ({"rswa_window": 3}, {}),
     "spans": ({"mm_prefix_range": SPANS}, {"visible": spans(SPANS, CAUSAL)}),
+    "spans that the window limits": (
+        {"mm_prefix_range": SPANS, "window_size": (3, 0), "mm_prefix_clamp_sliding_window": True},
+        {"visible": spans(SPANS, window(4), clamp=4)},
+    ),
     "spans and a window": ({"mm_prefix_range": SPANS, "window_size": (3, 0)}, {"visible": spans(SPANS, window(4))}),
 }
 
