@@ -1,8 +1,13 @@
 #include "measure.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <memory>
 
 #include "cuda/device_memory.h"
 #include "measure_cuda.h"
@@ -37,10 +42,22 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
   return *middle;
 }
 
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kPage = 4096;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kPage * kPage;
+  // Where it is refused, the pages stay small.
+  if (begin < end) (void)!madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 Result<double> linear_read_bandwidth(Device device) {
   if (device.is_cuda()) return on_device(device, [&] { return cuda::linear_read_bandwidth(device); });
   constexpr std::int64_t kWords = (std::int64_t{2} << 30) / 8;
-  std::vector<std::uint64_t> memory(static_cast<std::size_t>(kWords), 1);
+  const auto memory = std::make_unique_for_overwrite<std::uint64_t[]>(static_cast<std::size_t>(kWords));
+  prefer_huge_pages(memory.get(), kWords * 8);
+  std::fill_n(memory.get(), kWords, 1);
   volatile std::uint64_t sink = 0;
   const Result<double> ms = median_ms(
       device,
@@ -60,14 +77,18 @@ Result<double> copy_bandwidth(Device device) {
   if (device.is_cuda()) return on_device(device, [&] { return cuda::copy_bandwidth(device); });
   constexpr std::size_t kBytes = std::size_t{1} << 30;
   constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
-  std::vector<std::uint8_t> from(kBytes, 1);
-  std::vector<std::uint8_t> to(kBytes, 2);
+  const auto from = std::make_unique_for_overwrite<std::uint8_t[]>(kBytes);
+  const auto to = std::make_unique_for_overwrite<std::uint8_t[]>(kBytes);
+  for (std::uint8_t* memory : {from.get(), to.get()}) {
+    prefer_huge_pages(memory, kBytes);
+    std::memset(memory, 1, kBytes);
+  }
   const Result<double> ms = median_ms(
       device,
       [&](int, void*) {
 #pragma omp parallel for
         for (std::size_t at = 0; at < kBytes; at += kPieceBytes) {
-          std::memcpy(to.data() + at, from.data() + at, kPieceBytes);
+          std::memcpy(to.get() + at, from.get() + at, kPieceBytes);
         }
         return Status();
       },

@@ -7,7 +7,9 @@
 #include "measure.h"
 #include "products_zen4.h"
 
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)
+// Vectors of SVE have no size that the compiler knows,
+// so there are no arrays of them.
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "products.cc"
 // foreach_target.h must come first.

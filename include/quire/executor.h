@@ -28,7 +28,8 @@ QUIRE_API Status set_executor(const Executor& executor);
 // (OMP_NUM_THREADS, else one for each processor). Not to be called while an op runs on another thread.
 QUIRE_API Status set_num_threads(int num_threads);
 
-// The number of parts that the next op of the CPU on this thread would be cut into.
+// The number of parts that the next op of the CPU on this thread would be cut into. Without an executor it is 1 inside
+// of a parallel region of OpenMP, whose threads have the cores already.
 QUIRE_API int num_threads();
 
 }  // namespace quire

@@ -55,7 +55,8 @@ KeySpan split_keys(const AttentionCall& call, const QueryTile& tile, int index) 
   return attention::clip(tile.range, start, start + call.split_size);
 }
 
-void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
+void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRange heads, const NextKeysSource& source,
+                       Scratch& scratch) {
   const int num_rows = tile.num_tokens * call.shape.group_size();
   const SequenceMask sequence = call.sequence(tile.batch);
   for (int h = 0; h < heads.count; ++h) {
@@ -64,7 +65,10 @@ void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRan
   }
   if (tile.num_splits > 0) load_queries(call, tile, heads, scratch);
   for (int s = 0; s < tile.num_splits; ++s) {
-    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), scratch);
+    const NextKeys own{&tile, heads, split_keys(call, tile, s + 1)};
+    const NextKeysSource next{[](const void* keys) { return *static_cast<const NextKeys*>(keys); }, &own};
+    attend_split(call, tile, sequence, heads, split_keys(call, tile, s), s + 1 < tile.num_splits ? next : source,
+                 scratch);
     for (int h = 0; h < heads.count; ++h) {
       const Scratch::Head& head = scratch.heads[h];
       for (int m = 0; m < num_rows; ++m) {
@@ -84,9 +88,9 @@ void attend_all_splits(const AttentionCall& call, const QueryTile& tile, HeadRan
 }
 
 void attend_one_split(const AttentionCall& call, const QueryTile& tile, HeadRange heads, int split,
-                      const Partials& partials, Scratch& scratch) {
+                      const NextKeysSource& source, const Partials& partials, Scratch& scratch) {
   load_queries(call, tile, heads, scratch);
-  attend_split(call, tile, call.sequence(tile.batch), heads, split_keys(call, tile, split), scratch);
+  attend_split(call, tile, call.sequence(tile.batch), heads, split_keys(call, tile, split), source, scratch);
   for (int h = 0; h < heads.count; ++h) {
     const RowOf rows{call.shape.group_size(), heads.first + h};
     const Scratch::Head& head = scratch.heads[h];
@@ -148,7 +152,8 @@ void cut_into_tiles(const AttentionCall& call, int query_tile, std::vector<Query
 struct Task {
   std::size_t tile;
   HeadRange heads;
-  int split;  // -1: all of them, one after the other
+  int split;      // -1: all of them, one after the other
+  int group = 0;  // of the tasks whose results are folded together
 };
 
 // KV heads of a task: the more, the longer the runs of memory that it reads; fewer, where threads would be idle or the
@@ -176,9 +181,10 @@ struct CallMemory {
   struct Free {
     void operator()(std::uint8_t* p) const { std::free(p); }
   };
-  std::vector<std::int16_t> k_order, v_order;
+  std::vector<std::int16_t> k_order, v_order, v_position;
   std::vector<QueryTile> tiles;
-  std::vector<Task> tasks, folds;
+  std::vector<Task> tasks;
+  std::vector<int> open_tasks;   // of each group: splits not attended yet
   std::vector<Scratch> scratch;  // of each part, laid out in scratch_memory
   std::unique_ptr<std::uint8_t, Free> scratch_memory;
   std::size_t scratch_bytes = 0;
@@ -216,6 +222,7 @@ void set_operands(AttentionCall& call, CallMemory& memory) {
     memory.k_order.resize(static_cast<std::size_t>(call.k_positions));
     format.key_order(call.key.shape, memory.k_order.data());
     call.k_order = memory.k_order.data();
+    call.key_bytes = format.takes_key_bytes(call.key.shape);
     // bf16 holds a query of bf16 or fp8; the rest of fp16, and of what a rotation makes, is a second part.
     const bool one = call.args.query.dtype != DType::kFloat16 && call.key.rotation == format::Rotation::kNone;
     if (format.operand == Operand::kBFloat16 && !one) call.query_parts = 2;
@@ -226,6 +233,13 @@ void set_operands(AttentionCall& call, CallMemory& memory) {
     memory.v_order.resize(static_cast<std::size_t>(call.v_positions));
     format.value_order(call.value.shape, memory.v_order.data());
     call.v_order = memory.v_order.data();
+    memory.v_position.resize(static_cast<std::size_t>(call.shape.head_size_v));
+    for (int i = 0; i < call.v_positions; ++i) {
+      const int element = memory.v_order[static_cast<std::size_t>(i)];
+      if (element >= 0) memory.v_position[static_cast<std::size_t>(element)] = static_cast<std::int16_t>(i);
+    }
+    call.v_position = memory.v_position.data();
+    call.few_values = format.takes_few_rows(call.value.shape);
   }
   call.acc_stride = std::max(call.v_stride, padded(call.v_positions));
 }
@@ -304,8 +318,11 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       .v_positions = 0,
       .k_order = nullptr,
       .v_order = nullptr,
+      .v_position = nullptr,
       .query_parts = 1,
       .acc_stride = 0,
+      .key_bytes = false,
+      .few_values = false,
   };
   TakenMemory taken;
   CallMemory& memory = *taken;
@@ -322,9 +339,9 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
   }
 
   std::vector<Task>& tasks = memory.tasks;
-  std::vector<Task>& folds = memory.folds;
+  std::vector<int>& open_tasks = memory.open_tasks;
   tasks.clear();
-  folds.clear();
+  open_tasks.clear();
   const int most_parts = num_parts();
   const int task_heads = heads_of_task(shape, tiles, most_parts);
   for (std::size_t t = 0; t < tiles.size(); ++t) {
@@ -333,8 +350,9 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
       if (tiles[t].partial < 0) {
         tasks.push_back({t, heads, -1});
       } else {
-        for (int s = 0; s < tiles[t].num_splits; ++s) tasks.push_back({t, heads, s});
-        for (int h = 0; h < heads.count; ++h) folds.push_back({t, {first + h, 1}, 0});
+        for (int s = 0; s < tiles[t].num_splits; ++s)
+          tasks.push_back({t, heads, s, static_cast<int>(open_tasks.size())});
+        open_tasks.push_back(tiles[t].num_splits);
       }
     }
   }
@@ -354,18 +372,26 @@ Status run(const PlanData& plan, const UnifiedAttentionArgs& args, const Attenti
   for (std::size_t p = 0; p < scratch.size(); ++p) {
     scratch[p].lay_out(call, task_heads, max_rows, memory.scratch_memory.get() + p * bytes);
   }
-  run_tasks(std::ssize(tasks), parts, [&](std::int64_t index, int part) {
+  run_tasks(std::ssize(tasks), parts, [&](std::int64_t index, int part, const std::atomic<std::int64_t>& next_task) {
     const Task& task = tasks[static_cast<std::size_t>(index)];
+    const QueryTile& tile = tiles[task.tile];
     Scratch& own = scratch[static_cast<std::size_t>(part)];
-    if (task.split < 0) {
-      attend_all_splits(call, tiles[task.tile], task.heads, own);
-    } else {
-      attend_one_split(call, tiles[task.tile], task.heads, task.split, partials, own);
-    }
-  });
-  run_tasks(std::ssize(folds), parts, [&](std::int64_t index, int part) {
-    const Task& task = folds[static_cast<std::size_t>(index)];
-    fold_partials(call, tiles[task.tile], task.heads.first, partials, scratch[static_cast<std::size_t>(part)]);
+    const auto find_next = [&]() -> NextKeys {
+      const std::int64_t next = next_task.load(std::memory_order_relaxed);
+      if (next >= std::ssize(tasks)) return {};
+      const Task& following = tasks[static_cast<std::size_t>(next)];
+      const QueryTile& its_tile = tiles[following.tile];
+      if (its_tile.num_splits == 0) return {};
+      return {&its_tile, following.heads, split_keys(call, its_tile, std::max(0, following.split))};
+    };
+    const NextKeysSource source{[](const void* find) { return (*static_cast<const decltype(find_next)*>(find))(); },
+                                &find_next};
+    if (task.split < 0) return attend_all_splits(call, tile, task.heads, source, own);
+    attend_one_split(call, tile, task.heads, task.split, source, partials, own);
+    // Whoever attends to the last split has the partial results of all.
+    const std::atomic_ref<int> open(open_tasks[static_cast<std::size_t>(task.group)]);
+    if (open.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    for (int h = 0; h < task.heads.count; ++h) fold_partials(call, tile, task.heads.first + h, partials, own);
   });
   if (decode_threw) {
     const Result<const ModeInfo*> mode = mode_info(args.mode);

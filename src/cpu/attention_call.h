@@ -26,8 +26,11 @@ struct AttentionCall {
   // 16-bit operands, where the readers have them.
   int k_positions, v_positions;
   const std::int16_t *k_order, *v_order;  // elements at the positions
+  const std::int16_t* v_position;         // positions of the elements
   int query_parts;
-  int acc_stride;  // v_stride and v_positions fit
+  int acc_stride;   // v_stride and v_positions fit
+  bool key_bytes;   // tiles of few rows multiply bytes of keys
+  bool few_values;  // and make operands of values in registers
 
   bool k_in_pairs() const { return key.operands.operand != Operand::kFloat32; }
   bool v_in_pairs() const { return value.operands.operand != Operand::kFloat32; }

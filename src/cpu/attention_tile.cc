@@ -32,6 +32,7 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
       head.queries.positions = call.k_positions;
       take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
       take(head.queries.step, std::int64_t{4} * set_rows);
+      take(head.queries.centre, std::int64_t{4} * call.k.blocks);
     }
     take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
     take(head.offset_sum, rows);
@@ -47,23 +48,29 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
   take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
   take(scale, kKeyTile);
   take(offset, kKeyTile);
+  take(k_scales, call.key.scales_side_by_side() ? num_heads : 0);
+  take(v_scales, call.value.scales_side_by_side() ? num_heads : 0);
   take(k_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.k_stride);
   take(v_tile.levels, static_cast<std::int64_t>(kKeyTile) * call.v_stride);
   k_tile.stride = call.k_stride;
   v_tile.stride = call.v_stride;
+  loaded = nullptr;
   return bytes;
 }
 
 namespace {
-// Of int16 queries: so that sums of their products fit 32 bits.
+// Of int16 queries: so that sums of their products fit 32 bits, and the high byte of a query, rounded, 8.
 float largest_query(const AttentionCall& call) {
-  constexpr std::int64_t kMost = 32767;
+  constexpr std::int64_t kMost = 127 * 256 + 127;
   const std::int64_t products = std::int64_t{call.shape.head_size} * std::max(1, call.key.operands.max_level);
   return static_cast<float>(std::min(kMost, std::numeric_limits<std::int32_t>::max() / products));
 }
 }  // namespace
 
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch) {
+  if (scratch.loaded == &tile && scratch.loaded_head == heads.first) return;
+  scratch.loaded = &tile;
+  scratch.loaded_head = heads.first;
   const ConstTensor& query = call.args.query;
   const std::int64_t first = call.int_at(call.args.cu_seqlens_q, tile.batch) + tile.first_row;
   for (int h = 0; h < heads.count; ++h) {
@@ -83,6 +90,11 @@ void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange he
     }
     if (!call.k_in_pairs()) continue;
     head.queries.num_sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+    if (call.key_bytes && head.queries.num_sets == 1) {
+      call.key.operands.make_byte_queries(head.q, num_rows, call.k_stride, call.key.shape, largest_query(call),
+                                          head.queries);
+      continue;
+    }
     call.k.make_queries(call.key.operands.operand, head.q, num_rows, call.k_stride, call.k_order, largest_query(call),
                         head.queries);
   }
@@ -168,13 +180,42 @@ void apply_mask(const AttentionCall& call, const QueryTile& tile, const Sequence
   }
 }
 
+// Scores of a tile: products of 16-bit operands, in scratch.scores.
+void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperands& queries, bool in_place,
+              Scratch& scratch, Prefetch& prefetch) {
+  const OperandFormat& format = call.key.operands;
+  // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
+  // their way to memory.
+  const auto group_size = [&](int first) { return std::min(kKeyGroup, rows.num_rows - first); };
+  const auto operands = [&](int first) { return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions; };
+  const auto load = [&](int first) {
+    if (in_place || first >= rows.num_rows) return;
+    format.load_keys(rows.from(first, group_size(first)), call.key.shape, operands(first));
+  };
+  load(0);
+  for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
+    load(first + kKeyGroup);
+    const int count = group_size(first);
+    if (format.divide_by_norms != nullptr) {
+      format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
+    }
+    const std::uint8_t* addresses[kKeyGroup];
+    const auto* at = reinterpret_cast<const std::uint8_t*>(operands(first));
+    for (int n = 0; n < count; ++n, at += call.k_positions * 2) addresses[n] = in_place ? rows.data(first + n) : at;
+    for (int n = count; n < kKeyGroup; ++n) addresses[n] = addresses[0];
+    call.k.dot_keys(format.operand, queries, addresses, count, scratch.scores + first, prefetch);
+  }
+}
+
 // The logits of a tile, in scratch.scores.
 void tile_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+                 const TileKeys& keys, bool see_all, int head_index, Scratch& scratch, Prefetch& prefetch) {
+  const Scratch::Head& head = scratch.heads[head_index];
   const int num_rows = tile.num_tokens * rows.group;
   const float factor = call.args.softmax_scale * call.q_scale.at(tile.batch, rows.kv_head) *
                        call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
-  const TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
+  TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
+  if (call.key.scales_side_by_side()) k_rows.scales = scratch.k_scales[head_index];
   if (!call.k_in_pairs()) {
     LevelTile& k = scratch.k_tile;
     call.key.load_tile(k_rows, rows.kv_head, k);
@@ -185,30 +226,10 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
     const OperandFormat& format = call.key.operands;
     const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
     format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
-    // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
-    // their way to memory.
-    const auto group_size = [&](int first) { return std::min(kKeyGroup, keys.count - first); };
-    const auto operands = [&](int first) {
-      return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions;
-    };
-    const auto load = [&](int first) {
-      if (in_place || first >= keys.count) return;
-      format.load_keys(k_rows.from(first, group_size(first)), call.key.shape, operands(first));
-    };
-    load(0);
-    for (int first = 0; first < keys.count; first += kKeyGroup) {
-      load(first + kKeyGroup);
-      const int count = group_size(first);
-      if (format.divide_by_norms != nullptr) {
-        format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
-      }
-      const std::uint8_t* addresses[kKeyGroup];
-      for (int n = 0; n < kKeyGroup; ++n) {
-        const int key = std::min(n, count - 1);
-        addresses[n] = in_place ? k_rows.data(first + key)
-                                : reinterpret_cast<const std::uint8_t*>(operands(first) + key * call.k_positions);
-      }
-      call.k.dot_keys(format.operand, head.queries, addresses, count, scratch.scores + first, prefetch);
+    if (call.key_bytes && num_rows <= call.k.blocks) {
+      format.dot_key_bytes(k_rows, call.key.shape, head.queries, scratch.scores, prefetch);
+    } else {
+      dot_keys(call, k_rows, head.queries, in_place, scratch, prefetch);
     }
     call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale,
                        format.has_offset ? scratch.offset : nullptr, factor, head.q_sum);
@@ -246,21 +267,30 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
 
 // acc += P V; scratch.scores holds the softmax weights.
 void tile_output(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
-                 const TileKeys& keys, bool see_all, const Scratch::Head& head, Scratch& scratch, Prefetch& prefetch) {
+                 const TileKeys& keys, bool see_all, int head_index, Scratch& scratch, Prefetch& prefetch) {
+  const Scratch::Head& head = scratch.heads[head_index];
   const int num_rows = tile.num_tokens * rows.group;
-  const TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
+  TileRows v_rows = call.value.tile_rows(keys.v, keys.count, rows.kv_head, &prefetch);
+  if (call.value.scales_side_by_side()) v_rows.scales = scratch.v_scales[head_index];
   const OperandFormat& format = call.value.operands;
   if (call.v_in_pairs()) {
     // Numbers that are not finite: of a bf16, only in the way of rows that do not see them; a scale's always, as int16
     // weights cannot hold its product.
     bool finite = format.load_affines(v_rows, call.value.shape, scratch.scale, scratch.offset);
-    if (finite) format.load_values(v_rows, call.value.shape, scratch.values);
-    if (finite && !see_all && format.values_finite != nullptr) {
+    // bf16 values that some row must not see are looked at first.
+    const bool look = !see_all && format.values_finite != nullptr;
+    const bool few = call.few_values && num_rows <= call.k.blocks && !look;
+    if (finite && !few) format.load_values(v_rows, call.value.shape, scratch.values);
+    if (finite && look) {
       finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
     }
     if (finite) {
       call.k.make_weights(format.operand, scratch.scores, num_rows, keys.count, scratch.scale,
                           format.has_offset ? scratch.offset : nullptr, scratch.weights, scratch.unit, head.offset_sum);
+      if (few) {
+        return format.accumulate_few(v_rows, call.value.shape, scratch.weights, num_rows, scratch.unit, head.acc,
+                                     call.acc_stride, prefetch);
+      }
       return call.k.accumulate_values(format.operand, scratch.weights, num_rows, keys.count, scratch.values,
                                       call.v_positions, scratch.unit, head.acc, call.acc_stride, prefetch);
     }
@@ -277,17 +307,17 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
 
 // The elements of a row of acc in order, offsets added.
 void finish_rows(const AttentionCall& call, int num_rows, const Scratch::Head& head, Scratch& scratch) {
+  const int size = call.shape.head_size_v;
   for (int m = 0; m < num_rows; ++m) {
     float* acc = head.acc + static_cast<std::int64_t>(m) * call.acc_stride;
+    const float offset = head.offset_sum[m];
     if (call.v_in_pairs()) {
       std::copy_n(acc, call.v_positions, scratch.row);
-      std::fill_n(acc, call.v_stride, 0.0F);
-      for (int i = 0; i < call.v_positions; ++i) {
-        const int element = call.v_order[i];
-        if (element >= 0) acc[element] = scratch.row[i];
-      }
+      std::fill(acc + size, acc + call.v_stride, 0.0F);
+      for (int i = 0; i < size; ++i) acc[i] = scratch.row[call.v_position[i]] + offset;
+    } else {
+      for (int i = 0; i < size; ++i) acc[i] += offset;
     }
-    for (int i = 0; i < call.shape.head_size_v; ++i) acc[i] += head.offset_sum[m];
   }
 }
 
@@ -303,18 +333,24 @@ int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange hea
     }
   };
   const int size = call.shape.block_size;
+  // Rows of V right behind those of K are read with them.
+  const std::int64_t apart =
+      reinterpret_cast<std::intptr_t>(keys.v[0].data) - reinterpret_cast<std::intptr_t>(keys.k[0].data);
+  const bool in_one = apart >= 0 && apart <= call.key.row_bytes + 64 &&
+                      call.key.block_stride == call.value.block_stride &&
+                      call.key.slot_stride == call.value.slot_stride && call.key.head_stride == call.value.head_stride;
   for (int side = 0; side < 2; ++side) {
     const CacheReader& reader = side == 0 ? call.key : call.value;
     const RowAddress* rows = side == 0 ? keys.k : keys.v;
-    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + reader.row_bytes;
-    const bool whole = bytes <= 2 * heads.count * reader.row_bytes;  // heads lie side by side
+    const std::int64_t row_bytes = in_one ? apart + call.value.row_bytes : reader.row_bytes;
+    const std::int64_t bytes = (heads.count - 1) * reader.head_stride + row_bytes;
+    const bool whole = bytes <= 2 * heads.count * row_bytes;  // heads lie side by side
     const std::int64_t scale_bytes = (heads.count - 1) * reader.scale_head_stride + 4;
     const bool scales = reader.scales != nullptr && scale_bytes <= 64;  // neither among the rows nor heads apart
     for (int n = 0; n < keys.count;) {
       const int num = std::min(keys.count - n, size - (keys.first + n) % size);  // in one block
-      for (int h = 0; h < (whole ? 1 : heads.count); ++h) {
-        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : reader.row_bytes, num,
-            reader.slot_stride);
+      for (int h = 0; h < (whole ? 1 : heads.count) && !(in_one && side == 1); ++h) {
+        add(rows[n].data + (heads.first + h) * reader.head_stride, whole ? bytes : row_bytes, num, reader.slot_stride);
       }
       if (scales) {
         add(rows[n].meta + heads.first * reader.scale_head_stride, scale_bytes, num, reader.scale_slot_stride);
@@ -325,27 +361,34 @@ int prefetch_runs(const AttentionCall& call, const TileKeys& keys, HeadRange hea
   return count;
 }
 
-// What to ask for while the tile at hand is computed.
+// What to ask for while a tile of `heads` is computed.
 Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange heads, const TileKeys& ahead,
-                    Scratch& scratch) {
+                    HeadRange ahead_heads, Scratch& scratch) {
   Prefetch prefetch;
   if (ahead.count == 0 || call.key.row_bytes == 0 || call.value.row_bytes == 0) return prefetch;
-  const int num_runs = prefetch_runs(call, ahead, heads, scratch.runs);
+  const int num_runs = prefetch_runs(call, ahead, ahead_heads, scratch.runs);
   prefetch.run = scratch.runs;
   prefetch.end_of_runs = scratch.runs + num_runs;
   std::int64_t lines = 0;
   for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
   const int num_rows = tile.num_tokens * call.shape.group_size();
-  const std::int64_t steps = std::int64_t{heads.count} * ((num_rows + 3) / 4) * (kKeyTile / 8) *
-                             std::max(1, (call.k_stride + call.v_stride) / 64);
-  prefetch.lines_a_step = static_cast<int>((lines + steps - 1) / steps);
+  const std::int64_t sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+  const std::int64_t k_products =
+      call.k_in_pairs() ? sets * call.query_parts * (call.k_positions / 8) * kKeyTile : kProductsOfRow * kKeyTile;
+  const std::int64_t v_products = call.v_in_pairs()
+                                      ? std::int64_t{num_rows} * weight_parts(call.value.operands.operand) *
+                                            (call.v_positions / (4 * call.k.blocks)) * (kKeyTile / 2)
+                                      : kProductsOfRow * kKeyTile;
+  // All of them by the time that most of the products have been made.
+  const std::int64_t products = heads.count * (k_products + v_products) * 15 / 16;
+  prefetch.pace = static_cast<int>(std::min<std::int64_t>(lines * Prefetch::kUnit / products + 1, 4 * Prefetch::kUnit));
   return prefetch;
 }
 
 }  // namespace
 
 void attend_split(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, HeadRange heads,
-                  const KeySpan& span, Scratch& scratch) {
+                  const KeySpan& span, const NextKeysSource& source, Scratch& scratch) {
   const int num_rows = tile.num_tokens * call.shape.group_size();
   for (int h = 0; h < heads.count; ++h) {
     const Scratch::Head& head = scratch.heads[h];
@@ -353,7 +396,7 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
     std::fill_n(head.offset_sum, num_rows, 0.0F);
     std::fill_n(head.state, num_rows, SoftmaxState{});
   }
-  TileKeys tiles[2];
+  TileKeys tiles[3];  // at hand and ahead in turns, and the first of what comes after
   std::int64_t next = span.first;
   next_keys(call, tile.batch, span, next, tiles[0]);
   for (int turn = 0; tiles[turn].count > 0; turn = 1 - turn) {
@@ -361,13 +404,26 @@ void attend_split(const AttentionCall& call, const QueryTile& tile, const Sequen
     TileKeys& ahead = tiles[1 - turn];
     next_keys(call, tile.batch, span, next, ahead);
     const bool see_all = all_visible(call, tile, sequence, keys);
-    Prefetch prefetch = next_lines(call, tile, heads, ahead, scratch);
+    HeadRange ahead_heads = heads;
+    if (ahead.count == 0) {
+      const NextKeys after = source.find(source.context);
+      std::int64_t first = after.keys.first;
+      if (after.tile != nullptr) next_keys(call, after.tile->batch, after.keys, first, tiles[2]);
+      ahead_heads = after.heads;
+    }
+    Prefetch prefetch = next_lines(call, tile, heads, ahead.count > 0 ? ahead : tiles[2], ahead_heads, scratch);
+    const auto collect = [&](const CacheReader& reader, const RowAddress* rows, Scratch::Scales scales) {
+      if (!reader.scales_side_by_side()) return;
+      call.k.collect_scales(reader.tile_rows(rows, keys.count, heads.first, nullptr), heads.count, scales);
+    };
+    collect(call.key, keys.k, scratch.k_scales);
+    collect(call.value, keys.v, scratch.v_scales);
     for (int h = 0; h < heads.count; ++h) {
       const RowOf rows{call.shape.group_size(), heads.first + h};
       const Scratch::Head& head = scratch.heads[h];
-      tile_logits(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+      tile_logits(call, tile, sequence, rows, keys, see_all, h, scratch, prefetch);
       call.k.softmax_tile(scratch.scores, num_rows, keys.count, head.state, head.acc, call.acc_stride, head.offset_sum);
-      tile_output(call, tile, sequence, rows, keys, see_all, head, scratch, prefetch);
+      tile_output(call, tile, sequence, rows, keys, see_all, h, scratch, prefetch);
     }
   }
   for (int h = 0; h < heads.count; ++h) finish_rows(call, num_rows, scratch.heads[h], scratch);

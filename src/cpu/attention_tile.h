@@ -54,20 +54,37 @@ struct Scratch {
   std::uint16_t* values;   // [kKeyTile / 2, v_positions, 2]
   float* scale;            // [kKeyTile] each
   float* offset;
+  // Collected scales of the tile at hand, [heads]; null where the rows do not lie as that takes.
+  using Scales = float (*)[kKeyTile];
+  Scales k_scales, v_scales;
   LevelTile k_tile, v_tile;
   Prefetch::Run runs[kMaxRuns];
+  const QueryTile* loaded;  // whose queries it holds, of the KV heads from loaded_head on
+  int loaded_head;
 
   // Lays the pointers out from `base` on, which may be null, and returns how many bytes that takes.
   std::size_t lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base);
 };
 
-// Fills the queries of the scratch, rotated as the keys are.
+// Fills the queries of the scratch, rotated as the keys are; nothing is done where they are there already.
 void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange heads, Scratch& scratch);
+
+// Keys that a thread probably attends to next: it asks for their first cache lines while it computes its last ones.
+struct NextKeys {
+  const QueryTile* tile = nullptr;  // none: null
+  HeadRange heads{};
+  attention::KeySpan keys{};
+};
+// Asked when the time has come: which task is next is not known before.
+struct NextKeysSource {
+  NextKeys (*find)(const void* context);
+  const void* context;
+};
 
 // Attention of a query tile over keys: leaves acc [rows, acc_stride] and state of each head; the first head_size_v
 // elements of a row of acc are complete and in order.
 void attend_split(const AttentionCall& call, const QueryTile& tile, const attention::SequenceMask& sequence,
-                  HeadRange heads, const attention::KeySpan& keys, Scratch& scratch);
+                  HeadRange heads, const attention::KeySpan& keys, const NextKeysSource& source, Scratch& scratch);
 
 // Folds one more part into a row's running state.
 void fold(const float* part, const attention::SoftmaxState& part_state, int size, float* total,

@@ -26,6 +26,9 @@ struct CacheReader : attention::PagedRows {
   std::atomic<bool>* decode_threw = nullptr;  // set where it threw
   bool is_value = false;
 
+  // Whether the scales of a token's KV heads are 4-byte neighbours in a tensor of their own.
+  bool scales_side_by_side() const { return scales != nullptr && in_row_meta == 0 && scale_head_stride == 4; }
+
   // Of KV head 0; the rows of another are where tile_rows() says.
   RowAddress address(std::int64_t block, std::int64_t slot) const {
     const std::uint8_t* codes = row(block, slot, 0);

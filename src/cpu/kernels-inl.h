@@ -6,6 +6,7 @@
 #define QUIRE_CPU_KERNELS_INL_H_
 #endif
 
+#include "cpu/few_rows-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/operands-inl.h"
 #include "cpu/products-inl.h"
@@ -33,6 +34,7 @@ Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
   Kernels k{.target = target,
             .load_row = &load_row,
             .encode_row = {encode_row_if_enabled<Fs>()...},
+            .collect_scales = &collect_scales,
             .load_tile = {load_tile_if_enabled<Fs>()...},
             .dot_tile = &dot_tile,
             .accumulate_tile = &accumulate_tile,

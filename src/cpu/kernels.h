@@ -30,29 +30,34 @@ struct RowAddress {
   const std::uint8_t* page;  // metadata of the page and KV head; null where there is none
 };
 
-// The cache lines of the next keys, asked for a few at a time between products: runs of bytes, one after the other.
+// The cache lines of the next keys, asked for between products at an even pace: many at once are dropped, or keep the
+// loads of the keys at hand waiting. Runs of bytes, one after the other.
 struct Prefetch {
   struct Run {
     const std::uint8_t* begin;
     const std::uint8_t* end;
   };
+  static constexpr int kUnit = 1 << 16;
+
   const Run* run = nullptr;  // the one after that of `at`
   const Run* end_of_runs = nullptr;
   const std::uint8_t* at = nullptr;
   const std::uint8_t* end = nullptr;
-  int lines_a_step = 0;  // of a step of about 64 products of vectors
+  int pace = 0;  // lines a product of vectors, in 1 / kUnit
+  int due = 0;
 
-  // Not for innermost loops, where its branches would cost registers.
-  void step() {
-    if (at >= end) {
-      if (run == end_of_runs) return;
-      at = run->begin;
-      end = run->end;
-      ++run;
+  // So many products of vectors have been made.
+  void after(int products) {
+    for (due += pace * products; due >= kUnit; due -= kUnit) {
+      if (at >= end) {
+        if (run == end_of_runs) return;
+        at = run->begin;
+        end = run->end;
+        ++run;
+      }
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
     }
-    // The last step of a run may go past its end, to where the next often begins.
-    const std::uint8_t* last = at + std::int64_t{64} * lines_a_step;
-    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -61,13 +66,18 @@ struct TileRows {
   const RowAddress* rows;
   int num_rows;
   std::int64_t data_step, meta_step, page_step;
-  Prefetch* prefetch = nullptr;  // steps with every row that is decoded to fp32
+  Prefetch* prefetch = nullptr;  // moves on with every row that is decoded to fp32
+  // Copies of the rows' metadata, 4 bytes each, where they have been collected (Kernels::collect_scales).
+  const float* scales = nullptr;
 
   const std::uint8_t* data(int n) const { return rows[n].data + data_step; }
   const std::uint8_t* meta(int n) const { return rows[n].meta == nullptr ? nullptr : rows[n].meta + meta_step; }
   const std::uint8_t* page(int n) const { return rows[n].page == nullptr ? nullptr : rows[n].page + page_step; }
   TileRows from(int first, int count) const { return {rows + first, count, data_step, meta_step, page_step, prefetch}; }
 };
+
+// What decoding a row to fp32 counts for in Prefetch::after.
+inline constexpr int kProductsOfRow = 16;
 
 // Keys (or values) handled together.
 inline constexpr int kKeyTile = 64;
@@ -82,6 +92,15 @@ struct LevelTile {
   float offset[kKeyTile];
   bool any_offset;  // some offset is not 0
   bool all_finite;  // no NaN or infinity anywhere: masked rows may be multiplied by 0
+};
+
+// Queries of one KV head as 16-bit operands.
+struct QueryOperands {
+  std::uint16_t* data;   // [sets][parts][positions / 8][B][8]
+  float* step;           // [sets * B][4]: the query is step * operand, four times
+  std::int32_t* centre;  // [B][4]: what the products of bytes have too much
+  int num_sets, parts, positions;
+  int part_elements(int blocks) const { return positions * blocks; }
 };
 
 // The 16-bit operands of a format's rows on this target.
@@ -103,24 +122,30 @@ struct OperandFormat {
   // Affine maps of up to kKeyTile rows to operands; 0 from there to the next multiple of kLaneAlign. False where one is
   // NaN or infinite.
   bool (*load_affines)(const TileRows& rows, format::RowShape shape, float* scale, float* offset) = nullptr;
-  // scale[n] /= the norm of the levels of the keys of a group; null where the format has no norm correction.
+  // scale[n] /= the norm of the levels of the keys of a group, all of whose rows are readable; null where the format
+  // has no norm correction.
   void (*divide_by_norms)(const std::uint16_t* keys, int num_keys, int positions, float* scale) = nullptr;
   // Operands of up to kKeyTile values, in pairs.
   void (*load_values)(const TileRows& rows, format::RowShape shape, std::uint16_t* values) = nullptr;
+
+  // Tiles of no more rows than a vector has blocks (few_rows-inl.h). Keys as bytes, where the target and the shape allow
+  // it: queries for them, and scores as of Kernels::dot_keys for all keys of a tile.
+  bool (*takes_key_bytes)(format::RowShape shape) = nullptr;
+  void (*make_byte_queries)(const float* q, int num_rows, int q_stride, format::RowShape shape, float largest,
+                            QueryOperands& queries) = nullptr;
+  void (*dot_key_bytes)(const TileRows& rows, format::RowShape shape, const QueryOperands& queries, float* scores,
+                        Prefetch& prefetch) = nullptr;
+  // accumulate_values from codes, where the shape allows it.
+  bool (*takes_few_rows)(format::RowShape shape) = nullptr;
+  void (*accumulate_few)(const TileRows& rows, format::RowShape shape, const std::uint16_t* weights, int num_rows,
+                         const float* unit, float* acc, int acc_stride, Prefetch& prefetch) = nullptr;
+
   // kBFloat16: whether all operands of the pairs are finite numbers.
   bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
 };
 
 // Softmax weights have 16 bits: an int16, or two bf16 whose sum they are.
 constexpr int weight_parts(Operand operand) { return operand == Operand::kBFloat16 ? 2 : 1; }
-
-// Queries of one KV head as 16-bit operands.
-struct QueryOperands {
-  std::uint16_t* data;  // [sets][parts][positions / 8][B][8]
-  float* step;          // [sets * B][4]: the query is step * operand, four times
-  int num_sets, parts, positions;
-  int part_elements(int blocks) const { return positions * blocks; }
-};
 
 struct Kernels {
   const char* target = nullptr;
@@ -133,6 +158,9 @@ struct Kernels {
   using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
                              std::uint8_t* meta);
   std::array<EncodeRow, format::AllFormats::kSize> encode_row{};
+
+  // scales[h][n] = the fp32 at rows[n].meta + 4 * h bytes, which is that of KV head h.
+  void (*collect_scales)(const TileRows& rows, int num_heads, float (*scales)[kKeyTile]) = nullptr;
 
   // Decodes num_rows <= kKeyTile rows of a KV head into the tile, padding included. head_vector [head_size] may be
   // null.

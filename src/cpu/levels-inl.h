@@ -74,6 +74,46 @@ struct LevelTable {
 };
 #endif
 
+void collect_scales(const TileRows& rows, int num_heads, float (*scales)[kKeyTile]) {
+  int h = 0;
+#if QUIRE_CPU_WORDS_512
+  // 16 rows of 8 heads: pairs of rows 8 apart make vectors, in whose halves 8 x 8 numbers are transposed.
+  const __m512i first_heads = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+  const __m512i last_heads = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (; h + 8 <= num_heads; h += 8) {
+    for (int n = 0; n < rows.num_rows; n += 16) {
+      const auto row = [&](int i) HWY_ATTR {
+        const int at = n + i < rows.num_rows ? n + i : rows.num_rows - 1;
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(rows.meta(at) + 4 * h));
+      };
+      __m512 r[8], two[8];
+      HWY_UNROLL(8)
+      for (int i = 0; i < 8; ++i) r[i] = _mm512_insertf32x8(_mm512_castps256_ps512(row(i)), row(i + 8), 1);
+      HWY_UNROLL(4)
+      for (int i = 0; i < 8; i += 2) {
+        two[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        two[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      }
+      HWY_UNROLL(4)
+      for (int c = 0; c < 4; ++c) {
+        const auto four = [&](int i) HWY_ATTR {
+          const __m512d a = _mm512_castps_pd(two[i + c / 2]), b = _mm512_castps_pd(two[i + 2 + c / 2]);
+          return c % 2 == 0 ? _mm512_unpacklo_pd(a, b) : _mm512_unpackhi_pd(a, b);
+        };
+        const __m512d low = four(0), high = four(4);
+        _mm512_storeu_pd(scales[h + c] + n, _mm512_permutex2var_pd(low, first_heads, high));
+        _mm512_storeu_pd(scales[h + c + 4] + n, _mm512_permutex2var_pd(low, last_heads, high));
+      }
+    }
+  }
+#endif
+  if (h == num_heads) return;
+  for (int n = 0; n < rows.num_rows; ++n) {
+    const std::uint8_t* meta = rows.meta(n);
+    for (int i = h; i < num_heads; ++i) std::memcpy(&scales[i][n], meta + 4 * i, 4);
+  }
+}
+
 // The levels of a row, and its affine map with any norm correction applied.
 template <class F>
 HWY_INLINE format::Affine load_levels(const std::uint8_t* data, const std::uint8_t* meta, format::RowShape shape,
@@ -122,7 +162,7 @@ void load_tile(const TileRows& rows, format::RowShape shape, const float* head_v
   tile.any_offset = false;
   tile.all_finite = true;
   for (int n = 0; n < rows.num_rows; ++n) {
-    if (rows.prefetch != nullptr) rows.prefetch->step();
+    if (rows.prefetch != nullptr) rows.prefetch->after(kProductsOfRow);
     float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
     format::Affine affine = load_levels<F>(rows.data(n), rows.meta(n), shape, levels);
     format::add_centre<F>({.head_vector = head_vector, .page = rows.page(n)}, shape, levels, affine);

@@ -82,6 +82,21 @@ struct Unpacker {
     }
   }
 
+  // Outputs kFirst to kFirst + 3 of codes of fewer than 8 bits; kPlain: the codes themselves.
+  template <bool kPlain, int kFirst>
+  HWY_INLINE void four(VU16 x, VU16 (&out)[4]) const {
+    HWY_UNROLL(4)
+    for (int o = 0; o < 4; ++o) {
+      VU16 code = x;
+      if constexpr (kCodeBits<F> == 3) {
+        code = shift_each(x, hn::Add(shift, hn::Set(U16(), static_cast<std::uint16_t>(o * kCodeBits<F>))));
+      } else {
+        if (kFirst + o > 0) code = shift_all(x, (kFirst + o) * kCodeBits<F>);
+      }
+      out[o] = kPlain ? hn::And(code, hn::Set(U16(), (1 << kCodeBits<F>)-1)) : table(code);
+    }
+  }
+
   Unpacker() : table(operand_table<F>().entries) {
     HWY_ALIGN std::uint16_t first_shift[kWords];
     for (int w = 0; w < kWords; ++w) {
@@ -99,15 +114,25 @@ struct Unpacker {
   }
 
  private:
+  static HWY_INLINE VU16 shift_each(VU16 x, VU16 by) {
+#if QUIRE_CPU_WORDS_512
+    return VU16{_mm512_srlv_epi16(x.raw, by.raw)};
+#else
+    return hn::Shr(x, by);
+#endif
+  }
+  static HWY_INLINE VU16 shift_all(VU16 x, int by) {
+#if QUIRE_CPU_WORDS_512
+    return VU16{_mm512_srli_epi16(x.raw, static_cast<unsigned>(by))};
+#else
+    return hn::ShiftRightSame(x, by);
+#endif
+  }
   HWY_INLINE void table4(VU16 x, VU16 (&out)[kOutputs]) const {
     if constexpr (kCodeBits<F> == 3 || kCopies > 1) {
       for (int o = 0; o < kOutputs; ++o) {
         const VU16 by = hn::Add(shift, hn::Set(U16(), static_cast<std::uint16_t>(o * kCopies * kCodeBits<F>)));
-#if QUIRE_CPU_WORDS_512
-        out[o] = table(VU16{_mm512_srlv_epi16(x.raw, by.raw)});
-#else
-        out[o] = table(hn::Shr(x, by));
-#endif
+        out[o] = table(shift_each(x, by));
       }
     } else {
       out[0] = table(x);
@@ -226,12 +251,18 @@ void key_order(format::RowShape shape, std::int16_t* element_of) {
                                        : element<F>(shape, word, o * copies + lane / lanes);
   }
 }
+// Values of two rows take turns word by word. Of whole vectors of words, the first words of each block make one vector,
+// the last ones the other (interleave); where a row ends with half of a vector, its words are in order.
 template <class F>
 void value_order(format::RowShape shape, std::int16_t* element_of) {
   const int positions = value_positions<F>(shape);
   constexpr int kLanes = kWords / 2;
+  const int whole_halves = num_row_words<F>(shape) / kWords * 2;
   for (int p = 0; p < positions; ++p) {
-    element_of[p] = element<F>(shape, p / (kLanes * kPerWord<F>)*kLanes + p % kLanes, p / kLanes % kPerWord<F>);
+    const int half = p / (kLanes * kPerWord<F>), lane = p % kLanes;
+    const int word =
+        half < whole_halves ? half / 2 * kWords + lane / 4 * 8 + half % 2 * 4 + lane % 4 : half * kLanes + lane;
+    element_of[p] = element<F>(shape, word, p / kLanes % kPerWord<F>);
   }
 }
 
@@ -287,12 +318,23 @@ void load_values(const TileRows& rows, format::RowShape shape, std::uint16_t* va
   const Unpacker<F, true> unpack;
   const int code_bytes = static_cast<int>(format::code_bytes<F>(shape.head_size));
   const int halves = ceil_divide(num_row_words<F>(shape), kWords / 2);
+  const int whole_halves = num_row_words<F>(shape) / kWords * 2;
   for (int n = 0; n < rows.num_rows; n += 2) {
     const std::uint8_t* a = rows.data(n);
     const std::uint8_t* b = n + 1 < rows.num_rows ? rows.data(n + 1) : kZeros;
     for (int h = 0; h < halves; h += 2) {
       VU16 x[2];
-      interleave(row_words<F>(a, code_bytes, h / 2), row_words<F>(b, code_bytes, h / 2), x[0], x[1]);
+      const VU16 from_a = row_words<F>(a, code_bytes, h / 2);
+      const VU16 from_b = row_words<F>(b, code_bytes, h / 2);
+      if (h < whole_halves) {
+        interleave(from_a, from_b, x[0], x[1]);
+      } else {
+        HWY_ALIGN std::uint8_t bytes[2][2 * kWords];
+        hn::Store(hn::BitCast(U8(), from_a), U8(), bytes[0]);
+        hn::Store(hn::BitCast(U8(), from_b), U8(), bytes[1]);
+        x[0] = interleave_halves(bytes[0], bytes[1]);
+        x[1] = interleave_halves(bytes[0] + kWords, bytes[1] + kWords);
+      }
       for (int i = 0; i < 2 && h + i < halves; ++i) {
         VU16 out[kPerWord<F>];
         unpack(x[i], out);
@@ -313,9 +355,14 @@ bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, fl
       offset[i] = 0.0F;
     }
   } else {
-    std::uint8_t meta[kKeyTile * F::kMetaBytes];
-    for (int i = 0; i < n; ++i) {
-      std::memcpy(meta + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
+    std::uint8_t copies[kKeyTile * F::kMetaBytes];
+    const std::uint8_t* meta = copies;
+    if (F::kMetaBytes == 4 && rows.scales != nullptr) {
+      meta = reinterpret_cast<const std::uint8_t*>(rows.scales);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        std::memcpy(copies + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
+      }
     }
     const float unit = F::kLevelNorm ? 1.0F : OperandOf<F>::kUnit;
     for (int i = 0; i < n; ++i) {
@@ -337,28 +384,6 @@ bool values_finite(const std::uint16_t* values, int num_pairs, int positions) {
     bad = hn::Or(bad, hn::VecFromMask(U16(), hn::Eq(x, exponent)));
   }
   return hn::AllTrue(U16(), hn::Eq(bad, hn::Zero(U16())));
-}
-
-template <class F>
-OperandFormat operand_format() {
-  OperandFormat format;
-  if constexpr (format::format_enabled<F>() && OperandOf<F>::kOperand != Operand::kFloat32) {
-    format.operand = OperandOf<F>::kOperand;
-    format.max_level = OperandOf<F>::kMaxLevel;
-    format.keys_in_place = kCodeBits<F> == 16;
-    format.per_word = kPerWord<F>;
-    format.has_offset = F::kHasOffset;
-    format.key_positions = &key_positions<F>;
-    format.value_positions = &value_positions<F>;
-    format.key_order = &key_order<F>;
-    format.value_order = &value_order<F>;
-    format.load_keys = &load_keys<F>;
-    format.load_affines = &load_affines<F>;
-    format.load_values = &load_values<F>;
-    if constexpr (F::kLevelNorm) format.divide_by_norms = &divide_by_norms;
-    if constexpr (OperandOf<F>::kOperand == Operand::kBFloat16) format.values_finite = &values_finite;
-  }
-  return format;
 }
 
 }  // namespace

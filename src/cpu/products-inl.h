@@ -23,40 +23,63 @@ namespace quire::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
+// The step of a row as int16, and what it is multiplied by to be in steps: 0 where the row is 0 or not finite, when the
+// step is NaN.
+struct QueryStep {
+  float step, inverse;
+};
+HWY_INLINE QueryStep query_step(const float* row, int size, float largest) {
+  std::uint32_t top = 0;
+  for (int i = 0; i < size; ++i) top = std::max(top, exact::bits_of(row[i]) & 0x7fffffffU);
+  const float most = exact::from_bits(top);
+  if (!exact::is_finite(most)) return {NAN, 0.0F};
+  return {most / largest, most > 1e-30F ? largest / most : 0.0F};
+}
+
+// The operands of a row in the order of its elements, padded with zeros to q_stride.
+HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, float largest, std::uint16_t* codes,
+                            std::uint16_t* second) {
+  const F32 d;
+  if (operand == Operand::kInt16) {
+    const QueryStep steps = query_step(row, q_stride, largest);
+    const hn::Rebind<std::int16_t, I32> half;
+    const auto inverse = hn::Set(d, steps.inverse);
+    const bool some = steps.inverse != 0.0F;
+    for (int i = 0; i < q_stride; i += kFloats) {
+      const auto x = some ? hn::Mul(hn::LoadU(d, row + i), inverse) : hn::Zero(d);
+      hn::StoreU(hn::DemoteTo(half, hn::NearestInt(x)), half, reinterpret_cast<std::int16_t*>(codes + i));
+    }
+    return steps.step;
+  }
+  const auto nan = hn::Set(U32(), 0x7fc0);
+  for (int i = 0; i < q_stride; i += kFloats) {
+    const auto x = hn::LoadU(d, row + i);
+    const auto high = hn::IfThenElse(hn::RebindMask(U32(), hn::IsNaN(x)), nan, to_bfloat16(x));
+    store_words(high, codes + i);
+    const auto rest = hn::Sub(x, hn::BitCast(d, hn::ShiftLeft<16>(high)));
+    // Of what is not finite there is no rest: the difference is a NaN.
+    if (second != nullptr) store_words(to_bfloat16(hn::IfThenElseZero(hn::Eq(rest, rest), rest)), second + i);
+  }
+  return 1.0F;
+}
+
 void make_queries(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
                   float largest, QueryOperands& queries) {
   const int positions = queries.positions;
   std::fill_n(queries.data, static_cast<std::int64_t>(queries.num_sets) * queries.parts * positions * kBlocks, 0);
   std::fill_n(queries.step, queries.num_sets * kBlocks * 4, 0.0F);
+  HWY_ALIGN std::uint16_t codes[2][format::kMaxHeadSize + kLaneAlign];
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
+    const float step = make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
     std::uint16_t* set =
         queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
-    const auto put = [&](int part, int p, std::uint16_t code) {
-      set[(part * positions + p / 8 * 8) * kBlocks + p % 8] = code;
-    };
-    float step = 1.0F;
-    if (operand == Operand::kBFloat16) {
-      for (int p = 0; p < positions; ++p) {
-        if (element_of[p] < 0) continue;
-        const float x = row[element_of[p]];
-        const std::uint16_t high = format::float_to_bfloat16(x);
-        put(0, p, high);
-        if (queries.parts == 1) continue;
-        const float rest = x - format::bfloat16_to_float(high);
-        put(1, p, exact::is_finite(rest) ? format::float_to_bfloat16(rest) : std::uint16_t{0});
-      }
-    } else {
-      std::uint32_t top = 0;
-      for (int i = 0; i < q_stride; ++i) top = std::max(top, exact::bits_of(row[i]) & 0x7fffffffU);
-      const float most = exact::from_bits(top);
-      step = exact::is_finite(most) ? most / largest : NAN;
-      const float inverse = most > 1e-30F && exact::is_finite(most) ? largest / most : 0.0F;
-      for (int p = 0; p < positions; ++p) {
-        if (element_of[p] < 0 || inverse == 0.0F) continue;
-        put(0, p,
-            static_cast<std::uint16_t>(
-                static_cast<std::int32_t>(exact::round_half_even(row[element_of[p]] * inverse))));
+    for (int part = 0; part < queries.parts; ++part) {
+      for (int p = 0; p < positions; p += 8, set += 8 * kBlocks) {
+        for (int i = 0; i < 8; ++i) {
+          const int element = element_of[p + i];
+          if (element >= 0) set[i] = codes[part][element];
+        }
       }
     }
     std::fill_n(queries.step + 4 * m, 4, step);
@@ -127,9 +150,10 @@ HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, cons
     }
   };
   for (int part = 0; part < queries.parts; ++part, q += part_words) {
+    constexpr int kStep = 128;  // in the inner loop its branches would cost registers
     for (int i = 0; i < bytes;) {
-      prefetch.step();
-      const int end = i + 128 < bytes ? i + 128 : bytes;
+      prefetch.after(kSets * kKeys * kStep / 16);
+      const int end = i + kStep < bytes ? i + kStep : bytes;
       for (; i + 32 <= end; i += 32) {
         eight.template operator()<0>(q + i / 2 * kBlocks, i);
         eight.template operator()<kChains - 1>(q + (i / 2 + 8) * kBlocks, i + 16);
@@ -156,9 +180,24 @@ HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, cons
   }
 }
 
-// scale[n] /= the norm of the levels of key n. Rows up to the next multiple of 4 are readable.
+#if QUIRE_CPU_WORDS_512
+// 16-byte blocks of four vectors, transposed.
+HWY_INLINE void transpose_blocks(__m512i (&r)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+  const __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+  r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+#endif
+
+// scale[n] /= the norm of the levels of key n, of a group. Its rows are readable to the end.
 void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, float* scale) {
-  for (int n = 0; n < num_keys; n += 4) {
+  HWY_ALIGN std::int32_t norms[kKeyGroup];
+  hn::Vec<I32> four[kKeyGroup / 4];
+  HWY_UNROLL(4)
+  for (int n = 0; n < kKeyGroup; n += 4) {
     hn::Vec<I32> squares[4] = {hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32()), hn::Zero(I32())};
     for (int i = 0; i < positions; i += kWords) {
       HWY_UNROLL(4)
@@ -167,14 +206,27 @@ void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, flo
         add_dot(squares[k], x, x);
       }
     }
-    HWY_ALIGN float blocks[kFloats];
-    hn::Store(hn::ConvertTo(F32(), reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3])), F32(),
-              blocks);
-    for (int k = 0; k < 4 && n + k < num_keys; ++k) {
-      float sum = 0.0F;
-      for (int b = 0; b < kBlocks; ++b) sum += blocks[4 * b + k];
-      scale[n + k] /= std::sqrt(sum);
+    four[n / 4] = reduce4<Int16Products>(squares[0], squares[1], squares[2], squares[3]);
+  }
+#if QUIRE_CPU_WORDS_512
+  __m512i sums[4] = {four[0].raw, four[1].raw, four[2].raw, four[3].raw};
+  transpose_blocks(sums);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+  _mm512_store_si512(norms, sum);
+#else
+  for (int n = 0; n < kKeyGroup; n += 4) {
+    HWY_ALIGN std::int32_t blocks[kFloats];
+    hn::Store(four[n / 4], I32(), blocks);
+    for (int k = 0; k < 4; ++k) {
+      norms[n + k] = 0;
+      for (int b = 0; b < kBlocks; ++b) norms[n + k] += blocks[4 * b + k];
     }
+  }
+#endif
+  if (num_keys < kKeyGroup) std::fill(norms + num_keys, norms + kKeyGroup, 1);
+  for (int n = 0; n < kKeyGroup; n += kFloats) {
+    const auto norm = hn::Sqrt(hn::ConvertTo(F32(), hn::Load(I32(), norms + n)));
+    hn::StoreU(hn::Div(hn::LoadU(F32(), scale + n), norm), F32(), scale + n);
   }
 }
 
@@ -232,7 +284,7 @@ HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64
     }
   }
   for (int pair = 0; pair < num_pairs;) {
-    prefetch.step();
+    prefetch.after(4 * kRows * kVectors * kParts);
     const int end = pair + 4 < num_pairs ? pair + 4 : num_pairs;
     for (; pair < end; ++pair, values += pair_stride, weights += 2) {
       hn::Vec<typename Products::Factor> x[kVectors];

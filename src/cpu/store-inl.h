@@ -56,12 +56,17 @@ HWY_INLINE hn::Vec<F32> butterflies(hn::Vec<F32> x, int block) {
   return x;
 }
 
-// 128 elements of one block, in registers where there are 16.
+// 128 elements of one block, in registers where there are 16. kSigned: signs are flipped first.
+template <bool kSigned>
 HWY_INLINE void hadamard128(float* y) {
   constexpr int kVectors = 128 / kFloats;
   hn::Vec<F32> v[kVectors];
   HWY_UNROLL(32)
-  for (int i = 0; i < kVectors; ++i) v[i] = butterflies(hn::Load(F32(), y + i * kFloats), kFloats);
+  for (int i = 0; i < kVectors; ++i) {
+    auto x = hn::Load(F32(), y + i * kFloats);
+    if (kSigned) x = hn::Xor(x, hn::BitCast(F32(), hn::LoadU(U32(), &format::kRhtSignMasks[i * kFloats])));
+    v[i] = butterflies(x, kFloats);
+  }
   HWY_UNROLL(5)
   for (int h = 1; h < kVectors; h *= 2) {
     HWY_UNROLL(32)
@@ -81,7 +86,7 @@ HWY_INLINE void hadamard128(float* y) {
 void rotate_blocks(float* y, format::RowShape shape) {
   const F32 d;
   if (kFloats >= 8 && shape.block == 128) {
-    for (int first = 0; first < shape.head_size; first += 128) hadamard128(y + first);
+    for (int first = 0; first < shape.head_size; first += 128) hadamard128<false>(y + first);
     return;
   }
   for (int i = 0; i < shape.head_size; i += kFloats) {
@@ -100,6 +105,10 @@ void rotate_blocks(float* y, format::RowShape shape) {
 }
 
 void rotate_row(format::Rotation rotation, float* y, format::RowShape shape) {
+  if (rotation == format::Rotation::kSignedHadamard && kFloats >= 8 && shape.block == 128) {
+    for (int first = 0; first < shape.head_size; first += 128) hadamard128<true>(y + first);
+    return;
+  }
   if (rotation == format::Rotation::kSignedHadamard) format::flip_signs(y, shape);
   if (rotation != format::Rotation::kNone) rotate_blocks(y, shape);
 }
@@ -110,6 +119,9 @@ void rotate_row_back(format::Rotation rotation, float* y, format::RowShape shape
 
 // ---- statistics of rows of whole vectors ----------------------------------------------------------------------------
 
+#if QUIRE_CPU_WORDS_512
+constexpr int kNotFinite = 0x99;  // of vfpclassps: NaNs and infinities
+#endif
 template <class Stats>
 struct VectorStats {
   static constexpr bool kHas = false;
@@ -133,6 +145,25 @@ template <>
 struct VectorStats<format::Range> {
   static constexpr bool kHas = true;
   static format::Range of(const float* y, int size) {
+#if QUIRE_CPU_WORDS_512
+    // The highest of x and of -x: from both in turns, pairs of lanes at the end.
+    __m512 high = _mm512_load_ps(y), low = high;
+    __mmask16 bad = _mm512_fpclass_ps_mask(high, kNotFinite);
+    for (int i = 16; i < size; i += 16) {
+      const __m512 x = _mm512_load_ps(y + i);
+      high = _mm512_max_ps(high, x);
+      low = _mm512_min_ps(low, x);
+      bad = _kor_mask16(bad, _mm512_fpclass_ps_mask(x, kNotFinite));
+    }
+    if (bad != 0) return {exact::quiet_nan(), exact::quiet_nan()};
+    low = _mm512_xor_ps(low, _mm512_set1_ps(-0.0F));
+    __m512 both = _mm512_max_ps(_mm512_unpacklo_ps(high, low), _mm512_unpackhi_ps(high, low));
+    both = _mm512_max_ps(both, _mm512_shuffle_f32x4(both, both, 0x4e));
+    both = _mm512_max_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+    both = _mm512_max_ps(both, _mm512_permute_ps(both, 0x4e));
+    const float most = _mm512_cvtss_f32(both), least = -_mm512_cvtss_f32(_mm512_permute_ps(both, 0xb1));
+    return {least, most};
+#else
     const F32 d;
     auto low = hn::Load(d, y);
     auto high = low;
@@ -145,6 +176,7 @@ struct VectorStats<format::Range> {
     }
     if (hn::GetLane(hn::MaxOfLanes(I32(), top)) >= 0x7f800000) return {exact::quiet_nan(), exact::quiet_nan()};
     return {hn::GetLane(hn::MinOfLanes(d, low)), hn::GetLane(hn::MaxOfLanes(d, high))};
+#endif
   }
 };
 template <>
@@ -152,6 +184,9 @@ struct VectorStats<format::SquareSum> {
   static constexpr bool kHas = true;
   // The contract's tree: neighbours, pairs of neighbours and so on, then whole vectors in the same way.
   static format::SquareSum of(const float* y, int size) {
+#if QUIRE_CPU_WORDS_512
+    if (size == 128) return {of_128(y)};
+#endif
     hn::Vec<F32> sums[format::kMaxHeadSize / kFloats];
     const int count = size / kFloats;
     for (int i = 0; i < count; ++i) {
@@ -168,6 +203,33 @@ struct VectorStats<format::SquareSum> {
     }
     return {hn::GetLane(sums[0])};
   }
+
+#if QUIRE_CPU_WORDS_512
+ private:
+  // The same tree, vectors two by two.
+  static float of_128(const float* y) {
+    __m512 v[8], pairs[4], fours[2];
+    HWY_UNROLL(8)
+    for (int i = 0; i < 8; ++i) {
+      const __m512 x = _mm512_load_ps(y + 16 * i);
+      v[i] = _mm512_mul_ps(x, x);
+    }
+    HWY_UNROLL(4)
+    for (int i = 0; i < 4; ++i) pairs[i] = add_neighbours(v[2 * i], v[2 * i + 1]);
+    HWY_UNROLL(2)
+    for (int i = 0; i < 2; ++i) fours[i] = add_neighbours(pairs[2 * i], pairs[2 * i + 1]);
+    __m512 sum =
+        _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    sum =
+        _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xb1));  // of 4 vectors in blocks 0 and 1, of 4 in the others
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+    return _mm512_cvtss_f32(_mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e)));
+  }
+  static __m512 add_neighbours(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  }
+#endif
 };
 
 template <class F>
@@ -182,12 +244,21 @@ typename F::Stats row_stats(const float* y, int head_size) {
 
 // exact::round_half_away_nonnegative
 HWY_INLINE hn::Vec<I32> round_half_away(hn::Vec<F32> x) {
+#if QUIRE_CPU_WORDS_512
+  // A sum that is rounded down: just below a half it stays below 1.
+  constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  return hn::Vec<I32>{_mm512_cvttps_epi32(_mm512_add_round_ps(x.raw, _mm512_set1_ps(0.5F), kDown))};
+#endif
   const auto whole = hn::ConvertTo(I32(), x);
   const auto up = hn::Ge(hn::Sub(x, hn::ConvertTo(F32(), whole)), hn::Set(F32(), 0.5F));
   return hn::Sub(whole, hn::BitCast(I32(), hn::VecFromMask(F32(), up)));
 }
 // exact::clamp to [0, most]: a NaN becomes 0.
 HWY_INLINE hn::Vec<F32> clamp(hn::Vec<F32> x, float most) {
+#if QUIRE_CPU_WORDS_512
+  // The second operand where one is a NaN.
+  return hn::Vec<F32>{_mm512_min_ps(_mm512_max_ps(x.raw, _mm512_setzero_ps()), _mm512_set1_ps(most))};
+#endif
   const auto number = hn::IfThenElseZero(hn::Eq(x, x), x);
   return hn::Min(hn::Max(number, hn::Zero(F32())), hn::Set(F32(), most));
 }
@@ -215,6 +286,14 @@ struct VectorCodes<format::Int2PerTokenHead> {
   static HWY_INLINE hn::Vec<I32> of(const format::ScaledEncoder& e, hn::Vec<F32> y) {
     constexpr float kThreshold = format::Int2PerTokenHead::kThreshold;
     const auto z = hn::Mul(y, hn::Set(F32(), e.inverse));
+#if QUIRE_CPU_WORDS_512
+    const __m512i one = _mm512_set1_epi32(1);
+    const auto reached = [&](float limit)
+                             HWY_ATTR { return _mm512_cmp_ps_mask(z.raw, _mm512_set1_ps(limit), _CMP_GE_OQ); };
+    __m512i code = _mm512_maskz_mov_epi32(reached(-kThreshold), one);
+    code = _mm512_mask_add_epi32(code, reached(0.0F), code, one);
+    return hn::Vec<I32>{_mm512_mask_add_epi32(code, reached(kThreshold), code, one)};
+#endif
     return hn::Add(hn::Add(at_least(z, -kThreshold), at_least(z, 0.0F)), at_least(z, kThreshold));
   }
 };
@@ -223,6 +302,23 @@ struct VectorCodesOfKeys {
   static constexpr bool kHas = true;
   static HWY_INLINE hn::Vec<I32> of(const typename format::TurboQuantKey<kBits>::Encoder& e, hn::Vec<F32> y) {
     const auto z = hn::Mul(y, hn::Set(F32(), e.unit));
+#if QUIRE_CPU_WORDS_512
+    // How many midpoints are not above z: the midpoints rise.
+    alignas(64) static constexpr auto kMidpoints = [] {
+      std::array<float, 16> midpoints{};
+      for (int i = 1; i < (1 << kBits); ++i) midpoints[static_cast<std::size_t>(i)] = format::lower_midpoint<kBits>(i);
+      return midpoints;
+    }();
+    const __m512 midpoints = _mm512_load_ps(kMidpoints.data());
+    __m512i found = _mm512_setzero_si512();
+    HWY_UNROLL(4)
+    for (int step = 1 << (kBits - 1); step > 0; step /= 2) {
+      const __m512i next = _mm512_or_si512(found, _mm512_set1_epi32(step));
+      const __mmask16 reached = _mm512_cmp_ps_mask(z.raw, _mm512_permutexvar_ps(next, midpoints), _CMP_GE_OQ);
+      found = _mm512_mask_mov_epi32(found, reached, next);
+    }
+    return hn::Vec<I32>{found};
+#endif
     auto code = hn::Zero(I32());
     HWY_UNROLL(16)
     for (int i = 1; i < (1 << kBits); ++i) code = hn::Add(code, at_least(z, format::lower_midpoint<kBits>(i)));
@@ -267,9 +363,55 @@ HWY_INLINE void join_neighbours(const std::uint8_t* from, int count, std::uint8_
   }
 }
 
+#if QUIRE_CPU_WORDS_512
+// 64 codes from four vectors of 16, in bytes.
+HWY_INLINE __m512i to_bytes(const __m512i (&codes)[4], bool is_signed) {
+  const __m512i low = _mm512_packs_epi32(codes[0], codes[1]), high = _mm512_packs_epi32(codes[2], codes[3]);
+  const __m512i bytes = is_signed ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+// 64 codes of kBits, one a byte, to 8 * kBits bytes.
+template <int kBits>
+HWY_INLINE void put_bytes(__m512i bytes, std::uint8_t* to) {
+  // Neighbours joined: two codes to 2 * kBits bits of 16, four to 4 * kBits of 32.
+  constexpr int kOfPair = kBits < 8 ? 1 | 1 << (8 + kBits) : 0;
+  constexpr int kOfFour = kBits < 4 ? 1 | 1 << (16 + 2 * kBits) : 0;
+  const auto pairs = [&]() HWY_ATTR {
+    return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair)));
+  };
+  const auto fours = [&]() HWY_ATTR { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
+  if constexpr (kBits == 8) {
+    _mm512_storeu_si512(to, bytes);
+  } else if constexpr (kBits == 4) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(pairs()));
+  } else if constexpr (kBits == 2) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(fours()));
+  } else {
+    static_assert(kBits == 3);
+    const __m512i x = fours();
+    alignas(64) std::uint64_t eights[8];  // codes in the low 24 bits
+    _mm512_store_si512(eights, _mm512_or_si512(x, _mm512_srli_epi64(x, 20)));
+    for (int i = 0; i < 8; ++i) std::memcpy(to + 3 * i, &eights[i], 3);
+  }
+}
+#endif
+
 template <class F>
 HWY_INLINE void pack_codes(const typename F::Encoder& encoder, const float* y, int size, std::uint8_t* data) {
   constexpr int kBits = 8 * F::kUnitBytes / F::kUnit;
+#if QUIRE_CPU_WORDS_512
+  if (size % 64 == 0) {
+    for (int i = 0; i < size; i += 64, data += 8 * kBits) {
+      __m512i four[4];
+      HWY_UNROLL(4)
+      for (int j = 0; j < 4; ++j) four[j] = VectorCodes<F>::of(encoder, hn::Load(F32(), y + i + 16 * j)).raw;
+      put_bytes<kBits>(to_bytes(four, kBits == 8), data);
+    }
+    return;
+  }
+#endif
   // Room for a whole vector past the last code.
   HWY_ALIGN std::uint8_t codes[format::kMaxHeadSize + 2 * kWords];
   HWY_ALIGN std::uint8_t pairs[format::kMaxHeadSize + 2 * kWords];

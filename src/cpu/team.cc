@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -33,9 +34,13 @@ class Team {
     wake_.notify_all();
     work(num_parts, part, context);
     {
-      std::unique_lock<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(mutex_);
       vacancies_ = 0;  // whoever has not begun by now need not
-      done_.wait(lock, [&] { return active_ == 0; });
+    }
+    const auto all_done = [&] { return active_.load(std::memory_order_acquire) == 0; };
+    if (!spin_until(all_done)) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, all_done);
     }
     busy_.store(false, std::memory_order_release);
     return true;
@@ -59,8 +64,9 @@ class Team {
 
   void serve() {
     std::uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      spin_until([&] { return call_.load(std::memory_order_acquire) != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return vacancies_ > 0 && call_ != seen; });
       seen = call_;
       --vacancies_;
@@ -71,8 +77,28 @@ class Team {
       lock.unlock();
       work(num_parts, part, context);
       lock.lock();
-      if (--active_ == 0) done_.notify_one();
+      if (active_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
     }
+  }
+
+  // Whether `condition` came true within the time that falling asleep and waking up would take.
+  template <class Condition>
+  static bool spin_until(const Condition& condition) {
+    constexpr std::chrono::microseconds kTime(50);
+    constexpr int kLooksBetweenClocks = 32;
+    const auto end = std::chrono::steady_clock::now() + kTime;
+    for (int look = 0;; ++look) {
+      if (condition()) return true;
+      if (look % kLooksBetweenClocks == 0 && std::chrono::steady_clock::now() >= end) return false;
+      pause();
+    }
+  }
+  static void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
   }
 
   std::atomic<bool> busy_{false};  // a call is being served; a part of it may call again
@@ -80,9 +106,9 @@ class Team {
 
   std::mutex mutex_;  // of what follows
   std::condition_variable wake_, done_;
-  std::uint64_t call_ = 0;
+  std::atomic<std::uint64_t> call_{0};
   int vacancies_ = 0;  // workers that may still join the call
-  int active_ = 0;
+  std::atomic<int> active_{0};
   int num_parts_ = 0;
   Part part_ = nullptr;
   void* context_ = nullptr;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace quire::cpu {
 
@@ -23,12 +24,20 @@ void run_parts(int num_parts, const Part& part) {
 }
 
 // Calls task(index, part) once for each index in [0, num_tasks), from at most num_parts parts, each of which takes the
-// next task until there are none. Which part runs which task is not determined: results must not depend on it.
+// next task until there are none. Which part runs which task is not determined: results must not depend on it. A task
+// that is callable with a third argument, `next`, gets what holds the task that is taken next, by whichever part.
 template <class Task>
 void run_tasks(std::int64_t num_tasks, int num_parts, const Task& task) {
-  std::atomic<std::int64_t> next{0};
+  using Next = std::atomic<std::int64_t>;
+  Next next{0};
   run_parts(static_cast<int>(std::min<std::int64_t>(num_parts, num_tasks)), [&](int part) {
-    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) task(i, part);
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+      if constexpr (std::is_invocable_v<const Task&, std::int64_t, int, const Next&>) {
+        task(i, part, static_cast<const Next&>(next));
+      } else {
+        task(i, part);
+      }
+    }
   });
 }
 

@@ -45,6 +45,18 @@ constexpr int kWords = 2 * kFloats;
 #define QUIRE_CPU_WORDS_512 0
 #endif
 
+// The nearest bf16 to a number, ties to even.
+HWY_INLINE hn::Vec<U32> to_bfloat16(hn::Vec<F32> x) {
+  const U32 u;
+  const auto bits = hn::BitCast(u, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(u, 1));
+  return hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(u, 0x7fff))));
+}
+HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
+  const hn::Rebind<std::uint16_t, I32> half;
+  hn::StoreU(hn::DemoteTo(half, hn::BitCast(I32(), x)), half, to);
+}
+
 #if QUIRE_CPU_HAS_PAIRS
 // On AVX-512 an instruction by name: around its intrinsics GCC 12 copies every accumulator, in and out, in each turn of
 // a loop.
@@ -80,6 +92,13 @@ HWY_INLINE void add_dot(hn::Vec<F32>& acc, hn::Vec<U16> a, hn::Vec<U16> b) {
   acc = hn::MulAdd(hn::BitCast(d, hn::ShiftLeft<16>(a32)), hn::BitCast(d, hn::ShiftLeft<16>(b32)), acc);
 #endif
 }
+
+#ifdef QUIRE_CPU_ZEN4
+// acc[i] += the sum of a[4i + j] b[4i + j] over j from 0 to 3, a of unsigned bytes, b of signed ones.
+HWY_INLINE void add_dot_bytes(__m512i& acc, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
+#endif
 
 // The two operand types as template arguments.
 struct Int16Products {
@@ -139,25 +158,27 @@ HWY_INLINE VU16 load_words(const std::uint8_t* p, int bytes) {
   return load_partial(p, bytes);
 }
 
-// a[0] b[0] a[1] b[1] and so on: the first and the second half.
+// Words of a and b in turns, in each block of 16 bytes: the first 4 of each, and the last 4.
 HWY_INLINE void interleave(VU16 a, VU16 b, VU16& first, VU16& second) {
+  first = hn::InterleaveLower(U16(), a, b);
+  second = hn::InterleaveUpper(U16(), a, b);
+}
+
+// a[0] b[0] a[1] b[1] and so on, of as many words as fill a vector together.
+HWY_INLINE VU16 interleave_halves(const std::uint8_t* a, const std::uint8_t* b) {
 #if QUIRE_CPU_WORDS_512
-  alignas(64) static constexpr std::uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                           37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                           11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i index = _mm512_load_si512(kFirst);
-  first = VU16{_mm512_permutex2var_epi16(a.raw, index, b.raw)};
-  second = VU16{_mm512_permutex2var_epi16(a.raw, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b.raw)};
+  alignas(64) static constexpr std::uint16_t kTurns[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i both = _mm512_inserti64x4(first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+  return VU16{_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), both)};
 #else
-  const VU16 lower = hn::InterleaveLower(U16(), a, b);
-  const VU16 upper = hn::InterleaveUpper(U16(), a, b);
-  if constexpr (kBlocks == 1) {
-    first = lower;
-    second = upper;
-  } else {
-    first = hn::ConcatLowerLower(U16(), upper, lower);
-    second = hn::ConcatUpperUpper(U16(), upper, lower);
-  }
+  HWY_ALIGN std::uint16_t words[2][kWords / 2], turns[kWords];
+  std::memcpy(words[0], a, kWords);
+  std::memcpy(words[1], b, kWords);
+  for (int i = 0; i < kWords; ++i) turns[i] = words[i % 2][i / 2];
+  return hn::Load(U16(), turns);
 #endif
 }
 #endif  // QUIRE_CPU_HAS_PAIRS

@@ -44,7 +44,7 @@ void set_cpu_tolerances(AttentionCase& problem) {
   problem.serial_sums = 4.0;
   if (cpu::operand_of(key) == cpu::Operand::kInt16) {
     const double max_level = cpu::kernels().operands[static_cast<std::size_t>(key)].max_level;
-    const double largest = std::min(32767.0, 0x1p31 / (problem.options.head_size * std::max(1.0, max_level)));
+    const double largest = std::min(32639.0, 0x1p31 / (problem.options.head_size * std::max(1.0, max_level)));
     problem.query_unit = 2.0 / largest + (format::format_info(key).level_norm ? 2.6e-4 : 0.0);
   }
   if (cpu::operand_of(value) == cpu::Operand::kInt16) problem.weight_unit = 0x1p-15;
@@ -54,7 +54,7 @@ void set_cpu_tolerances(AttentionCase& problem) {
 }  // namespace
 
 TestedOps ops{Device::cpu(),
-              {DType::kFloat32, DType::kBFloat16},
+              {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
               [](const ReshapeAndCacheArgs& args) { return reshape_and_cache(args, nullptr); },
               attend_on_cpu,
               [](const MergeAttnStatesArgs& args) { return merge_attn_states(args, nullptr); },

@@ -137,7 +137,8 @@ Status replay_attention(Replay& replay) {
   oracle.out = replay.scratch.filled(theirs, DType::kFloat32, 0xFF);
   oracle.lse = replay.scratch.filled(lse_shape, DType::kFloat32, 0xFF);
   if (Status status = reference::unified_attention(oracle); !status) return golden.refuse(status.message());
-  const double tolerance = oracle_tolerance(replay.device, args.query.dtype);
+  const double tolerance =
+      oracle_tolerance(replay.device, args.query.dtype, replay.mode.key_format, replay.mode.value_format);
   replay.measure("output against the oracle", worst_row_error(args.out, oracle.out), tolerance);
   double lse_error = 0.0;
   for (std::int64_t i = 0; i < args.lse.shape[0]; ++i) {

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/operand.h"
+#include "format/formats.h"
+
 namespace quire::cli {
 namespace {
 
@@ -58,14 +61,29 @@ double read_tolerance(std::string_view format, DType query_dtype) {
 const WriteGate* find_write_gate(std::string_view format) { return find_gate(kWriteGates, format); }
 
 // Reading against the double-precision oracle on the same bytes. fp32 kernels: 2^-24 per operation, times 2^4 for the
-// random walk of sums over some 2^8 terms, times 2^4 where a zero point of up to 15 steps is subtracted. Products of 16
-// bits, with queries of 16 or fewer: on the CPU the levels of TurboQuant's 4-bit keys become integers, 2^-12 of a
-// standard deviation off, which is 2^-10 where a row's output is a fourth of its values' norm, and twice that at the
-// worst of some thousand rows; the other errors are smaller (docs/kernels/cpu.md). CUDA kernels feed softmax weights
-// and dequantized levels to the tensor cores in 16 bits: 2^-9 for each factor of bfloat16.
-double oracle_tolerance(Device device, DType query_dtype) {
+// random walk of sums over some 2^8 terms, times 2^4 where a zero point of up to 15 steps is subtracted. CUDA kernels
+// feed softmax weights and dequantized levels to the tensor cores in 16 bits: 2^-9 for each factor of bfloat16.
+//
+// Products of 16 bits on the CPU, with queries of 16 bits or fewer (src/cpu/operand.h). The error of one factor is that
+// of a row's output where this is as large as its values; where it is a fourth of them and the worst of some thousand
+// rows is looked at, 2^3 times that.
+//   bf16    weights in two parts: 2^-17.
+//   int16   weights in steps of 2^-15 of a tile's largest. Queries in steps of 2^-15 of a row's largest element; sums
+//           over levels of up to 10 bits (int2) leave 2^-14 at a head size of 128, times 2 for the largest element of a
+//           row that has a few standard deviations: 2^-13.
+//   TurboQuant's 4-bit keys: their levels become integers, 2^-12 of a standard deviation off.
+double oracle_tolerance(Device device, DType query_dtype, std::string_view key_format, std::string_view value_format) {
   if (device.is_cuda()) return std::ldexp(1.0, -8);
-  return std::ldexp(1.0, query_dtype == DType::kFloat32 ? -16 : -9);
+  if (query_dtype == DType::kFloat32) return std::ldexp(1.0, -16);
+  double tolerance = std::ldexp(1.0, -16);
+  for (const std::string_view name : {key_format, value_format}) {
+    const format::FormatId id = format::find_format(name == "auto" ? "bfloat16" : name);
+    const cpu::Operand operand = cpu::operand_of(id);
+    int exponent = operand == cpu::Operand::kInt16 ? -13 : operand == cpu::Operand::kBFloat16 ? -17 : -19;
+    if (name == key_format && operand == cpu::Operand::kInt16 && format::format_info(id).level_norm) exponent = -12;
+    tolerance = std::max(tolerance, std::ldexp(1.0, exponent + 3));
+  }
+  return tolerance;
 }
 
 double rounding_error(DType dtype) {

@@ -19,7 +19,7 @@ double read_tolerance(std::string_view format, DType query_dtype);
 inline constexpr double kReadToleranceFp8Element = 6e-2;
 
 // Reading against the double-precision oracle on the same bytes.
-double oracle_tolerance(Device device, DType query_dtype);
+double oracle_tolerance(Device device, DType query_dtype, std::string_view key_format, std::string_view value_format);
 
 // The largest relative rounding error of an output dtype: half a unit in the last place.
 double rounding_error(DType dtype);
