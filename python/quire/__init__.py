@@ -4,6 +4,8 @@ Arrays are those of your library (PyTorch, NumPy, CuPy, JAX), and are never copi
 example.
 """
 
+from typing import Any
+
 from ._quire import (
     KVCacheViews,
     Tensor,
@@ -101,3 +103,12 @@ __all__ = [
     "unified_attention",
     "version",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """quire.hf and quire.torch_ops import PyTorch, so they are imported when they are first asked for."""
+    if name in ("hf", "torch_ops"):
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'quire' has no attribute '{name}'")
