@@ -48,7 +48,7 @@ struct AttentionMask {
   int sliding_window = -1;
   int chunk_lookback = -1;              // >= 0: chunked local attention, replaces the window test; -1: off
   ConstTensor mm_prefix_range;          // [B, R, 2] int32, optional: inclusive spans that see themselves both ways
-  bool mm_prefix_clamp_window = false;  // the window also limits those spans
+  bool mm_prefix_clamp_window = false;  // the window also limits those spans, to keys with p - j < W
   ConstTensor rswa_prefix_lens;         // [B] int32, optional, with rswa_window: R-SWA, keys below it stay visible
   int rswa_window = -1;                 // >= 1: and keys with p - j < rswa_window, instead of sliding_window; -1: off
 };

@@ -20,7 +20,7 @@ struct MaskRule {
   int chunk = 0;              // > 0: chunked local attention with chunks of this size, instead of the window
   int lookback = 0;           // how many earlier chunks a row sees
   int rswa_window = -1;       // >= 1: R-SWA, keys with p - j < rswa_window and those of the prefix; -1: off
-  bool clamp_ranges = false;  // the window also limits mm_prefix ranges
+  bool clamp_ranges = false;  // the window also limits mm_prefix ranges, to their keys with p - j < window
 };
 
 // chunk_lookback L >= 0 with window W: chunks of W / (L + 1). With R-SWA there is neither.
@@ -62,8 +62,7 @@ QUIRE_HD bool visible(const MaskRule& rule, const SequenceMask& sequence, int p,
     const int start = sequence.ranges[r * sequence.range_stride];
     const int end = sequence.ranges[r * sequence.range_stride + sequence.bound_stride];
     if (start < end && p >= start && p <= end && j >= start && j <= end) {
-      const int distance = p < j ? j - p : p - j;
-      if (!rule.clamp_ranges || rule.window < 0 || distance < rule.window) return true;
+      if (!rule.clamp_ranges || rule.window < 0 || p - j < rule.window) return true;
     }
   }
   return false;
@@ -93,11 +92,10 @@ QUIRE_HD KeyRange visible_range(const MaskRule& rule, const SequenceMask& sequen
   }
   for (int r = 0; r < sequence.num_ranges; ++r) {
     int start = sequence.ranges[r * sequence.range_stride];
-    int end = sequence.ranges[r * sequence.range_stride + sequence.bound_stride];
+    const int end = sequence.ranges[r * sequence.range_stride + sequence.bound_stride];
     if (start >= end || end < p_first || start > p_last) continue;
-    if (rule.clamp_ranges && rule.window >= 0) {
-      if (start < p_first - rule.window + 1) start = p_first - rule.window + 1;
-      if (rule.window <= end - p_last) end = p_last + rule.window - 1;
+    if (rule.clamp_ranges && rule.window >= 0 && start < p_first - rule.window + 1) {
+      start = p_first - rule.window + 1;
     }
     if (start < range.begin) range.begin = start;
     if (end >= range.end) range.end = end < sequence.seq_len ? end + 1 : sequence.seq_len;

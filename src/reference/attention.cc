@@ -119,7 +119,7 @@ bool visible(const UnifiedAttentionArgs& args, const Sequence& sequence, std::in
       const std::int64_t start = integer(args.mask.mm_prefix_range, sequence.index, r, 0);
       const std::int64_t end = integer(args.mask.mm_prefix_range, sequence.index, r, 1);
       const bool both_inside = start < end && start <= p && p <= end && start <= j && j <= end;
-      if (both_inside && (!args.mask.mm_prefix_clamp_window || in_window)) seen = true;
+      if (both_inside && (!args.mask.mm_prefix_clamp_window || window < 1 || p - j < window)) seen = true;
     }
   }
   return seen;

@@ -94,6 +94,15 @@ def test_dlpack_capsules(legacy):
     assert out.tolist() == [4, 0, 0, 0]
 
 
+def test_torch_tensors_without_their_c_functions(torch):
+    """As of a PyTorch from before them."""
+    for dtype in DTYPES:
+        tensor = torch.zeros(4, 6).to(getattr(torch, dtype))[:, ::2]
+        seen = quire.Tensor(OnlyDlpack(tensor, legacy=True))
+        assert (seen.dtype, seen.shape, seen.strides) == (dtype, (4, 3), (6, 2))
+        assert seen.data_ptr == tensor.data_ptr()
+
+
 def test_a_capsule_tells_what_is_read_only():
     array = np.zeros(4, np.float32)
     array.flags.writeable = False
