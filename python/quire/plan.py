@@ -96,10 +96,12 @@ def supports(problem: AttentionProblem) -> AttentionSupport:
 
 
 def device_count(type: str) -> int:
-    """The devices of a type, "cpu" or "cuda", that this process can use. UnsupportedError in a build without CUDA."""
+    """The devices of a type, "cpu" or "cuda", that this process can use. UnsupportedError in a build without CUDA,
+    InternalError where there is no driver."""
     return _quire.device_count(type)
 
 
 def device_arch(device: Any) -> Arch:
-    """The facts of a device, "cpu" or "cuda:0". UnsupportedError in a build without CUDA."""
+    """The facts of a device, "cpu" or "cuda:0". UnsupportedError in a build without CUDA,
+    InternalError where there is no driver."""
     return Arch(*_quire.device_arch(device))

@@ -16,6 +16,28 @@ for name in ("cutlass_scaled_mm_supports_fp4", "cutlass_scaled_mm_supports_fp8",
 # A CUDA graph's output is kept by a tensor that does not own it; this one does, which only costs memory.
 library.define("weak_ref_tensor(Tensor tensor) -> Tensor")
 library.impl("weak_ref_tensor", lambda tensor: tensor.view_as(tensor), "CUDA")
+
+
+def silu_and_mul(out, x):
+    gate, up = x.chunk(2, -1)
+    torch.mul(torch.nn.functional.silu(gate), up, out=out)
+
+
+def rms_norm(out, x, weight, epsilon):
+    out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, epsilon))
+
+
+def fused_add_rms_norm(x, residual, weight, epsilon):
+    residual.add_(x)
+    rms_norm(x, residual, weight, epsilon)
+
+
+for signature, function in (("silu_and_mul(Tensor(a!) out, Tensor x) -> ()", silu_and_mul),
+                            ("rms_norm(Tensor(a!) out, Tensor x, Tensor? weight, float epsilon) -> ()", rms_norm),
+                            ("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, float epsilon)"
+                             " -> ()", fused_add_rms_norm)):
+    library.define(signature)
+    library.impl(signature.partition("(")[0], function, "CUDA")
 '''
 
 

@@ -42,7 +42,8 @@ def main():
     parser.add_argument("--steps", type=int, default=64)
     arguments = parser.parse_args()
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", TORCHDYNAMO_DISABLE="1",
-                      VLLM_PLUGINS="quire" if arguments.side == "quire" else "", VLLM_USE_V2_MODEL_RUNNER="0")
+                      VLLM_PLUGINS="quire" if arguments.side == "quire" else "", VLLM_USE_V2_MODEL_RUNNER="0",
+                      VLLM_USE_FLASHINFER_SAMPLER="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 

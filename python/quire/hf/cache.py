@@ -258,6 +258,8 @@ class QuireCache(Cache):
     ):
         config = config.get_text_config(decoder=True)
         types, arguments = get_layer_types_and_kwargs(config)
+        if isinstance(arguments, dict):  # transformers 5.17 has the same ones for all layers
+            arguments = [arguments] * len(types)
         modes = [mode] * len(types) if isinstance(mode, str) else list(mode)
         if len(modes) != len(types):
             raise InvalidArgumentError(
@@ -283,8 +285,8 @@ class QuireCache(Cache):
                 window = Window(config.sliding_window)
             elif kind == "chunked_attention":
                 window = Window(config.attention_chunk_size, chunked=True)
-            elif kind in ("linear_attention", "conv", "moe", "mlp"):  # they keep a state and no keys
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
+            elif kind in ("linear_attention", "conv", "moe", "mlp", "dummy"):  # they keep no keys of their own
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments[index]))
                 continue
             else:
                 raise UnsupportedError(
