@@ -37,7 +37,8 @@ def on_gpu(torch):
 
 
 def as_numpy(tensor):
-    return tensor.cpu().numpy()
+    tensor = tensor.cpu()
+    return (tensor.view(torch.uint8) if "float8" in str(tensor.dtype) else tensor).numpy()
 
 
 def close(mine, expected):
