@@ -46,7 +46,8 @@ class Engine:
                     "block_size": 16, "enable_prefix_caching": False, "disable_log_stats": False,
                     "compilation_config": {"custom_ops": ["none"], "mode": 0}}
         if torch.cuda.is_available():
-            defaults |= {"attention_backend": "QUIRE", "gpu_memory_utilization": 0.3}
+            defaults |= {"attention_backend": "QUIRE", "kv_cache_memory_bytes": 1 << 28}
+            defaults["compilation_config"] |= {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4, 16, 64]}
         self.llm = LLM(**(defaults | options))
 
     def generate(self, batch, together=True):
@@ -95,7 +96,11 @@ def compare(reference, tokens):
 
 
 def of_quire(program, model, mode, batch):
-    """The tokens of `quire generate`. Its "auto" cache is bfloat16, so float32 is asked for by name."""
+    """The tokens of `quire generate`, or those that are kept in a .json file by mode. Its "auto" cache is bfloat16, so
+    float32 is asked for by name."""
+    if program.endswith(".json"):
+        with open(program) as file:
+            return json.load(file)[mode]
     result = []
     for prompt in batch:
         output = subprocess.run([program, "generate", "--model", model, "-m", "float32" if mode == "auto" else mode,
@@ -109,7 +114,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", required=True)
-    parser.add_argument("--quire")
+    parser.add_argument("--quire", help="the program, or a .json file with what it generated in each mode")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--platform", default="", help="a vllm.platform_plugins entry point to allow")

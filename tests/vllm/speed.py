@@ -5,7 +5,8 @@
 
 A Llama of random weights with 32 query heads and 8 KV heads of 128, and a hidden size of 1024, so that a step is mostly
 attention. The attention of the prompts is left out on both sides (its output is zeros), because only decode is timed;
-their keys and values are stored. `vllm` runs vLLM's Triton backends, quire's plugin switched off.
+their keys and values are stored. TurboQuant serves all layers, also those at the model's ends, which vLLM would keep in
+bf16. `vllm` runs vLLM's Triton backends, quire's plugin switched off.
 Prints one line of JSON: tokens_per_s over the steps after the first, and the milliseconds of a step.
 """
 import argparse
@@ -46,20 +47,20 @@ def main():
                       VLLM_USE_FLASHINFER_SAMPLER="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
     folder = tempfile.mkdtemp()
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(CONFIG | {"num_hidden_layers": arguments.layers}, file)
-    turboquant = arguments.mode.startswith("turboquant")
-    options = {}
-    if not turboquant:
-        options["attention_backend"] = "QUIRE" if arguments.side == "quire" else "TRITON_ATTN"
+    TurboQuantConfig.get_boundary_skip_layers = staticmethod(lambda *_: [])
+    backend = "TURBOQUANT" if arguments.mode.startswith("turboquant") else "TRITON_ATTN"
     llm = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
               max_model_len=arguments.context + arguments.steps + 16, max_num_seqs=arguments.batch,
               max_num_batched_tokens=16384, kv_cache_dtype=arguments.mode, block_size=16, enable_prefix_caching=False,
               gpu_memory_utilization=0.85,
               compilation_config={"custom_ops": ["none"], "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
-                                  "cudagraph_capture_sizes": [arguments.batch]}, **options)
+                                  "cudagraph_capture_sizes": [arguments.batch]},
+              attention_backend="QUIRE" if arguments.side == "quire" else backend)
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     kinds = {type(layer.impl) for layer in layers.values() if hasattr(layer, "impl")}
     for kind in kinds:

@@ -119,8 +119,10 @@ def solve_lloyd_max(d: int, bits: int, max_iter: int = 200, tol: float = 1e-10) 
     """The Lloyd-Max codebook of N(0, 1 / d): (centroids [2**bits], boundaries [2**bits - 1]), ascending float32.
 
     By vLLM's recipe, because where it stops is part of the codebook: from 2**bits even steps over 3.5 sigma on each
-    side, at most max_iter times, each cell integrated by 200 trapezoids (docs/formats/turboquant.md).
+    side, at most max_iter times, each cell integrated by 200 trapezoids (docs/formats/turboquant.md). Both are on
+    PyTorch's default device.
     """
+    device = torch.get_default_device()
     sigma = 1 / math.sqrt(d)
     centroids = sigma * (-3.5 + 7 * (torch.arange(2**bits, dtype=torch.float64, device="cpu") + 0.5) / 2**bits)
     steps = torch.linspace(0, 1, 201, dtype=torch.float64, device="cpu")
@@ -133,7 +135,7 @@ def solve_lloyd_max(d: int, bits: int, max_iter: int = 200, tol: float = 1e-10) 
         if (found - centroids).abs().max() < tol:
             break
         centroids = found
-    return centroids.float(), ((centroids[1:] + centroids[:-1]) / 2).float()
+    return centroids.float().to(device), ((centroids[1:] + centroids[:-1]) / 2).float().to(device)
 
 
 @functools.lru_cache(maxsize=32)
