@@ -1,0 +1,114 @@
+"""Decode context parallelism of the layers: processes that each keep a part of the tokens, in vLLM's own groups (gloo),
+give what one attention over the whole cache gives. `pytest tests/vllm/test_dcp.py` where vLLM can be imported."""
+
+import itertools
+import os
+from types import SimpleNamespace
+
+import pytest
+import quire
+import torch
+
+HEAD_SIZE, BLOCK_SIZE, NUM_HEADS, NUM_BLOCKS = 64, 16, 4, 12
+# (tokens in the cache before, new tokens) of two sequences: a prompt in chunks, beside one that decodes, then decodes.
+STEPS = [[(0, 37), (0, 3)], [(37, 20), (3, 1)], [(57, 1), (4, 1)], [(58, 5), (5, 2)]]
+MODES = ["auto", "fp8", "int8_per_token_head", "int4_per_token_head", "turboquant_4bit_nc", "int2_per_token_head"]
+
+
+def slots_of(contexts, new, size, rank, interleave):
+    """Where a rank stores the new tokens: sequence b has the blocks from 1 + 5 b on."""
+    slots = []
+    for row, (context, count) in enumerate(zip(contexts, new)):
+        positions = torch.arange(context, context + count)
+        local = positions // (size * interleave) * interleave + positions % interleave
+        mine = positions // interleave % size == rank
+        slots.append(torch.where(mine, (1 + 5 * row) * BLOCK_SIZE + local, -1))
+    return torch.cat(slots)
+
+
+def run_case(size, rank, mode, dtype, interleave, sinks, softcap):
+    from quire.vllm import metadata, modes
+    from quire.vllm.impl import QuireImpl
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    torch.manual_seed(11)
+    quire_mode = modes.use(mode)
+    all_sinks = torch.randn(size * NUM_HEADS) if sinks else None
+    layout = modes.layout_of(quire_mode, 1, HEAD_SIZE, HEAD_SIZE, BLOCK_SIZE, str(dtype).partition(".")[2])
+    cache_dtype = dtype if mode == "auto" else torch.uint8
+
+    def empty_cache():
+        cache = torch.full((NUM_BLOCKS, 1, BLOCK_SIZE, layout.bytes_per_token_head), 255, dtype=torch.uint8)
+        return cache.view(cache_dtype)
+
+    whole, part = empty_cache(), empty_cache()
+    heads = slice(rank * NUM_HEADS, (rank + 1) * NUM_HEADS)
+    layer = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.25), _q_scale=torch.tensor(1.0))
+    impl = QuireImpl(NUM_HEADS, HEAD_SIZE, HEAD_SIZE**-0.5, 1, None, None, mode, softcap,
+                     sinks=None if all_sinks is None else all_sinks[heads])
+    assert impl.need_to_return_lse_for_decode and impl.dcp_world_size == size
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
+        model_config=SimpleNamespace(max_model_len=BLOCK_SIZE * 5, dtype=dtype),
+        parallel_config=SimpleNamespace(cp_kv_cache_interleave_size=interleave),
+        compilation_config=SimpleNamespace(static_forward_context={}))
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=HEAD_SIZE, dtype=dtype)
+    builder = metadata.QuireMetadataBuilder(spec, [], config, torch.device("cpu"))
+    table = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], dtype=torch.int32)
+    views = modes.views_of(whole, quire_mode, HEAD_SIZE, HEAD_SIZE)
+    scales = (dict(k_scale=layer._k_scale, v_scale=layer._v_scale),
+              dict(k_descale=layer._k_scale, v_descale=layer._v_scale)) if mode == "fp8" else ({}, {})
+    for step in STEPS:
+        contexts, new = zip(*step)
+        num_tokens = sum(new)
+        lens = torch.tensor([context + count for context, count in step], dtype=torch.int32)
+        starts = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
+        query = torch.randn(num_tokens, size * NUM_HEADS, HEAD_SIZE).to(dtype)
+        key, value = torch.randn(2, num_tokens, 1, HEAD_SIZE).to(dtype)
+
+        quire.reshape_and_cache(key, value, views, slots_of(contexts, new, 1, 0, 1), **scales[0])
+        expected = torch.empty_like(query)
+        quire.unified_attention(query, expected, views, starts, lens, table, HEAD_SIZE**-0.5, softcap=softcap,
+                                sinks=all_sinks, **scales[1])
+
+        common = CommonAttentionMetadata(
+            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lens, num_reqs=2, num_actual_tokens=num_tokens,
+            max_query_len=max(new), max_seq_len=int(lens.max()), block_table_tensor=table,
+            slot_mapping=slots_of(contexts, new, size, rank, interleave), causal=True)
+        impl.do_kv_cache_update(layer, key, value, part, common.slot_mapping)
+        # Two rows of padding behind the batch, as for a graph that runs the rest of the model.
+        padded = torch.cat((query[:, heads], torch.full((2, NUM_HEADS, HEAD_SIZE), torch.nan, dtype=dtype)))
+        output = torch.full_like(padded, torch.nan)
+        impl.forward(layer, padded, key, value, part, builder.build(0, common), output)
+        assert output[num_tokens:].isnan().all()
+        # fp32: another order of sums of 60 keys. 16 bits: the parts of both ranks and their sum are rounded, for 4 the
+        # largest of these values.
+        tolerance = 4 * (60 * 2**-24 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps / 2)
+        torch.testing.assert_close(output[:num_tokens], expected[:, heads], rtol=0, atol=tolerance)
+
+
+def run_rank(rank, size, store, cases):
+    torch.set_num_threads(1)
+    quire.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    parallel = ParallelConfig(tensor_parallel_size=size, decode_context_parallel_size=size,
+                              distributed_executor_backend="mp")
+    with set_current_vllm_config(VllmConfig(parallel_config=parallel)):
+        init_distributed_environment(size, rank, f"file://{store}", rank, "gloo")
+        initialize_model_parallel(size, decode_context_model_parallel_size=size)
+        for case in cases:
+            try:
+                run_case(size, rank, *case)
+            except Exception as error:
+                raise AssertionError(f"rank {rank} of {size}, mode, dtype, interleave, sinks, softcap = {case}") from error
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_together_attend_as_one(size, tmp_path):
+    cases = [(mode, torch.float32, interleave, False, 0.0) for mode in MODES for interleave in (1, 4)]
+    cases += [("int4_per_token_head", torch.bfloat16, 1, True, 0.0), ("int4_per_token_head", torch.float32, 16, True, 9.0)]
+    torch.multiprocessing.spawn(run_rank, (size, tmp_path / "store", cases), nprocs=size)
