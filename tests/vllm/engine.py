@@ -50,6 +50,7 @@ class Engine:
                     "compilation_config": {"custom_ops": ["none"], "mode": 0}}
         if torch.cuda.is_available():
             defaults |= {"attention_backend": "QUIRE", "gpu_memory_utilization": 0.3}
+            defaults["compilation_config"] |= {"cudagraph_mode": "FULL_DECODE_ONLY"}
         self.llm = LLM(**(defaults | options))
 
     def generate(self, batch, together=True):
@@ -124,6 +125,10 @@ def main():
     ranks = {"tensor_parallel_size": arguments.tensor_parallel, "disable_custom_all_reduce": True,
              "decode_context_parallel_size": arguments.context_parallel,
              "cp_kv_cache_interleave_size": arguments.interleave}
+    import torch
+
+    if torch.cuda.is_available():
+        os.environ.update(VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
     if arguments.tensor_parallel > 1:
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLREDUCE_USE_SYMM_MEM="0",
                           VLLM_ALLREDUCE_USE_FLASHINFER="0", NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS="1",

@@ -104,11 +104,12 @@ def run_rank(rank, size, store, cases):
             try:
                 run_case(size, rank, *case)
             except Exception as error:
-                raise AssertionError(f"rank {rank} of {size}, mode, dtype, interleave, sinks, softcap = {case}") from error
+                raise AssertionError(f"rank {rank} of {size}, (mode, dtype, interleave, sinks, softcap) {case}") from error
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_together_attend_as_one(size, tmp_path):
     cases = [(mode, torch.float32, interleave, False, 0.0) for mode in MODES for interleave in (1, 4)]
-    cases += [("int4_per_token_head", torch.bfloat16, 1, True, 0.0), ("int4_per_token_head", torch.float32, 16, True, 9.0)]
+    cases += [("int4_per_token_head", dtype, interleave, True, softcap)
+              for dtype, interleave, softcap in ((torch.bfloat16, 1, 0.0), (torch.float32, 16, 9.0))]
     torch.multiprocessing.spawn(run_rank, (size, tmp_path / "store", cases), nprocs=size)

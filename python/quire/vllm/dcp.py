@@ -1,9 +1,9 @@
 """Decode context parallelism (DCP): the keys of a sequence are spread over the ranks of a group, and every rank attends
 to its own for the query heads of all ranks. The partial results go to the ranks of their heads and are merged by LSE.
 
-Of ``size`` ranks, rank r stores the tokens at positions p with ``p // interleave % size == r``, in ascending order. What
-one step's queries see of them is again a causal batch, which local_batch makes, so the op needs no mask of its own and
-reads the rows as one GPU would: those that were stored, the new tokens' included.
+Of ``size`` ranks, rank r stores the tokens at positions p with ``p // interleave % size == r``, in ascending order.
+What one step's queries see of them is again a causal batch, which local_batch makes. So the op needs no mask of its
+own, and all that is read are stored rows, the new tokens' included, as on one GPU.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def local_batch(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_tab
                 num_tokens: int, size: int, rank: int, interleave: int) -> LocalBatch:
     """The batch of a step with several query tokens a sequence; lengths stay on their device.
 
-    Row i of a sequence sees local_lens(context_len + i + 1) keys of a rank. With interleave 1 that grows by one from row
-    i to row i + size, so the rows i, i + size, i + 2 size... are a causal sequence, and there are ``size`` of them, over
-    the same keys, for one of vLLM's. With another interleave it grows by no fixed step, so each row is a sequence by
-    itself, which is right too, but reads the keys once for every row.
+    Row i of a sequence sees local_lens(context_len + i + 1) keys of a rank. With interleave 1 that grows by one from
+    row i to row i + size, so the rows i, i + size, i + 2 size... are a causal sequence, and there are ``size`` of them,
+    over the same keys, for one of vLLM's. With another interleave it grows by no fixed step, so each row is a sequence
+    by itself, which is right too, but reads the keys once for every row.
     """
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=seq_lens.device)
     starts, ends = query_start_loc[:-1], query_start_loc[1:]

@@ -114,8 +114,8 @@ class QuireMetadataBuilder(AttentionMetadataBuilder[QuireMetadata]):
         return metadata if self.dcp_size == 1 else self._localized(metadata, common.max_seq_len)
 
     def _localized(self, metadata: QuireMetadata, max_seq_len: int) -> QuireMetadata:
-        """The batch over the keys that this rank stores. One token a sequence is what a CUDA graph captures: its lengths
-        stay in a buffer of this builder."""
+        """The batch over the keys that this rank stores. Lengths of a decode, which a CUDA graph may have captured, are
+        in a buffer of this builder."""
         if (not metadata.causal or metadata.causal_per_seq is not None or metadata.mm_prefix_range is not None
                 or metadata.rswa_window >= 0):
             raise NotImplementedError("the batch is not causal, has multimodal prefixes or R-SWA; quire serves decode "
