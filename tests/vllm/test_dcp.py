@@ -88,6 +88,22 @@ def run_case(size, rank, mode, dtype, interleave, sinks, softcap):
         torch.testing.assert_close(output[:num_tokens], expected[:, heads], rtol=0, atol=tolerance)
 
 
+def check_refusals():
+    """What a rank cannot tell from its own keys."""
+    from quire.vllm.impl import QuireImpl
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    def layer(num_kv_heads=1, alibi_slopes=None, sliding_window=None, **options):
+        return QuireImpl(NUM_HEADS, HEAD_SIZE, 1.0, num_kv_heads, alibi_slopes, sliding_window, "auto", **options)
+
+    for options in ({"num_kv_heads": 2}, {"alibi_slopes": [0.5] * NUM_HEADS}, {"sliding_window": 4},
+                    {"sliding_window": 4, "chunk_lookback": 1}):
+        with pytest.raises(NotImplementedError, match=next(iter(options))):
+            layer(**options)
+    assert not layer().fused_output_quant_supported(kFp8StaticTensorSym)
+    assert not layer().supports_quant_query_input
+
+
 def run_rank(rank, size, store, cases):
     torch.set_num_threads(1)
     quire.set_num_threads(1)
@@ -100,11 +116,12 @@ def run_rank(rank, size, store, cases):
     with set_current_vllm_config(VllmConfig(parallel_config=parallel)):
         init_distributed_environment(size, rank, f"file://{store}", rank, "gloo")
         initialize_model_parallel(size, decode_context_model_parallel_size=size)
+        check_refusals()
         for case in cases:
             try:
                 run_case(size, rank, *case)
             except Exception as error:
-                raise AssertionError(f"rank {rank} of {size}, (mode, dtype, interleave, sinks, softcap) {case}") from error
+                raise AssertionError(f"rank {rank} of {size}, mode and options {case}") from error
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -113,3 +130,17 @@ def test_ranks_together_attend_as_one(size, tmp_path):
     cases += [("int4_per_token_head", dtype, interleave, True, softcap)
               for dtype, interleave, softcap in ((torch.bfloat16, 1, 0.0), (torch.float32, 16, 9.0))]
     torch.multiprocessing.spawn(run_rank, (size, tmp_path / "store", cases), nprocs=size)
+
+
+def test_backends_say_so():
+    from quire.vllm import backend
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2))
+    for kind in (backend.QuireBackend, backend.QuireTritonAttentionBackend, backend.QuireTurboQuantBackend,
+                 backend.QuireCPUAttentionBackend):
+        assert kind.supports_dcp()
+        for sharded, support in ((True, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+                                 (False, AttentionCGSupport.ALWAYS)):
+            spec = SimpleNamespace(dcp_sharded=sharded)
+            assert kind.get_builder_cls().get_cudagraph_support(config, spec) == support
