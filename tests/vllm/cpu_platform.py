@@ -23,6 +23,9 @@ def __getattr__(name: str):
         @functools.cache
         def register_triton_kernel_overrides(cls) -> None:
             """Once for all engines of a process: it looks through every module there is."""
+            from vllm.utils import cpu_triton_utils
+
+            cpu_triton_utils._compute_slot_mapping_kernel_impl = _slot_mapping
             super().register_triton_kernel_overrides()
 
     _define_ops()
@@ -30,12 +33,18 @@ def __getattr__(name: str):
     return CpuPlatformWithoutKernels
 
 
-def _slot_mapping(query_start_loc, positions, block_table, slot_mapping, block_size):
+def _slot_mapping(num_tokens, max_num_tokens, query_start_loc, positions, block_table, block_table_stride, slot_mapping,
+                  KV_CACHE_BLOCK_SIZE, TOTAL_CP_WORLD_SIZE=1, TOTAL_CP_RANK=0, CP_KV_CACHE_INTERLEAVE_SIZE=1, PAD_ID=-1,
+                  BLOCK_SIZE=1024):
+    """vLLM's kernel of this name, with its parameters. (The CPU op in its place refuses context parallelism.)"""
+    size, interleave = TOTAL_CP_WORLD_SIZE, CP_KV_CACHE_INTERLEAVE_SIZE
     for row in range(query_start_loc.numel() - 1):
         begin, end = int(query_start_loc[row]), int(query_start_loc[row + 1])
         at = positions[begin:end]
-        slot_mapping[begin:end] = block_table[row][(at // block_size).long()].long() * block_size + at % block_size
-    slot_mapping[int(query_start_loc[-1]):] = -1
+        block, offset = block_table[row][at // (KV_CACHE_BLOCK_SIZE * size)], at % (KV_CACHE_BLOCK_SIZE * size)
+        slots = block.long() * KV_CACHE_BLOCK_SIZE + offset // (interleave * size) * interleave + offset % interleave
+        slot_mapping[begin:end] = torch.where(offset // interleave % size == TOTAL_CP_RANK, slots, PAD_ID)
+    slot_mapping[int(query_start_loc[-1]):] = PAD_ID
 
 
 def _rejection_greedy_sample(output, cu_num_draft_tokens, draft, target, bonus, is_greedy, max_spec_len):
@@ -56,9 +65,6 @@ def _define_ops():
     ops = torch.library.Library("_C", "FRAGMENT")
     ops.define("init_cpu_memory_env(int[] nodes) -> str")
     ops.impl("init_cpu_memory_env", lambda nodes: "", "CompositeExplicitAutograd")
-    ops.define("compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
-               "Tensor(a3!) slot_mapping, SymInt block_size) -> ()")
-    ops.impl("compute_slot_mapping_kernel_impl", _slot_mapping, "CPU")
     ops.define("greedy_argmax(Tensor logits) -> Tensor")
     ops.impl("greedy_argmax", lambda logits: logits.argmax(-1), "CPU")
     ops.define("rejection_greedy_sample_kernel_impl(Tensor(a0!) output, Tensor cu_num_draft_tokens, Tensor draft, "

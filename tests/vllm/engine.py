@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Runs a model through vLLM's own engine with quire's plugin, in one process, and says what came out.
+"""Runs a model through vLLM's own engine with quire's plugin and says what came out.
 
     engine.py --model FOLDER --mode MODE [--quire PROGRAM] [--quick] [--json FILE]
+              [--tensor-parallel N [--context-parallel N [--interleave I]]]
 
 What it does, with float32 weights and greedy sampling:
   plain        prompts one after the other; where PROGRAM is given, the tokens are compared with `quire generate`
@@ -13,6 +14,8 @@ What it does, with float32 weights and greedy sampling:
   skip         the first layer keeps the model's own dtype
 Each has to give the tokens of `plain`. Where one differs, the two best logits of `plain` at that place may differ by
 1e-2 at most; such places are counted, and the rest of that sequence is not compared.
+With --tensor-parallel, `plain` runs on one device and the other steps on N, in a process each; --context-parallel adds
+decode context parallelism, for which a model needs fewer KV heads than N (one_kv_head.py writes one).
 
 Exits 1 where a step failed. scripts/vllm-engine makes the environment and calls this for every mode.
 """
@@ -118,7 +121,22 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--platform", default="", help="a vllm.platform_plugins entry point to allow")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--context-parallel", type=int, default=1)
+    parser.add_argument("--interleave", type=int, default=1, help="neighbouring tokens of one rank")
     arguments = parser.parse_args()
+    # On one host, without what needs compiled kernels or more of the links between GPUs than NCCL does.
+    ranks = {"tensor_parallel_size": arguments.tensor_parallel, "disable_custom_all_reduce": True,
+             "decode_context_parallel_size": arguments.context_parallel,
+             "cp_kv_cache_interleave_size": arguments.interleave}
+    import torch
+
+    if torch.cuda.is_available():
+        os.environ.update(VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
+    if arguments.tensor_parallel > 1:
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLREDUCE_USE_SYMM_MEM="0",
+                          VLLM_ALLREDUCE_USE_FLASHINFER="0", NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS="1",
+                          VLLM_HOST_IP="127.0.0.1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
                       TORCHDYNAMO_DISABLE="1", VLLM_PLUGINS=",".join(filter(None, (arguments.platform, "quire"))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -131,6 +149,9 @@ def main():
         nonlocal failed
         failed |= difference is not None
         rows.append({"mode": mode, "step": step, "near": near, "difference": difference, **facts})
+        if arguments.tensor_parallel > 1 and step != "plain":
+            rows[-1] |= {"tensor_parallel": arguments.tensor_parallel, "context_parallel": arguments.context_parallel,
+                         "interleave": arguments.interleave}
         print(json.dumps(rows[-1]), flush=True)
 
     engine = Engine(weights, mode)
@@ -146,23 +167,35 @@ def main():
         row(step, *compare(reference, [tokens for tokens, _ in results]),
             tokens_per_s=round(16 * NEW_TOKENS / seconds, 1), **{name: fact(engine) for name, fact in facts.items()})
 
+    if arguments.tensor_parallel > 1:
+        engine.close()
+        engine = Engine(weights, mode, **ranks)
     check("batch", engine)
     engine.close()
     if not arguments.quick:
-        engine = Engine(weights, mode, max_num_batched_tokens=32, enable_prefix_caching=True)
+        engine = Engine(weights, mode, **ranks, max_num_batched_tokens=32, enable_prefix_caching=True)
         check("chunks", engine)
         check("prefix", engine, cached_tokens=lambda e: sum(e.cached_tokens))
         engine.close()
-        engine = Engine(weights, mode, num_gpu_blocks_override=40, max_num_batched_tokens=512)
+        engine = Engine(weights, mode, **ranks, num_gpu_blocks_override=40, max_num_batched_tokens=512)
         check("preemption", engine, preemptions=lambda e: e.preemptions)
         engine.close()
-        engine = Engine(weights, mode, speculative_config={"method": "ngram", "num_speculative_tokens": 4,
-                                                           "prompt_lookup_max": 3, "prompt_lookup_min": 1})
+        engine = Engine(weights, mode, **ranks,
+                        speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
+                                            "prompt_lookup_min": 1})
         check("speculation", engine, accepted_tokens=lambda e: e.accepted)
         engine.close()
-        engine = Engine(weights, mode, kv_cache_dtype_skip_layers=["0"])
+        skip = {"kv_cache_dtype_skip_layers": ["0"]}
+        near, difference = 0, None
+        if arguments.tensor_parallel > 1:  # which then is compared with one device's
+            engine = Engine(weights, mode, **skip)
+            alone, _ = engine.generate(batch)
+            engine.close()
+        engine = Engine(weights, mode, **ranks, **skip)
         results, seconds = engine.generate(batch)
-        row("skip", 0, None, tokens_per_s=round(16 * NEW_TOKENS / seconds, 1),
+        if arguments.tensor_parallel > 1:
+            near, difference = compare(alone, [tokens for tokens, _ in results])
+        row("skip", near, difference, tokens_per_s=round(16 * NEW_TOKENS / seconds, 1),
             sequences_that_differ=sum(tokens != wanted for (tokens, _), (wanted, _) in zip(results, reference)))
         engine.close()
     if arguments.json:

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.distributed import get_dcp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 from vllm.platforms import current_platform
@@ -14,8 +15,8 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 import quire
 
-from . import modes
-from .metadata import QuireMetadata, plan_bytes, workspaces
+from . import dcp, modes
+from .metadata import QuireMetadata, exchanges, plan_bytes, workspaces
 
 logger = init_logger("vllm.quire")
 _MAX_PLANS = 4096
@@ -28,6 +29,11 @@ def _log_once(sentence: str) -> None:
 
 class QuireImpl(AttentionImpl[QuireMetadata]):
     """Stores and attends with quire's two ops. A plan is made for each shape of a batch and kept."""
+
+    supports_dcp = True
+    can_return_lse_for_decode = True
+    lse_base_on_e = True
+    supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
                  alibi_slopes: list[float] | None = None, sliding_window: int | None = None,
@@ -52,7 +58,9 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
         self.sliding_window = -1 if sliding_window is None else sliding_window
         self.softcap = logits_soft_cap or 0.0
         self.per_tensor = self.mode == "fp8"
-        self.supports_quant_query_input = self.per_tensor and current_platform.is_cuda()
+        self.supports_quant_query_input = self.per_tensor and current_platform.is_cuda() and self.dcp_world_size == 1
+        if self.dcp_world_size > 1:
+            self._check_dcp(chunk_lookback)
         # What run_unified_attention is given in every call.
         self.options: dict[str, Any] = {"use_alibi_sqrt": use_alibi_sqrt, "softcap": self.softcap,
                                         "chunk_lookback": chunk_lookback}
@@ -61,22 +69,36 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
         self.views_at = (0, 0)
         _log_once(f"quire {quire.__version__} serves attention with kv_cache_dtype {kv_cache_dtype}.")
 
+    def _check_dcp(self, chunk_lookback: int) -> None:
+        """A rank knows how many of its keys a query sees, not how far away they are."""
+        for name, given in (("sliding_window", self.sliding_window >= 0), ("chunk_lookback", chunk_lookback >= 0),
+                            ("alibi_slopes", self.alibi_slopes is not None)):
+            if given:
+                raise NotImplementedError(f"{name} is given; quire serves decode context parallelism without it")
+        if self.num_kv_heads != 1:
+            raise NotImplementedError(f"num_kv_heads is {self.num_kv_heads} on a rank; quire serves decode context "
+                                      "parallelism with 1, the head that the ranks of the group share")
+
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        return quant_key == kFp8StaticTensorSym
+        return quant_key == kFp8StaticTensorSym and self.dcp_world_size == 1
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self.sinks is not None:
             self.sinks_fp32 = self.sinks.detach().float()
 
-    def reserve(self, spec: Any, device: torch.device, max_tokens: int, max_batch: int, max_seq_len: int) -> None:
+    def reserve(self, spec: Any, dtype: torch.dtype, device: torch.device, max_tokens: int, max_batch: int,
+                max_seq_len: int) -> None:
         """Allocates the workspace for the largest batch, before a CUDA graph can capture a smaller one."""
         batch_invariant = _batch_invariant()
+        size = self.dcp_world_size
+        if size > 1:
+            exchanges.get(device, dcp.exchange_bytes(max_tokens, self.num_heads, size, spec.head_size_v, dtype))
         for whole_pages in (True, False):
             for query_len in (1, 8, max_tokens):
                 problem = quire.AttentionProblem(
-                    mode=self.mode, num_q_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+                    mode=self.mode, num_q_heads=self.num_heads * size, num_kv_heads=self.num_kv_heads,
                     head_size=spec.head_size, head_size_v=spec.head_size_v, block_size=spec.block_size,
-                    max_num_tokens=max_tokens, max_batch=min(max_batch, max_tokens), max_query_len=query_len,
+                    max_num_tokens=max_tokens, max_batch=min(max_batch * size, max_tokens), max_query_len=query_len,
                     max_seq_len=max_seq_len, device=_device_name(device), whole_pages=whole_pages,
                     batch_invariant=batch_invariant)
                 workspaces.get(device, plan_bytes(problem))
@@ -121,8 +143,7 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
             options["v_descale"] = layer._v_scale
         if query.element_size() == 1:
             options["q_descale"] = layer._q_scale
-        if self.sinks is not None:
-            options["sinks"] = self.sinks.float() if self.sinks_fp32 is None else self.sinks_fp32
+        sinks = None if self.sinks is None else self.sinks.float() if self.sinks_fp32 is None else self.sinks_fp32
         if self.alibi_slopes is not None:
             if self.alibi_slopes.device != query.device:
                 self.alibi_slopes = self.alibi_slopes.to(query.device)
@@ -130,8 +151,31 @@ class QuireImpl(AttentionImpl[QuireMetadata]):
         options["causal"] = attn_metadata.causal
         options["causal_per_seq"] = attn_metadata.causal_per_seq
         options["output_scale"] = output_scale
-        self.attend(query, output, self.cache_of(kv_cache, output.shape[2]), attn_metadata, options)
+        cache = self.cache_of(kv_cache, output.shape[2])
+        if self.dcp_world_size > 1:
+            self.attend_across_ranks(query, output, cache, attn_metadata, options, sinks)
+        else:
+            self.attend(query, output, cache, attn_metadata, options | {"sinks": sinks})
         return output
+
+    def attend_across_ranks(self, query: torch.Tensor, output: torch.Tensor, cache: quire.KVCacheViews,
+                            metadata: QuireMetadata, options: dict[str, Any], sinks: torch.Tensor | None) -> None:
+        """Decode context parallelism: this rank's keys for the heads of all ranks, then all keys for its own heads."""
+        group, num_tokens = get_dcp_group(), metadata.num_actual_tokens
+        query, output = query[:num_tokens], output[:num_tokens]
+        query = query.contiguous() if metadata.rows is None else query[metadata.rows]
+        exchange = dcp.exchange_of(exchanges, num_tokens, self.num_heads, self.dcp_world_size, output.shape[2],
+                                   output.dtype, output.device)
+        self.attend(group.all_gather(query, dim=1), exchange.out, cache, metadata, options | {"lse": exchange.lse})
+        exchange.exchange(group.device_group)
+        parts = list(exchange.parts)
+        if sinks is not None:  # a part of its own, of logits without values
+            parts.append((output.new_zeros(output.shape[2]).expand(output.shape), sinks.expand(output.shape[:2])))
+        if metadata.rows is None:
+            dcp.merge(output, parts)
+        else:
+            dcp.merge(parts[0][0], parts)
+            output[metadata.rows] = parts[0][0]
 
     def attend(self, query: torch.Tensor, output: torch.Tensor, cache: quire.KVCacheViews, metadata: QuireMetadata,
                options: dict[str, Any]) -> None:
