@@ -1,6 +1,11 @@
 #include "cpu/team.h"
 
+#include <omp.h>
 #include <pthread.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -10,11 +15,43 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <vector>
 
 namespace quire::cpu {
 namespace {
 
 using Part = void (*)(void* context, int index);
+
+// A new thread may run where its maker may. Where OpenMP pins threads (OMP_PROC_BIND, GOMP_CPU_AFFINITY, KMP_AFFINITY:
+// vLLM's CPU workers do) that is one core, which the maker has already, so thread `index` of the team goes to the place
+// of OpenMP's thread of that index, counted from the maker's own.
+void leave_makers_core([[maybe_unused]] int index) {
+#ifdef __linux__
+  cpu_set_t makers;
+  const int num_places = omp_get_num_places();
+  if (num_places < 2 || pthread_getaffinity_np(pthread_self(), sizeof makers, &makers) != 0) return;
+  if (CPU_COUNT(&makers) != 1) return;
+  const auto cores_of = [](int place) {
+    std::vector<int> cores(static_cast<std::size_t>(omp_get_place_num_procs(place)));
+    omp_get_place_proc_ids(place, cores.data());
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int core : cores) {
+      if (core < CPU_SETSIZE) CPU_SET(static_cast<std::size_t>(core), &set);
+    }
+    return set;
+  };
+  int first = 0;
+  for (int place = 0; place < num_places; ++place) {
+    const cpu_set_t cores = cores_of(place);
+    cpu_set_t both;
+    CPU_AND(&both, &cores, &makers);
+    if (CPU_COUNT(&both) > 0) first = place;
+  }
+  const cpu_set_t cores = cores_of((first + index) % num_places);
+  pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);  // refused: it stays where it is
+#endif
+}
 
 class Team {
  public:
@@ -54,7 +91,10 @@ class Team {
   void grow(int num_workers) {
     while (num_workers_ < num_workers) {
       try {
-        std::thread([this] { serve(); }).detach();
+        std::thread([this, index = num_workers_ + 1] {
+          leave_makers_core(index);
+          serve();
+        }).detach();
       } catch (...) {
         return;  // fewer threads are enough
       }

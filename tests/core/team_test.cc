@@ -4,9 +4,15 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include "cpu/threads.h"
 
@@ -70,6 +76,46 @@ TEST(Team, AChildHasItsOwn) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
   EXPECT_TRUE(every_task_once(100));
 }
+
+#ifdef __linux__
+
+// Two threads that work at the same time, in a process whose OpenMP pins threads, may each run on a core of its own.
+void two_threads_are_on_two_cores() {
+  cpu_set_t sets[2];
+  std::atomic<int> at_work{0};
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  cpu::run_tasks(2, 2, [&](std::int64_t index, int) {
+    sched_getaffinity(0, sizeof sets[index], &sets[index]);
+    ++at_work;
+    while (at_work < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+  });
+  ASSERT_EQ(at_work, 2);
+  EXPECT_EQ(CPU_COUNT(&sets[0]), 1);
+  EXPECT_EQ(CPU_COUNT(&sets[1]), 1);
+  EXPECT_FALSE(CPU_EQUAL(&sets[0], &sets[1]));
+}
+
+TEST(Team, LeavesThePinnedThreadThatMadeIt) {
+  constexpr const char* kChild = "QUIRE_TEST_PINNED_CHILD";
+  if (std::getenv(kChild) != nullptr) return two_threads_are_on_two_cores();
+  cpu_set_t cores;
+  ASSERT_EQ(sched_getaffinity(0, sizeof cores, &cores), 0);
+  if (CPU_COUNT(&cores) < 2) GTEST_SKIP() << "one core";
+  const pid_t pid = fork();
+  if (pid == 0) {
+    setenv(kChild, "1", 1);
+    setenv("OMP_PROC_BIND", "true", 1);  // OpenMP reads these when it is loaded
+    setenv("OMP_PLACES", "cores", 1);
+    execl("/proc/self/exe", "team_test", "--gtest_filter=Team.LeavesThePinnedThreadThatMadeIt",
+          static_cast<char*>(nullptr));
+    _exit(1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(pid, &status, 0), pid);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+#endif
 
 }  // namespace
 }  // namespace quire::testing

@@ -11,15 +11,21 @@ What it does, with float32 weights and greedy sampling:
   prefix       the same again, in the engine that has seen them: cached tokens are counted
   preemption   the same in a cache that cannot hold them all
   speculation  n-gram proposals of 4 tokens, verified in one step
-  skip         the first layer keeps the model's own dtype
-Each has to give the tokens of `plain`. Where one differs, the two best logits of `plain` at that place may differ by
-1e-2 at most; such places are counted, and the rest of that sequence is not compared.
-With --tensor-parallel, `plain` runs on one device and the other steps on N, in a process each; --context-parallel adds
-decode context parallelism, for which a model needs fewer KV heads than N (one_kv_head.py writes one).
+  skip         layer 2 keeps the model's own dtype; compared with `quire generate` likewise
+Each of the others has to give the tokens of `plain`. Where one differs, the rest of that sequence is not compared, and
+the place is counted under one of two names, or the step has failed:
+  near         the two best logits there differ by 1e-2 at most
+  rounding     vLLM's own engine gives both tokens, the one and the other, when its embeddings vary by the precision of
+               the device's attention. A quantized cache rounds to codes, so the last bit of a sum, which two programs
+               need not have in common, may move a code by a whole step, and logits by much more than 1e-2.
+With --tensor-parallel, `plain` runs on one device and the other steps on N, in a process each, where `skip` is compared
+with one device's; --context-parallel adds decode context parallelism, for which a model needs fewer KV heads than N
+(one_kv_head.py writes one).
 
 Exits 1 where a step failed. scripts/vllm-engine makes the environment and calls this for every mode.
 """
 import argparse
+import collections
 import json
 import os
 import subprocess
@@ -28,6 +34,13 @@ import time
 
 NEW_TOKENS = 12
 NEAR = 1e-2
+# Half a unit in the last place of what attention multiplies: float32 on a CPU, 16-bit weights and levels on tensor cores.
+NOISE = {"cpu": 2.0**-24, "cuda": 2.0**-9}
+NUM_NOISY_RUNS = 32
+STEPS = ("plain", "batch", "chunks", "prefix", "preemption", "speculation", "skip")
+
+# A token that is not the wanted one: where, which, and how far the wanted one's logit is ahead of the second best.
+Place = collections.namedtuple("Place", "sequence index token wanted gap")
 
 
 def prompts(model):
@@ -72,6 +85,26 @@ class Engine:
     def metric(self, name):
         return next((int(metric.value) for metric in self.llm.get_metrics() if metric.name == name), 0)
 
+    @property
+    def skip_layers(self):
+        """Those that keep the model's dtype: what was asked for, and what vLLM adds for TurboQuant."""
+        return self.llm.llm_engine.vllm_config.cache_config.kv_cache_dtype_skip_layers
+
+    def next_tokens_with_noise(self, prompt):
+        """The next token after a prompt, as often as each came, with embeddings that vary by NOISE."""
+        import torch
+        from vllm import SamplingParams
+
+        def vary(module, arguments, embeddings):
+            return embeddings * (1 + NOISE[embeddings.device.type] * torch.randn_like(embeddings))
+
+        hooks = self.llm.apply_model(lambda model: model.model.embed_tokens.register_forward_hook(vary))
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": prompt}] * NUM_NOISY_RUNS, sampling, use_tqdm=False)
+        for hook in hooks:
+            hook.remove()
+        return collections.Counter(output.outputs[0].token_ids[0] for output in outputs)
+
     def close(self):
         import gc
 
@@ -86,30 +119,54 @@ def gap(step):
 
 
 def compare(reference, tokens):
-    """(places where two logits were too close to tell, the first real difference or None)."""
-    near = 0
-    for index, ((wanted, gaps), got) in enumerate(zip(reference, tokens, strict=True)):
-        for place, (a, b) in enumerate(zip(wanted, got, strict=True)):
-            if a != b:
-                if gaps[place] > NEAR:
-                    return near, f"sequence {index}, token {place}: {b} for {a}, ahead by {gaps[place]:.3g}"
-                near += 1
-                break
-    return near, None
+    """The first place of each sequence where another token was given, as a list of Place."""
+    places = []
+    for sequence, ((wanted, gaps), got) in enumerate(zip(reference, tokens, strict=True)):
+        index = next((index for index, (a, b) in enumerate(zip(wanted, got, strict=True)) if a != b), None)
+        if index is not None:
+            places.append(Place(sequence, index, got[index], wanted[index], gaps[index]))
+    return places
 
 
-def of_quire(program, model, mode, batch):
-    """The tokens of `quire generate`, or those that are kept in a .json file by mode. Its "auto" cache is bfloat16, so
-    float32 is asked for by name."""
-    if program.endswith(".json"):
-        with open(program) as file:
-            return json.load(file)[mode]
+def settle(engine, batch, reference, places):
+    """What a row says of the places: how many are near, how many are rounding, and the first that is neither."""
+    near = rounding = 0
+    difference = None
+    for place in places:
+        if place.gap <= NEAR:
+            near += 1
+            continue
+        prompt = batch[place.sequence] + reference[place.sequence][0][:place.index]
+        given = engine.next_tokens_with_noise(prompt)
+        print(f"{place}: with noise {dict(given)}", file=sys.stderr, flush=True)
+        if given[place.token] and given[place.wanted]:
+            rounding += 1
+        elif difference is None:
+            difference = (f"sequence {place.sequence}, token {place.index}: {place.token} for {place.wanted}, "
+                          f"ahead by {place.gap:.3g}")
+    return {"near": near, "rounding": rounding, "difference": difference}
+
+
+def of_quire(arguments, mode, skip_layers, batch):
+    """The tokens of `quire generate`: those that the file of --tokens has, or new ones, which it then has too."""
+    kept = {}
+    if arguments.tokens and os.path.exists(arguments.tokens):
+        with open(arguments.tokens) as file:
+            kept = json.load(file)
+    key = " ".join([mode, *skip_layers])
+    if key in kept:
+        return kept[key]
     result = []
     for prompt in batch:
-        output = subprocess.run([program, "generate", "--model", model, "-m", "float32" if mode == "auto" else mode,
-                                 "--token-ids", ",".join(map(str, prompt)), "-n", str(NEW_TOKENS), "--ignore-eos"],
-                                capture_output=True, text=True, check=True).stdout
+        command = [arguments.quire, "generate", "--model", arguments.model, "-m", mode, "-n", str(NEW_TOKENS), "--ignore-eos",
+                   "--token-ids", ",".join(map(str, prompt))]
+        if skip_layers:
+            command += ["--kv-cache-dtype-skip-layers", ",".join(skip_layers)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         result.append([int(token) for token in output.replace(",", " ").split()][-NEW_TOKENS:])
+    if arguments.tokens:
+        with open(arguments.tokens, "w") as file:
+            json.dump(kept | {key: result}, file)
     return result
 
 
@@ -117,7 +174,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", required=True)
-    parser.add_argument("--quire", help="the program, or a .json file with what it generated in each mode")
+    parser.add_argument("--quire", help="the program")
+    parser.add_argument("--tokens", help="a .json file that keeps what it generated, for machines that lack it")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--platform", default="", help="a vllm.platform_plugins entry point to allow")
@@ -129,79 +187,86 @@ def main():
     ranks = {"tensor_parallel_size": arguments.tensor_parallel, "disable_custom_all_reduce": True,
              "decode_context_parallel_size": arguments.context_parallel,
              "cp_kv_cache_interleave_size": arguments.interleave}
+    several = arguments.tensor_parallel > 1
     import torch
 
     if torch.cuda.is_available():
         os.environ.update(VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
-    if arguments.tensor_parallel > 1:
+    if several:
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLREDUCE_USE_SYMM_MEM="0",
                           VLLM_ALLREDUCE_USE_FLASHINFER="0", NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS="1",
                           VLLM_HOST_IP="127.0.0.1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
                       TORCHDYNAMO_DISABLE="1", VLLM_PLUGINS=",".join(filter(None, (arguments.platform, "quire"))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from quire.vllm.modes import MODES
+
     mode, batch = arguments.mode, prompts(arguments.model)
     weights = os.path.join(arguments.model, "weights")  # config.json and model.safetensors alone
     weights = weights if os.path.isdir(weights) else arguments.model
-    rows, failed = [], False
+    outputs, facts, verdicts = {}, {}, {}
 
-    def row(step, near, difference, **facts):
-        nonlocal failed
-        failed |= difference is not None
-        rows.append({"mode": mode, "step": step, "near": near, "difference": difference, **facts})
-        if arguments.tensor_parallel > 1 and step != "plain":
-            rows[-1] |= {"tensor_parallel": arguments.tensor_parallel, "context_parallel": arguments.context_parallel,
-                         "interleave": arguments.interleave}
-        print(json.dumps(rows[-1]), flush=True)
+    def run(step, engine, together=True, **more):
+        outputs[step], seconds = engine.generate(batch, together)
+        facts[step] = {"tokens_per_s": round(16 * NEW_TOKENS / seconds, 1)}
+        facts[step] |= {name: fact(engine) for name, fact in more.items()}
 
-    engine = Engine(weights, mode)
-    reference, seconds = engine.generate(batch, together=False)
-    facts = {"tokens_per_s": round(16 * NEW_TOKENS / seconds, 1)}
-    if arguments.quire:
-        row("plain", *compare(reference, of_quire(arguments.quire, arguments.model, mode, batch)), **facts)
-    else:
-        row("plain", 0, None, **facts)
+    def judge(step, engine, reference, tokens):
+        verdicts[step] = settle(engine, batch, reference, compare(reference, tokens))
 
-    def check(step, engine, **facts):
-        results, seconds = engine.generate(batch)
-        row(step, *compare(reference, [tokens for tokens, _ in results]),
-            tokens_per_s=round(16 * NEW_TOKENS / seconds, 1), **{name: fact(engine) for name, fact in facts.items()})
+    def judge_by_quire(step, engine):
+        if arguments.quire or arguments.tokens:
+            judge(step, engine, outputs[step], of_quire(arguments, MODES[mode], engine.skip_layers, batch))
 
-    if arguments.tensor_parallel > 1:
-        engine.close()
-        engine = Engine(weights, mode, **ranks)
-    check("batch", engine)
-    engine.close()
     if not arguments.quick:
         engine = Engine(weights, mode, **ranks, max_num_batched_tokens=32, enable_prefix_caching=True)
-        check("chunks", engine)
-        check("prefix", engine, cached_tokens=lambda e: sum(e.cached_tokens))
+        run("chunks", engine)
+        run("prefix", engine, cached_tokens=lambda e: sum(e.cached_tokens))
         engine.close()
         engine = Engine(weights, mode, **ranks, num_gpu_blocks_override=40, max_num_batched_tokens=512)
-        check("preemption", engine, preemptions=lambda e: e.preemptions)
+        run("preemption", engine, preemptions=lambda e: e.preemptions)
         engine.close()
         engine = Engine(weights, mode, **ranks,
                         speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3,
                                             "prompt_lookup_min": 1})
-        check("speculation", engine, accepted_tokens=lambda e: e.accepted)
+        run("speculation", engine, accepted_tokens=lambda e: e.accepted)
         engine.close()
-        skip = {"kv_cache_dtype_skip_layers": ["0"]}
-        near, difference = 0, None
-        if arguments.tensor_parallel > 1:  # which then is compared with one device's
-            engine = Engine(weights, mode, **skip)
-            alone, _ = engine.generate(batch)
+        engine = Engine(weights, mode, **ranks, kv_cache_dtype_skip_layers=["2"])
+        run("skip", engine)
+        if several:
             engine.close()
-        engine = Engine(weights, mode, **ranks, **skip)
-        results, seconds = engine.generate(batch)
-        if arguments.tensor_parallel > 1:
-            near, difference = compare(alone, [tokens for tokens, _ in results])
-        row("skip", near, difference, tokens_per_s=round(16 * NEW_TOKENS / seconds, 1),
-            sequences_that_differ=sum(tokens != wanted for (tokens, _), (wanted, _) in zip(results, reference)))
+            engine = Engine(weights, mode, kv_cache_dtype_skip_layers=["2"])
+            judge("skip", engine, engine.generate(batch)[0], [tokens for tokens, _ in outputs["skip"]])
+        else:
+            judge_by_quire("skip", engine)
         engine.close()
+    if several:
+        engine = Engine(weights, mode, **ranks)
+        run("batch", engine)
+        engine.close()
+    engine = Engine(weights, mode)
+    run("plain", engine, together=False)
+    if not several:
+        run("batch", engine)
+    judge_by_quire("plain", engine)
+    reference = outputs["plain"]
+    for step in set(outputs) - {"plain", "skip"}:
+        judge(step, engine, reference, [tokens for tokens, _ in outputs[step]])
+    engine.close()
+    if "skip" in outputs:
+        facts["skip"]["sequences_that_differ"] = sum(
+            tokens != wanted for (tokens, _), (wanted, _) in zip(outputs["skip"], reference, strict=True))
+
+    rows = [{"mode": mode, "step": step} | verdicts.get(step, {}) | facts[step] for step in STEPS if step in outputs]
+    if several:
+        rows = [row | {name: getattr(arguments, name) for name in ("tensor_parallel", "context_parallel", "interleave")}
+                if row["step"] != "plain" else row for row in rows]
+    for row in rows:
+        print(json.dumps(row), flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)
-    sys.exit(failed)
+    sys.exit(any(row.get("difference") for row in rows))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ def cell(row):
         return "-"
     if row["difference"]:
         return "**differs**: " + row["difference"]
-    facts = [f"{row['near']} near"] if row["near"] else []
+    facts = [f"{row[name]} {name}" for name in ("near", "rounding") if row[name]]
     names = {"cached_tokens": "cached", "preemptions": "preempted", "accepted_tokens": "accepted",
              "sequences_that_differ": "other"}
     facts += [f"{row[key]} {name}" for key, name in names.items() if key in row]
-    return "same" + (f" ({', '.join(facts)})" if facts else "") if row["step"] != "skip" else ", ".join(facts)
+    return "same" + (f" ({', '.join(facts)})" if facts else "")
 
 
 def processor():

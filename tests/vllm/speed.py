@@ -33,6 +33,16 @@ def without_prompt_attention(impl):
     impl.forward = forward
 
 
+def add_requests(engine, batch, length, new_tokens):
+    """Prompts of so many tokens, no two alike, each of which is continued greedily by so many new ones."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False)
+    for i in range(batch):
+        prompt = {"prompt_token_ids": [(7 * i + 13 * j) % 1021 + 3 for j in range(length)]}
+        engine.add_request(str(i), prompt, sampling)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("mode")
@@ -46,7 +56,7 @@ def main():
                       VLLM_PLUGINS="quire" if arguments.side == "quire" else "", VLLM_USE_V2_MODEL_RUNNER="0",
                       VLLM_USE_FLASHINFER_SAMPLER="0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
     folder = tempfile.mkdtemp()
@@ -65,13 +75,8 @@ def main():
     kinds = {type(layer.impl) for layer in layers.values() if hasattr(layer, "impl")}
     for kind in kinds:
         without_prompt_attention(kind)
-    length = arguments.context - arguments.steps // 2
-    prompts = [{"prompt_token_ids": [(7 * i + 13 * j) % 1021 + 3 for j in range(length)]}
-               for i in range(arguments.batch)]
-    sampling = SamplingParams(max_tokens=arguments.steps, temperature=0, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
-    for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), prompt, sampling)
+    add_requests(engine, arguments.batch, arguments.context - arguments.steps // 2, arguments.steps)
     times = []
     while engine.has_unfinished_requests():
         start = time.perf_counter()
