@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
                       TORCHDYNAMO_DISABLE="1", VLLM_PLUGINS=arguments.platform)

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""The table of scripts/vllm-engine: report.py STEM RESULTS.json...   writes STEM.json and STEM.md."""
+"""The tables of scripts/vllm-engine: report.py STEM RESULTS.json...   writes STEM.json and STEM.md.
+
+RESULTS are those of engine.py (rows with a "step") and of cpu_speed.py (rows with a "side").
+"""
 import json
 import os
 import platform
 import sys
 
-STEPS = ("plain", "batch", "chunks", "prefix", "preemption", "speculation", "skip")
+from engine import NUM_NOISY_RUNS, STEPS
 
 
 def cell(row):
@@ -14,8 +17,7 @@ def cell(row):
     if row["difference"]:
         return "**differs**: " + row["difference"]
     facts = [f"{row[name]} {name}" for name in ("near", "rounding") if row[name]]
-    names = {"cached_tokens": "cached", "preemptions": "preempted", "accepted_tokens": "accepted",
-             "sequences_that_differ": "other"}
+    names = {"cached_tokens": "cached", "preemptions": "preempted", "accepted_tokens": "accepted"}
     facts += [f"{row[key]} {name}" for key, name in names.items() if key in row]
     return "same" + (f" ({', '.join(facts)})" if facts else "")
 
@@ -25,27 +27,72 @@ def processor():
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
 
 
+def table(head, rows):
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def tokens_section(rows):
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    find = {(row["mode"], row["step"]): row for row in rows}
+    return [
+        "## Tokens", "",
+        "The model is models/tiny-lm with float32 weights and float32 activations on both sides; 16 prompts, 12 new "
+        "tokens each, greedy.",
+        "`plain` and `skip` are compared with `quire generate`, the other steps with `plain` "
+        "([tests/vllm/engine.py](../../tests/vllm/engine.py) says what each does).",
+        "`skip` keeps layer 2 in float32; in the TurboQuant modes vLLM keeps the first two and the last two of the six "
+        "layers in float32 in every step.",
+        "`bfloat16` and `float16` are not in the table, because vLLM takes them only with weights of that dtype, where "
+        "they are `auto`.", "",
+        "A place where two runs give different tokens is counted, and the rest of its sequence is not compared.",
+        "It is \"near\" where the two best logits differ by less than 1e-2.",
+        f"It is \"rounding\" where vLLM's engine itself gave both tokens in {NUM_NOISY_RUNS} runs whose float32 embeddings "
+        "varied by half a unit in their last place: a code of the cache is then so close to the middle between two "
+        "levels that the last bit of a sum decides it.",
+        "A step with any other difference fails, and the table says so.", "",
+        *table(["mode", *STEPS], [[f"`{mode}`", *(cell(find.get((mode, step))) for step in STEPS)] for mode in modes])]
+
+
+def generate_section(rows):
+    def figures(row):
+        return [f"{row['tokens_per_s'][step]:.0f}" for step in ("plain", "batch")]
+
+    lines = [[f"`{row['mode']}`", row["side"], *figures(row)] for row in rows]
+    return [
+        "## Tokens a second of the small model", "",
+        "The same prompts, one by one and all 16 at once; every engine had its turn in each of several rounds of one "
+        "process, and the median is shown.",
+        "Most of such a step is Python. vLLM's own side is its CPU backend's attention, compiled from its sources; "
+        "everything else is the same on both sides.", "",
+        *table(["mode", "attention by", "tokens/s, one by one", "tokens/s, 16 at once"], lines)]
+
+
+def decode_section(rows):
+    first = rows[0]
+    own = next((row["step_ms"] for row in rows if (row["side"], row["mode"]) == ("vllm", "auto")), None)
+    lines = [[f"`{row['mode']}`", row["side"], f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:.1f}",
+              f"{own / row['step_ms']:.2f}" if own else "-"] for row in rows]
+    return [
+        "## Decode over a long context", "",
+        f"{first['batch']} sequences of {first['context']} tokens, {first['layers']} layers with 32 query heads and 8 KV "
+        f"heads of size 128, a hidden size of 1024, random weights in {first['dtype']}, which is also what `auto` stores.",
+        "The engines took turns step by step, and the median step is shown; the last column is vLLM's own `auto` divided "
+        "by the row.", "",
+        *table(["mode", "attention by", "ms a step", "tokens/s", "times as fast"], lines)]
+
+
 def main():
     stem, files = sys.argv[1], sys.argv[2:]
     rows = [row for name in files for row in json.load(open(name))]
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    find = {(row["mode"], row["step"]): row for row in rows}
     with open(stem + ".json", "w") as file:
         json.dump({"machine": f"{os.cpu_count()} cores, {processor()}", "rows": rows}, file, indent=1)
     lines = ["# vLLM's engine on a CPU, with quire's plugin", "",
              f"vLLM 0.33.0 from its Python files, Python {platform.python_version()}, {os.cpu_count()} cores of "
-             f"{processor()}; made by `scripts/vllm-engine`.",
-             "The model is models/tiny-lm with float32 weights on both sides, 16 prompts, greedy.",
-             "`plain` is compared with `quire generate`, the other steps with `plain` "
-             "([tests/vllm/engine.py](../../tests/vllm/engine.py) says what each does).",
-             "Places are \"near\" where the two best logits differ by less than 1e-2, so that either is right.",
-             "`skip` keeps the first layer in the model's dtype, and counts the sequences that this changes.", "",
-             "| mode | " + " | ".join(STEPS) + " | tokens/s, one by one | batch of 16 |",
-             "|" + "---|" * (len(STEPS) + 3)]
-    for mode in modes:
-        cells = [cell(find.get((mode, step))) for step in STEPS]
-        speeds = [str(find[mode, step]["tokens_per_s"]) if (mode, step) in find else "-" for step in ("plain", "batch")]
-        lines.append(f"| `{mode}` | " + " | ".join(cells + speeds) + " |")
+             f"{processor()}; made by `scripts/vllm-engine`."]
+    for section, some in ((tokens_section, [row for row in rows if "step" in row]),
+                          (generate_section, [row for row in rows if "side" in row and "step_ms" not in row]),
+                          (decode_section, [row for row in rows if "step_ms" in row])):
+        lines += ["", *section(some)] if some else []
     with open(stem + ".md", "w") as file:
         file.write("\n".join(lines) + "\n")
 
