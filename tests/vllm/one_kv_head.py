@@ -2,7 +2,8 @@
 """Writes a small Llama of random weights with one KV head, for engine.py: `one_kv_head.py FOLDER`.
 
 vLLM serves decode context parallelism of a model with grouped queries only where there are more ranks than KV heads.
-Queries and keys are scaled up, so that a query attends to a few keys and the tokens depend on each of them.
+Queries and keys are scaled up, so that a query attends to a few keys and the tokens depend on each of them. There are
+six layers, because TurboQuant leaves the first and the last two to the model's dtype.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
-          "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128,
+          "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128,
           "vocab_size": 1024, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
           "torch_dtype": "float32", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 SHARPNESS = 2.0  # of queries and of keys
