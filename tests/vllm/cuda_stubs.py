@@ -32,10 +32,18 @@ def fused_add_rms_norm(x, residual, weight, epsilon):
     rms_norm(x, residual, weight, epsilon)
 
 
+def vocab_parallel_embedding(out, ids, weight, start, end, padding, added_start, added_end):
+    """Rows of this rank's part of the vocabulary, which nothing was added to; zeros for other tokens."""
+    mine = (ids >= start) & (ids < end)
+    out.copy_(weight[torch.where(mine, ids - start, 0)] * mine[:, None])
+
+
 for signature, function in (("silu_and_mul(Tensor(a!) out, Tensor x) -> ()", silu_and_mul),
                             ("rms_norm(Tensor(a!) out, Tensor x, Tensor? weight, float epsilon) -> ()", rms_norm),
                             ("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight, float epsilon)"
-                             " -> ()", fused_add_rms_norm)):
+                             " -> ()", fused_add_rms_norm),
+                            ("vocab_parallel_embedding(Tensor(a!) out, Tensor ids, Tensor weight, int start, int end,"
+                             " int padding, int added_start, int added_end) -> ()", vocab_parallel_embedding)):
     library.define(signature)
     library.impl(signature.partition("(")[0], function, "CUDA")
 '''

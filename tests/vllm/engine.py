@@ -193,9 +193,9 @@ def main():
     if torch.cuda.is_available():
         os.environ.update(VLLM_USE_V2_MODEL_RUNNER="0", VLLM_USE_FLASHINFER_SAMPLER="0")
     if several:
-        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ALLREDUCE_USE_SYMM_MEM="0",
-                          VLLM_ALLREDUCE_USE_FLASHINFER="0", NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS="1",
-                          VLLM_HOST_IP="127.0.0.1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
+        os.environ.update(VLLM_WORKER_MULTIPROC_METHOD="spawn", VLLM_CPU_OMP_THREADS_BIND="nobind",
+                          VLLM_ALLREDUCE_USE_SYMM_MEM="0", VLLM_ALLREDUCE_USE_FLASHINFER="0", NCCL_NVLS_ENABLE="0",
+                          OMP_NUM_THREADS="1", VLLM_HOST_IP="127.0.0.1", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
                       TORCHDYNAMO_DISABLE="1", VLLM_PLUGINS=",".join(filter(None, (arguments.platform, "quire"))))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -8,6 +8,7 @@ process.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # The releases whose interfaces quire.vllm was tested with, by their first two numbers, as in docs/vllm_plugin.md.
 SUPPORTED_VERSIONS = ("0.33",)
@@ -39,6 +40,16 @@ def register() -> None:
         register_backend(AttentionBackendEnum[name], f"quire.vllm.backend.Quire{backend}Backend")
     if OWN_NAME not in AttentionBackendEnum.__members__:
         register_backend(OWN_NAME, "quire.vllm.backend.QuireBackend")
+        # A spawned worker reads its configuration before it loads plugins, and its enum has no such member yet.
+        AttentionBackendEnum[OWN_NAME].__reduce_ex__ = lambda protocol: (own_backend, ())
+
+
+def own_backend() -> Any:
+    """vLLM's enum member of OWN_NAME, registered first where it is not yet."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[OWN_NAME]
 
 
 def _version() -> str:
