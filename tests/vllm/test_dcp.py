@@ -134,6 +134,8 @@ def run_rank(rank, size, store, cases):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_together_attend_as_one(size, tmp_path):
+    if 0 < torch.cuda.device_count() < size:
+        pytest.skip(f"vLLM gives each of the {size} ranks a GPU")
     cases = [(mode, torch.float32, interleave, False, 0.0) for mode in MODES for interleave in (1, 4)]
     cases += [("int4_per_token_head", dtype, interleave, True, softcap)
               for dtype, interleave, softcap in ((torch.bfloat16, 1, 0.0), (torch.float32, 16, 9.0))]
