@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "llm/gzip.h"
 #include "llm/npy.h"
 #include "llm/read_file.h"
 #include "llm/sampler.h"
@@ -310,10 +312,27 @@ class Evaluation {
   std::vector<float> logits_;
 };
 
+// What the bytes of a gzip file unpack to.
+Result<std::string> unpacked(const std::string& path, const std::string& packed) try {
+  GzipReader reader(path, reinterpret_cast<const std::uint8_t*>(packed.data()),
+                    static_cast<std::int64_t>(packed.size()));
+  auto bytes = reader.read(kMaxUnpackedBytes);
+  if (!bytes.ok()) return bytes.status();
+  if (static_cast<std::int64_t>(bytes->size()) == kMaxUnpackedBytes) {
+    return out_of_range(path + ": unpacks to " + std::to_string(kMaxUnpackedBytes) +
+                        " bytes or more, which a .gz file of "
+                        "prompts may not hold");
+  }
+  return std::string(bytes->begin(), bytes->end());
+} catch (const std::bad_alloc&) {
+  return internal_error(path + ": there is not enough memory to unpack the file");
+}
+
 }  // namespace
 
 Result<std::vector<EvalPrompt>> read_prompts(const std::string& path, const ModelConfig& config) {
-  const Result<std::string> text = read_file(path);
+  Result<std::string> text = read_file(path);
+  if (text.ok() && is_gzip_name(path)) text = unpacked(path, *text);
   if (!text.ok()) return text.status();
   std::istringstream lines(*text);
   std::vector<EvalPrompt> prompts;

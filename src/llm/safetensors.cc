@@ -4,12 +4,10 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <bit>
 #include <cerrno>
-#include <climits>
 #include <cstring>
 #include <iterator>
 #include <new>
@@ -17,6 +15,8 @@
 #include <optional>
 #include <set>
 #include <utility>
+
+#include "llm/gzip.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are read in place");
 
@@ -26,8 +26,6 @@ namespace {
 using nlohmann::json;
 
 constexpr std::int64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
-// Of the tensors of a gzip file, which can be a thousandth of that itself. The golden files have 9 MB.
-constexpr std::int64_t kMaxUnpackedBytes = std::int64_t{1} << 30;
 
 struct ElementType {
   std::string_view name;
@@ -101,56 +99,6 @@ class MappedFile {
  private:
   std::shared_ptr<const std::uint8_t> data_;
   std::int64_t bytes_ = 0;
-};
-
-// Unpacks a gzip file piece by piece. Memory grows with the bytes that arrive, not with what a header claims. The file
-// ends where the checksum and the length of a member have been compared; before that, read() never reports the end.
-class GzipReader {
- public:
-  GzipReader(std::string path, MappedFile file) : path_(std::move(path)), file_(std::move(file)) {
-    constexpr int kGzipOnly = 16;
-    ready_ = inflateInit2(&stream_, MAX_WBITS + kGzipOnly) == Z_OK;
-    stream_.next_in = const_cast<Bytef*>(file_.data().get());
-  }
-  GzipReader(const GzipReader&) = delete;
-  GzipReader& operator=(const GzipReader&) = delete;
-  ~GzipReader() { inflateEnd(&stream_); }
-
-  // Returns the next `size` bytes, or fewer only where the file ends in good order. operator new aligns the vector to
-  // 16.
-  Result<std::vector<std::uint8_t>> read(std::int64_t size) {
-    if (!ready_) return internal_error(path_ + ": zlib cannot unpack the file");
-    constexpr std::int64_t kPiece = std::int64_t{1} << 20;
-    std::vector<std::uint8_t> bytes;
-    while (static_cast<std::int64_t>(bytes.size()) < size) {
-      const std::size_t old_size = bytes.size();
-      bytes.resize(static_cast<std::size_t>(std::min(static_cast<std::int64_t>(old_size) + kPiece, size)));
-      stream_.next_out = bytes.data() + old_size;
-      stream_.avail_out = static_cast<uInt>(bytes.size() - old_size);
-      while (stream_.avail_out > 0) {
-        const auto left = file_.bytes() - (stream_.next_in - file_.data().get());
-        if (ended_ && left == 0) {
-          bytes.resize(bytes.size() - stream_.avail_out);
-          return bytes;
-        }
-        if (ended_) inflateReset(&stream_);  // another member follows
-        stream_.avail_in = static_cast<uInt>(std::min<std::int64_t>(left, UINT_MAX));
-        const int code = inflate(&stream_, Z_NO_FLUSH);
-        ended_ = code == Z_STREAM_END;
-        if (code == Z_OK || code == Z_STREAM_END) continue;
-        if (code == Z_MEM_ERROR) throw std::bad_alloc();
-        if (code == Z_BUF_ERROR) return invalid_argument(path_ + ": the gzip stream is truncated");
-        return invalid_argument(path_ + ": the gzip stream is damaged");
-      }
-    }
-    return bytes;
-  }
-
- private:
-  std::string path_;
-  MappedFile file_;
-  z_stream stream_ = {};
-  bool ready_ = false, ended_ = false;
 };
 
 // A non-negative JSON integer that fits in an int64.
@@ -276,11 +224,8 @@ Result<SafetensorsFile> SafetensorsFile::open(const std::string& path) try {
   };
 
   const std::uint8_t* base = mapped->data().get();
-  if (path.size() > 3 && path.compare(path.size() - 3, 3, ".gz") == 0) {
-    if (mapped->bytes() >= 2 && (base[0] != 0x1f || base[1] != 0x8b)) {
-      return refuse("not a gzip file, though its name ends in .gz");
-    }
-    GzipReader reader(path, *mapped);
+  if (is_gzip_name(path)) {
+    GzipReader reader(path, base, mapped->bytes());
     auto prefix = reader.read(8);
     if (!prefix.ok()) return prefix.status();
     if (prefix->size() < 8) return refuse("too short for a safetensors file");

@@ -5,10 +5,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "llm/models.h"
 #include "llm/npy.h"
+#include "llm/safetensors_writer.h"
 
 namespace quire::testing {
 namespace {
@@ -227,6 +230,34 @@ TEST(Prompts, RefusesBadLines) {
     const auto result = read(bad.text);
     ASSERT_FALSE(result.ok()) << bad.text;
     EXPECT_NE(result.status().message().find(bad.says), std::string::npos) << result.status().message();
+  }
+}
+
+TEST(Prompts, AreUnpackedWhereTheNameEndsInGz) {
+  llm::ModelConfig config;
+  config.vocab_size = 10;
+  config.max_position = 6;
+  const std::string path = test::write_gzip("p.jsonl.gz", "{\"prompt\": [1, 2], \"answer\": [3]}\n");
+  const auto good = llm::read_prompts(path, config);
+  ASSERT_TRUE(good.ok()) << good.status().message();
+  ASSERT_EQ(good->size(), 1U);
+  EXPECT_EQ((*good)[0].prompt, (std::vector<std::int32_t>{1, 2}));
+
+  std::ifstream file(path, std::ios::binary);
+  const std::string packed{std::istreambuf_iterator<char>(file), {}};
+  std::string damaged = packed;
+  damaged[packed.size() - 8] ^= 1;  // the checksum
+  const std::pair<std::string, std::string> cases[] = {
+      {"", "truncated"},
+      {packed.substr(0, packed.size() - 1), "truncated"},
+      {damaged, "damaged"},
+      {"{\"prompt\": [1], \"answer\": [1]}", "not a gzip file, though its name ends in .gz"},
+  };
+  for (const auto& [bytes, says] : cases) {
+    const auto refused = llm::read_prompts(test::write_file("bad.jsonl.gz", bytes), config);
+    ASSERT_FALSE(refused.ok()) << says;
+    EXPECT_NE(refused.status().message().find("bad.jsonl.gz: "), std::string::npos) << refused.status().message();
+    EXPECT_NE(refused.status().message().find(says), std::string::npos) << refused.status().message();
   }
 }
 

@@ -60,8 +60,9 @@ void add_eval(CLI::App& app, int& exit_status) {
       ->capture_default_str();
   verb->add_option("--kv-cache-dtype-skip-layers", options->skip_layers, kSkipLayersHelp);
   verb->add_option("--tokens", options->paths.tokens, "Token ids for perplexity and KL divergence, .npy");
-  verb->add_option("--recall", options->paths.recall, "Prompts and answers, .jsonl, reported per context length");
-  verb->add_option("--arithmetic", options->paths.arithmetic, "Prompts and answers, .jsonl");
+  verb->add_option("--recall", options->paths.recall,
+                   "Prompts and answers, .jsonl or .jsonl.gz, reported per context length");
+  verb->add_option("--arithmetic", options->paths.arithmetic, "Prompts and answers, .jsonl or .jsonl.gz");
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   add_integer<std::int64_t>(*verb, "--windows", options->eval.max_windows, "At most this many windows of tokens", 0,
                             kMost);

@@ -58,12 +58,16 @@ std::string skipped_layers(const std::vector<int>& layers) {
 }
 
 llm::EvalPaths sets_beside(const std::string& model_dir) {
-  const auto if_there = [&](const char* name) {
+  const auto if_there = [&](const std::string& name) {
     const std::string path = model_dir + "/" + name;
     std::error_code error;
     return std::filesystem::is_regular_file(path, error) ? path : std::string();
   };
-  return {if_there("heldout_tokens.npy"), if_there("recall.jsonl"), if_there("arithmetic.jsonl")};
+  const auto prompts = [&](const std::string& name) {
+    const std::string path = if_there(name);
+    return path.empty() ? if_there(name + ".gz") : path;
+  };
+  return {if_there("heldout_tokens.npy"), prompts("recall.jsonl"), prompts("arithmetic.jsonl")};
 }
 
 std::function<void(double, const std::string&)> progress_bar() {

@@ -27,7 +27,7 @@ inline constexpr const char* kDeviceFooter =
     "the CPU, and q, k, v and the output are copied in every layer: that shows what the kernels compute, not their "
     "speed.";
 
-// Finds heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, where DIR has them.
+// Finds heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, the last two also as .jsonl.gz, where DIR has them.
 llm::EvalPaths sets_beside(const std::string& model_dir);
 
 // A function that draws on stderr where that is a terminal, and is empty elsewhere.
