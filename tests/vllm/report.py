@@ -84,11 +84,15 @@ def decode_section(rows):
 def main():
     stem, files = sys.argv[1], sys.argv[2:]
     rows = [row for name in files for row in json.load(open(name))]
+    for row in rows:
+        if "step" in row:  # its speed is that of engines one after the other: cpu_speed.py compares
+            row.pop("tokens_per_s", None)
     with open(stem + ".json", "w") as file:
         json.dump({"machine": f"{os.cpu_count()} cores, {processor()}", "rows": rows}, file, indent=1)
     lines = ["# vLLM's engine on a CPU, with quire's plugin", "",
              f"vLLM 0.33.0 from its Python files, Python {platform.python_version()}, {os.cpu_count()} cores of "
-             f"{processor()}; made by `scripts/vllm-engine`."]
+             f"{processor()}; made by `scripts/vllm-engine` and `scripts/vllm-engine --speed`, with threads of OpenMP "
+             "that wait passively."]
     for section, some in ((tokens_section, [row for row in rows if "step" in row]),
                           (generate_section, [row for row in rows if "side" in row and "step_ms" not in row]),
                           (decode_section, [row for row in rows if "step_ms" in row])):
