@@ -55,7 +55,8 @@ def sources(sdist, folder):
         members = [member for member in archive if "/csrc/cpu/" in member.name]
         archive.extractall(folder, members, filter="data")
         root = os.path.join(folder, members[0].name.partition("/")[0], "csrc")
-    spec = importlib.util.spec_from_file_location("generate", os.path.join(root, "cpu", "generate_cpu_attn_dispatch.py"))
+    generator = os.path.join(root, "cpu", "generate_cpu_attn_dispatch.py")
+    spec = importlib.util.spec_from_file_location("generator", generator)
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     generate.HEAD_DIMS_32, generate.HEAD_DIMS_16 = HEAD_SIZES, []

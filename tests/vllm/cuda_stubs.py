@@ -1,5 +1,5 @@
-"""Lets vLLM's Python files alone run on a CUDA device: `cuda_stubs.py TREE` puts empty modules into the tree in the place
-of its compiled ones, and with them the few ops that a Llama with `custom_ops: none` reaches."""
+"""Lets vLLM's Python files alone run on a CUDA device: `cuda_stubs.py TREE` puts empty modules into the tree in the
+place of its compiled ones, and with them the few ops that a Llama with `custom_ops: none` reaches."""
 
 import os
 import sys
