@@ -54,16 +54,22 @@ def generate(arguments):
                                                                      num_gpu_blocks_override=320))
     turns = {f"prompt {i}": [prompt] for i, prompt in enumerate(batch)} | {"batch": batch}
     fastest = {(name, turn): float("inf") for name in found for turn in turns}
+    tokens = {}
     for _ in range(ROUNDS["generate"]):
         for turn, prompts_of_turn in turns.items():
             for name, engine in found.items():
-                seconds = engine.generate(prompts_of_turn)[1]
+                outputs, seconds = engine.generate(prompts_of_turn)
+                tokens[name, turn] = [ids for ids, _ in outputs]
                 fastest[name, turn] = min(fastest[name, turn], seconds)
     for name in found:
         plain = sum(fastest[name, turn] for turn in turns if turn != "batch")
         speeds = {"plain": plain, "batch": fastest[name, "batch"]}
-        yield {"side": name[0], "mode": name[1],
+        row = {"side": name[0], "mode": name[1],
                "tokens_per_s": {step: round(len(batch) * NEW_TOKENS / took, 1) for step, took in speeds.items()}}
+        if ("vllm", "auto") in found:
+            row["sequences_of_vllm_auto"] = sum(
+                a == b for a, b in zip(tokens[name, "batch"], tokens[("vllm", "auto"), "batch"], strict=True))
+        yield row
 
 
 def decode(arguments):
