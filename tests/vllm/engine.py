@@ -34,7 +34,8 @@ import time
 
 NEW_TOKENS = 12
 NEAR = 1e-2
-# Half a unit in the last place of what attention multiplies: float32 on a CPU, 16-bit weights and levels on tensor cores.
+# Half a unit in the last place of what attention multiplies: float32 on a CPU, 16-bit weights and levels on tensor
+# cores.
 NOISE = {"cpu": 2.0**-24, "cuda": 2.0**-9}
 NUM_NOISY_RUNS = 32
 STEPS = ("plain", "batch", "chunks", "prefix", "preemption", "speculation", "skip")
@@ -158,8 +159,8 @@ def of_quire(arguments, mode, skip_layers, batch):
         return kept[key]
     result = []
     for prompt in batch:
-        command = [arguments.quire, "generate", "--model", arguments.model, "-m", mode, "-n", str(NEW_TOKENS), "--ignore-eos",
-                   "--token-ids", ",".join(map(str, prompt))]
+        command = [arguments.quire, "generate", "--model", arguments.model, "-m", mode, "-n", str(NEW_TOKENS),
+                   "--ignore-eos", "--token-ids", ",".join(map(str, prompt))]
         if skip_layers:
             command += ["--kv-cache-dtype-skip-layers", ",".join(skip_layers)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
