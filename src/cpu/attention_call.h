@@ -35,6 +35,15 @@ struct AttentionCall {
   bool k_in_pairs() const { return key.operands.operand != Operand::kFloat32; }
   bool v_in_pairs() const { return value.operands.operand != Operand::kFloat32; }
 
+  // Whether a tile of so many rows multiplies floats as they are stored by fp32. bf16 has dot products of twice the
+  // rate, but where few rows meet a key memory sets the pace, and it comes in sooner beside these.
+  bool key_floats(int num_rows) const {
+    return key.float_rows.dot != nullptr && num_rows <= (k_in_pairs() ? k.blocks : kFewRows);
+  }
+  bool value_floats(int num_rows) const {
+    return !v_in_pairs() && value.float_rows.accumulate != nullptr && num_rows <= kFewRows;
+  }
+
   int int_at(const ConstTensor& t, std::int64_t i) const { return t.ptr<const std::int32_t>()[i * t.strides[0]]; }
 
   attention::SequenceMask sequence(int b) const {

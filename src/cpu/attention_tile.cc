@@ -15,8 +15,7 @@ using attention::SequenceMask;
 using attention::SoftmaxState;
 
 std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows, std::uint8_t* base) {
-  const int num_sets = (rows + call.k.blocks - 1) / call.k.blocks;
-  const int set_rows = num_sets * call.k.blocks;  // rows of scores that products write
+  const int set_rows = (rows + call.k.blocks - 1) / call.k.blocks * call.k.blocks;  // products of bytes: whole sets
   std::size_t bytes = 0;
   const auto take = [&]<class T>(T*& at, std::int64_t count) {
     at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
@@ -27,11 +26,12 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
     take(head.q, static_cast<std::int64_t>(rows) * call.k_stride);
     take(head.q_sum, rows);
     if (call.k_in_pairs()) {
-      head.queries.num_sets = num_sets;
       head.queries.parts = call.query_parts;
       head.queries.positions = call.k_positions;
+      head.queries.part_stride = static_cast<std::int64_t>(rows) * call.k_positions;
       take(head.queries.data, static_cast<std::int64_t>(set_rows) * call.query_parts * call.k_positions);
-      take(head.queries.step, std::int64_t{4} * set_rows);
+      take(head.queries.step, rows);
+      take(head.queries.byte_step, std::int64_t{4} * call.k.blocks);
       take(head.queries.centre, std::int64_t{4} * call.k.blocks);
     }
     take(head.acc, static_cast<std::int64_t>(rows) * call.acc_stride);
@@ -45,6 +45,7 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
   take(unit, rows);
   take(row, call.acc_stride);
   take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
+  take(columns, static_cast<std::int64_t>(rows > kFewRows ? kKeyTile : 0) * call.k_positions);
   take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
   take(scale, kKeyTile);
   take(offset, kKeyTile);
@@ -89,8 +90,7 @@ void load_queries(const AttentionCall& call, const QueryTile& tile, HeadRange he
       head.q_sum[m] = sum;
     }
     if (!call.k_in_pairs()) continue;
-    head.queries.num_sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
-    if (call.key_bytes && head.queries.num_sets == 1) {
+    if (call.key_bytes && num_rows <= call.k.blocks) {
       call.key.operands.make_byte_queries(head.q, num_rows, call.k_stride, call.key.shape, largest_query(call),
                                           head.queries);
       continue;
@@ -181,7 +181,7 @@ void apply_mask(const AttentionCall& call, const QueryTile& tile, const Sequence
 }
 
 // Scores of a tile: products of 16-bit operands, in scratch.scores.
-void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperands& queries, bool in_place,
+void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperands& queries, int num_rows,
               Scratch& scratch, Prefetch& prefetch) {
   const OperandFormat& format = call.key.operands;
   // The operands of a group are made while the group before is multiplied: read too soon, they would still be on
@@ -189,22 +189,36 @@ void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperan
   const auto group_size = [&](int first) { return std::min(kKeyGroup, rows.num_rows - first); };
   const auto operands = [&](int first) { return scratch.keys + first / kKeyGroup % 2 * kKeyGroup * call.k_positions; };
   const auto load = [&](int first) {
-    if (in_place || first >= rows.num_rows) return;
+    if (format.keys_in_place || first >= rows.num_rows) return;
     format.load_keys(rows.from(first, group_size(first)), call.key.shape, operands(first));
   };
+  const int bytes = 2 * (format.keys_in_place ? call.shape.head_size : call.k_positions);
+  const bool few = num_rows <= kFewRows;
+  const std::uint8_t* addresses[kKeyGroup];
   load(0);
   for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
-    load(first + kKeyGroup);
     const int count = group_size(first);
+    load(first + kKeyGroup);
     if (format.divide_by_norms != nullptr) {
       format.divide_by_norms(operands(first), count, call.k_positions, scratch.scale + first);
     }
-    const std::uint8_t* addresses[kKeyGroup];
     const auto* at = reinterpret_cast<const std::uint8_t*>(operands(first));
-    for (int n = 0; n < count; ++n, at += call.k_positions * 2) addresses[n] = in_place ? rows.data(first + n) : at;
+    for (int n = 0; n < count; ++n, at += call.k_positions * 2) {
+      addresses[n] = format.keys_in_place ? rows.data(first + n) : at;
+    }
     for (int n = count; n < kKeyGroup; ++n) addresses[n] = addresses[0];
-    call.k.dot_keys(format.operand, queries, addresses, count, scratch.scores + first, prefetch);
+    if (few) {
+      call.k.dot_keys(format.operand, queries, num_rows, addresses, bytes, scratch.scores + first, prefetch);
+    } else {
+      call.k.transpose_keys(addresses, bytes, scratch.columns + 2 * first);
+    }
   }
+  if (few) return;
+  // Columns without a key hold some key: products are made for whole tiles.
+  for (int first = (rows.num_rows + kKeyGroup - 1) / kKeyGroup * kKeyGroup; first < kKeyTile; first += kKeyGroup) {
+    call.k.transpose_keys(addresses, bytes, scratch.columns + 2 * first);
+  }
+  call.k.dot_columns(format.operand, queries, num_rows, scratch.columns, scratch.scores, prefetch);
 }
 
 // The logits of a tile, in scratch.scores.
@@ -216,7 +230,11 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
                        call.k_scale.at(tile.batch, rows.kv_head) * call.key.unrotate;
   TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
   if (call.key.scales_side_by_side()) k_rows.scales = scratch.k_scales[head_index];
-  if (!call.k_in_pairs()) {
+  if (call.key_floats(num_rows)) {
+    call.key.float_rows.dot(k_rows, call.shape.head_size, head.q, num_rows, call.k_stride, scratch.scores, prefetch);
+    std::fill_n(scratch.scale, kKeyTile, 1.0F);
+    call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale, nullptr, factor, head.q_sum);
+  } else if (!call.k_in_pairs()) {
     LevelTile& k = scratch.k_tile;
     call.key.load_tile(k_rows, rows.kv_head, k);
     call.k.dot_tile(head.q, num_rows, k, keys.count, scratch.scores);
@@ -224,12 +242,11 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
                        head.q_sum);
   } else {
     const OperandFormat& format = call.key.operands;
-    const bool in_place = format.keys_in_place && call.shape.head_size % 8 == 0;
     format.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
     if (call.key_bytes && num_rows <= call.k.blocks) {
       format.dot_key_bytes(k_rows, call.key.shape, head.queries, scratch.scores, prefetch);
     } else {
-      dot_keys(call, k_rows, head.queries, in_place, scratch, prefetch);
+      dot_keys(call, k_rows, head.queries, num_rows, scratch, prefetch);
     }
     call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale,
                        format.has_offset ? scratch.offset : nullptr, factor, head.q_sum);
@@ -280,6 +297,10 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
     // bf16 values that some row must not see are looked at first.
     const bool look = !see_all && format.values_finite != nullptr;
     const bool few = call.few_values && num_rows <= call.k.blocks && !look;
+    if (few && call.value.float_rows.accumulate_operands != nullptr) {
+      return call.value.float_rows.accumulate_operands(v_rows, call.shape.head_size_v, scratch.scores, num_rows,
+                                                       head.acc, call.acc_stride, prefetch);
+    }
     if (finite && !few) format.load_values(v_rows, call.value.shape, scratch.values);
     if (finite && look) {
       finite = format.values_finite(scratch.values, (keys.count + 1) / 2, call.v_positions);
@@ -294,6 +315,11 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
       return call.k.accumulate_values(format.operand, scratch.weights, num_rows, keys.count, scratch.values,
                                       call.v_positions, scratch.unit, head.acc, call.acc_stride, prefetch);
     }
+  }
+  // Values that some row must not see are looked at first.
+  if (call.value_floats(num_rows) && see_all) {
+    return call.value.float_rows.accumulate(v_rows, call.shape.head_size_v, scratch.scores, num_rows, head.acc,
+                                            call.acc_stride, prefetch);
   }
   LevelTile& v = scratch.v_tile;
   call.value.load_tile(v_rows, rows.kv_head, v);
@@ -372,16 +398,25 @@ Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange 
   std::int64_t lines = 0;
   for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
   const int num_rows = tile.num_tokens * call.shape.group_size();
-  const std::int64_t sets = (num_rows + call.k.blocks - 1) / call.k.blocks;
+  const int key_rows = call.key_bytes ? std::max(num_rows, call.k.blocks) : num_rows;  // products of bytes: whole sets
+  const auto float_products = [&](bool few, int head_size) {
+    return std::int64_t{kKeyTile} * (few ? num_rows * head_size / (4 * call.k.blocks) : kProductsOfRow);
+  };
   const std::int64_t k_products =
-      call.k_in_pairs() ? sets * call.query_parts * (call.k_positions / 8) * kKeyTile : kProductsOfRow * kKeyTile;
+      call.k_in_pairs() && !call.key_floats(num_rows)
+          ? std::int64_t{key_rows} * call.query_parts * (call.k_positions / (8 * call.k.blocks)) * kKeyTile
+          : float_products(call.key_floats(num_rows), call.shape.head_size);
   const std::int64_t v_products = call.v_in_pairs()
                                       ? std::int64_t{num_rows} * weight_parts(call.value.operands.operand) *
                                             (call.v_positions / (4 * call.k.blocks)) * (kKeyTile / 2)
-                                      : kProductsOfRow * kKeyTile;
+                                      : float_products(call.value_floats(num_rows), call.shape.head_size_v);
   // All of them by the time that most of the products have been made.
   const std::int64_t products = heads.count * (k_products + v_products) * 15 / 16;
-  prefetch.pace = static_cast<int>(std::min<std::int64_t>(lines * Prefetch::kUnit / products + 1, 4 * Prefetch::kUnit));
+  std::int64_t pace = lines * Prefetch::kUnit / products + 1;
+  // The same number of lines each time that it is asked, where there are so many: branches are foreseen.
+  constexpr std::int64_t kStep = Prefetch::kUnit / 32;
+  if (pace > kStep) pace = (pace + kStep - 1) / kStep * kStep;
+  prefetch.pace = static_cast<int>(std::min<std::int64_t>(pace, 4 * Prefetch::kUnit));
   return prefetch;
 }
 

@@ -53,6 +53,8 @@ CacheReader make_reader(const ConstTensor& cache, const attention::SideTensors<c
   if (!exact && head_size % std::max(1, kernels().operands[index].per_word) == 0) {
     reader.operands = kernels().operands[index];
   }
+  const FloatRows& floats = kernels().float_rows[index];
+  if (floats.takes != nullptr && floats.takes(head_size)) reader.float_rows = floats;
   return reader;
 }
 

@@ -21,6 +21,7 @@ struct CacheReader : attention::PagedRows {
   float unrotate = 1.0F;
   Kernels::LoadTile load = nullptr;
   OperandFormat operands{};    // what 16-bit products take; kFloat32: the levels of load_tile are multiplied
+  FloatRows float_rows{};      // what few rows of fp32 take; null: nothing
   std::int64_t row_bytes = 0;  // of codes and metadata in the row, where they are known
   const QuantKVBackend* backend = nullptr;    // decodes rows where load is null
   std::atomic<bool>* decode_threw = nullptr;  // set where it threw

@@ -50,7 +50,7 @@ void make_byte_queries(const float* q, int num_rows, int q_stride, format::RowSh
   const int size = shape.head_size;
   auto* bytes = reinterpret_cast<std::int8_t*>(queries.data);
   std::fill_n(bytes, 2 * size * kBlocks, std::int8_t{0});
-  std::fill_n(queries.step, kBlocks * 4, 0.0F);
+  std::fill_n(queries.byte_step, kBlocks * 4, 0.0F);
   std::fill_n(queries.centre, kBlocks * 4, 0);
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
@@ -65,7 +65,7 @@ void make_byte_queries(const float* q, int num_rows, int q_stride, format::RowSh
       at[16 * kBlocks] = static_cast<std::int8_t>(code - 256 * high);
       sum += code;
     }
-    std::fill_n(queries.step + 4 * m, 4, step);
+    std::fill_n(queries.byte_step + 4 * m, 4, step);
     // Beyond 32 bits it wraps around as the sums of products do; their difference fits.
     std::fill_n(queries.centre + 4 * m, 4, static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) * kByteCentre<F>));
   }
@@ -79,7 +79,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
   const int chunks = static_cast<int>(format::code_bytes<F>(shape.head_size)) / 16;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80)), low_half = _mm512_set1_epi8(15);
   const __m512i centre = _mm512_loadu_si512(queries.centre);
-  const __m512 step = _mm512_loadu_ps(queries.step);
+  const __m512 step = _mm512_loadu_ps(queries.byte_step);
   for (int first = 0; first < rows.num_rows; first += kKeyGroup) {
     __m512i four[kKeyGroup / 4];
     HWY_UNROLL(4)
@@ -226,7 +226,7 @@ HWY_INLINE void accumulate_pass(const TileRows& rows, const ValuePair<F>& pair, 
   const int num_keys = rows.num_rows;
   Prefetch ahead = prefetch;
   for (int n = 0; n < num_keys; n += 2) {
-    if (n % 8 == 0) ahead.after(4 * kRows * 4 * kParts);
+    ahead.after(kRows * 4 * kParts);
     VU16 x[4];
     pair.template operator()<kOdd>(rows.data(n), n + 1 < num_keys ? rows.data(n + 1) : kZeros, pass, x);
     HWY_UNROLL(4)

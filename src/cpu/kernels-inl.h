@@ -7,6 +7,7 @@
 #endif
 
 #include "cpu/few_rows-inl.h"
+#include "cpu/float_rows-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/operands-inl.h"
 #include "cpu/products-inl.h"
@@ -19,8 +20,8 @@ namespace HWY_NAMESPACE {
 namespace {
 
 template <class F>
-constexpr Kernels::EncodeRow encode_row_if_enabled() {
-  if constexpr (format::format_enabled<F>()) return &encode_row<F>;
+constexpr Kernels::EncodeRows encode_rows_if_enabled() {
+  if constexpr (format::format_enabled<F>()) return &encode_rows<F>;
   return nullptr;
 }
 template <class F>
@@ -33,9 +34,10 @@ template <class... Fs>
 Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
   Kernels k{.target = target,
             .load_row = &load_row,
-            .encode_row = {encode_row_if_enabled<Fs>()...},
+            .encode_rows = {encode_rows_if_enabled<Fs>()...},
             .collect_scales = &collect_scales,
             .load_tile = {load_tile_if_enabled<Fs>()...},
+            .float_rows = {float_rows_if_enabled<Fs>()...},
             .dot_tile = &dot_tile,
             .accumulate_tile = &accumulate_tile,
             .make_logits = &make_logits,
@@ -48,6 +50,8 @@ Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
   k.operands = {operand_format<Fs>()...};
   k.make_queries = &make_queries;
   k.dot_keys = &dot_keys;
+  k.transpose_keys = &transpose_keys;
+  k.dot_columns = &dot_columns;
   k.accumulate_values = &accumulate_values;
 #endif
   return k;

@@ -4,9 +4,10 @@
 // Attention multiplies levels in one of three forms (Operand). fp32 levels lie in a LevelTile. 16-bit operands lie in
 // pairs, as the dot-product instructions take them:
 //
-//     keys     [16][positions]                    a position is a level's place in a row; OperandFormat::key_order
-//     queries  [sets][parts][positions / 8][B][8] a set is B rows, as many as a vector has blocks of 16 bytes
-//     values   [pairs of keys][positions][2]      OperandFormat::value_order
+//     keys     [16][positions]                 a position is a level's place in a row; OperandFormat::key_order
+//     columns  [positions / 2][kKeyTile][2]    keys of a tile, transposed
+//     queries  [parts][rows][positions]
+//     values   [pairs of keys][positions][2]   OperandFormat::value_order
 //     weights  [parts][rows][kKeyTile]
 #pragma once
 
@@ -48,7 +49,21 @@ struct Prefetch {
 
   // So many products of vectors have been made.
   void after(int products) {
-    for (due += pace * products; due >= kUnit; due -= kUnit) {
+    due += pace * products;
+    const int lines = due / kUnit;
+    if (lines == 0) return;
+    due %= kUnit;
+    ask(lines);
+  }
+
+ private:
+  // Inlined: around a call, accumulators would be written to memory.
+  [[gnu::always_inline]] void ask(int lines) {
+    if (end - at > 64 * std::int64_t{lines - 1}) {
+      for (const std::uint8_t* stop = at + 64 * std::int64_t{lines}; at != stop; at += 64) __builtin_prefetch(at, 0, 2);
+      return;
+    }
+    for (; lines > 0; --lines, at += 64) {
       if (at >= end) {
         if (run == end_of_runs) return;
         at = run->begin;
@@ -56,7 +71,6 @@ struct Prefetch {
         ++run;
       }
       __builtin_prefetch(at, 0, 2);
-      at += 64;
     }
   }
 };
@@ -83,6 +97,8 @@ inline constexpr int kProductsOfRow = 16;
 inline constexpr int kKeyTile = 64;
 // Keys whose 16-bit operands are made and multiplied together.
 inline constexpr int kKeyGroup = 16;
+// Up to so many rows meet keys as they are; for more it pays to transpose them.
+inline constexpr int kFewRows = 8;
 
 // A tile of decoded rows: value = scale[n] * levels[n][i] + offset[n].
 struct LevelTile {
@@ -96,11 +112,12 @@ struct LevelTile {
 
 // Queries of one KV head as 16-bit operands.
 struct QueryOperands {
-  std::uint16_t* data;   // [sets][parts][positions / 8][B][8]
-  float* step;           // [sets * B][4]: the query is step * operand, four times
-  std::int32_t* centre;  // [B][4]: what the products of bytes have too much
-  int num_sets, parts, positions;
-  int part_elements(int blocks) const { return positions * blocks; }
+  std::uint16_t* data;       // [parts][rows][positions], or as make_byte_queries lays them out
+  float* step;               // [rows]: the query is step * operand
+  float* byte_step;          // [B][4]: for products of bytes, four times each; B is Kernels::blocks
+  std::int32_t* centre;      // [B][4]: what the products of bytes have too much
+  std::int64_t part_stride;  // elements from a part to the next
+  int parts, positions;
 };
 
 // The 16-bit operands of a format's rows on this target.
@@ -144,8 +161,32 @@ struct OperandFormat {
   bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
 };
 
+// Rows of floats that few rows of fp32 meet as they are stored (float_rows-inl.h). Null where the format is none, or
+// the target has no instruction for it.
+struct FloatRows {
+  bool (*takes)(int head_size) = nullptr;
+  // Scores as of Kernels::dot_tile, and accumulate_tile, for up to kKeyTile rows; q [num_rows, q_stride].
+  void (*dot)(const TileRows& rows, int head_size, const float* q, int num_rows, int q_stride, float* scores,
+              Prefetch& prefetch) = nullptr;
+  using Accumulate = void (*)(const TileRows& rows, int head_size, const float* p, int num_rows, float* acc,
+                              int acc_stride, Prefetch& prefetch);
+  Accumulate accumulate = nullptr;
+  // The same with acc in the order of the format's operands of values, where takes_few_rows() says so: bf16, whose
+  // operands take weights in two parts and so as many products as fp32.
+  Accumulate accumulate_operands = nullptr;
+};
+
 // Softmax weights have 16 bits: an int16, or two bf16 whose sum they are.
 constexpr int weight_parts(Operand operand) { return operand == Operand::kBFloat16 ? 2 : 1; }
+
+// A row to be stored: y [padded(head_size)], aligned to 64 bytes, is overwritten; data receives the codes, meta the
+// metadata.
+struct EncodeJob {
+  float* y;
+  format::SideInputs side;
+  std::uint8_t* data;
+  std::uint8_t* meta;
+};
 
 struct Kernels {
   const char* target = nullptr;
@@ -154,10 +195,8 @@ struct Kernels {
   // source [size] of a float dtype to fp32.
   void (*load_row)(const std::uint8_t* source, DType dtype, int size, float* y) = nullptr;
 
-  // y [padded(head_size)], aligned to 64 bytes, is overwritten; data receives the codes, meta the metadata.
-  using EncodeRow = void (*)(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
-                             std::uint8_t* meta);
-  std::array<EncodeRow, format::AllFormats::kSize> encode_row{};
+  using EncodeRows = void (*)(const EncodeJob* jobs, int num_jobs, format::RowShape shape);
+  std::array<EncodeRows, format::AllFormats::kSize> encode_rows{};
 
   // scales[h][n] = the fp32 at rows[n].meta + 4 * h bytes, which is that of KV head h.
   void (*collect_scales)(const TileRows& rows, int num_heads, float (*scales)[kKeyTile]) = nullptr;
@@ -168,6 +207,7 @@ struct Kernels {
   std::array<LoadTile, format::AllFormats::kSize> load_tile{};
 
   std::array<OperandFormat, format::AllFormats::kSize> operands{};
+  std::array<FloatRows, format::AllFormats::kSize> float_rows{};
 
   // scores[m * kKeyTile + n] = sum_i q[m][i] * levels[n][i]; q rows have the tile's stride.
   void (*dot_tile)(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores) = nullptr;
@@ -176,14 +216,19 @@ struct Kernels {
   void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc,
                           int acc_stride) = nullptr;
 
-  // Rows of a set that begins with `row`, of `num_rows` in all, in the order element_of: parts of bf16, or int16 by
-  // steps of max |q| / largest. A row that is not finite has a step of NaN.
+  // Rows in the order element_of: parts of bf16, or int16 by steps of max |q| / largest. A row that is not finite has a
+  // step of NaN.
   void (*make_queries)(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
                        float largest, QueryOperands& queries) = nullptr;
 
-  // scores[m * kKeyTile + n] = sum of products with key n of the group, n < kKeyGroup, times the row's step.
-  void (*dot_keys)(Operand operand, const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys,
-                   float* scores, Prefetch& prefetch) = nullptr;
+  // scores[m * kKeyTile + n] = sum of products with key n of the group, n < kKeyGroup, times the row's step. Keys are
+  // rows of `bytes`, at most 2 * positions, behind which nothing is read: those that a format keeps in place, too.
+  void (*dot_keys)(Operand operand, const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys,
+                   int bytes, float* scores, Prefetch& prefetch) = nullptr;
+  // For many rows: such keys to their place in `columns`, and the scores of all columns of a tile.
+  void (*transpose_keys)(const std::uint8_t* const* keys, int bytes, std::uint16_t* columns) = nullptr;
+  void (*dot_columns)(Operand operand, const QueryOperands& queries, int num_rows, const std::uint16_t* columns,
+                      float* scores, Prefetch& prefetch) = nullptr;
 
   // scores[n] = factor * (scale[n] * scores[n]) + offset[n] * factor * q_sum, NaN where that is infinite; offset may be
   // null. Slots from num_keys to the next multiple of kLaneAlign become -inf.
@@ -206,7 +251,7 @@ struct Kernels {
                             const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                             Prefetch& prefetch) = nullptr;
 
-  // y as in encode_row.
+  // y as in EncodeJob.
   void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
   void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
 };

@@ -224,7 +224,7 @@ int key_copies(format::RowShape shape) {
 
 template <class F>
 int key_positions(format::RowShape shape) {
-  if (kCodeBits<F> == 16) return ceil_divide(shape.head_size, 8) * 8;
+  if (kCodeBits<F> == 16) return ceil_divide(shape.head_size, kWords) * kWords;
   if (key_copies<F>(shape) > 1) return kWords * kPerWord<F> / key_copies<F>(shape);
   return ceil_divide(num_row_words<F>(shape), kWords) * kWords * kPerWord<F>;
 }
@@ -297,14 +297,7 @@ HWY_INLINE void load_keys_of(const TileRows& rows, format::RowShape shape, std::
 }
 template <class F>
 void load_keys(const TileRows& rows, format::RowShape shape, std::uint16_t* keys) {
-  if constexpr (kCodeBits<F> == 16) {
-    const int positions = key_positions<F>(shape);
-    for (int n = 0; n < rows.num_rows; ++n, keys += positions) {
-      std::memcpy(keys, rows.data(n), static_cast<std::size_t>(shape.head_size) * 2);
-      for (int i = shape.head_size; i < positions; ++i) keys[i] = 0;
-    }
-    return;
-  } else if constexpr (kCodeBits<F> <= 4 && kCodeBits<F> != 3 && kBlocks == 4) {
+  if constexpr (kCodeBits<F> <= 4 && kCodeBits<F> != 3 && kBlocks == 4) {
     if (key_copies<F>(shape) == 2) return load_keys_of<F, 2>(rows, shape, keys);
     if (key_copies<F>(shape) == 4) return load_keys_of<F, 4>(rows, shape, keys);
   }

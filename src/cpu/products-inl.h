@@ -1,7 +1,7 @@
-// Products of 16-bit operands. Their forms are those of kernels.h; B is the number of 16-byte blocks of a vector.
+// Products of 16-bit operands. Their forms are those of kernels.h.
 //
-// Q K': 8 elements of a key are loaded once into every block of a vector and multiplied by those of B query rows, one a
-// block. The sum of a key is a vector: 4 partial sums for each row. Four keys reduce to one vector by 6 shuffles.
+// Q K' of few rows: vectors of a key and of a query row, element by element; a sum is a vector, which is added up at
+// the end, for 16 keys at once. Of many rows: keys are transposed, once for all rows, and multiplied like values.
 //
 // P V: a vector holds some positions of two tokens in turns; a row's two weights are in every pair of its other factor.
 #if defined(QUIRE_CPU_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -66,23 +66,14 @@ HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, flo
 void make_queries(Operand operand, const float* q, int num_rows, int q_stride, const std::int16_t* element_of,
                   float largest, QueryOperands& queries) {
   const int positions = queries.positions;
-  std::fill_n(queries.data, static_cast<std::int64_t>(queries.num_sets) * queries.parts * positions * kBlocks, 0);
-  std::fill_n(queries.step, queries.num_sets * kBlocks * 4, 0.0F);
   HWY_ALIGN std::uint16_t codes[2][format::kMaxHeadSize + kLaneAlign];
   for (int m = 0; m < num_rows; ++m) {
     const float* row = q + static_cast<std::int64_t>(m) * q_stride;
-    const float step = make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
-    std::uint16_t* set =
-        queries.data + static_cast<std::int64_t>(m / kBlocks) * queries.parts * positions * kBlocks + m % kBlocks * 8;
+    queries.step[m] = make_codes(operand, row, q_stride, largest, codes[0], queries.parts == 2 ? codes[1] : nullptr);
     for (int part = 0; part < queries.parts; ++part) {
-      for (int p = 0; p < positions; p += 8, set += 8 * kBlocks) {
-        for (int i = 0; i < 8; ++i) {
-          const int element = element_of[p + i];
-          if (element >= 0) set[i] = codes[part][element];
-        }
-      }
+      std::uint16_t* to = queries.data + part * queries.part_stride + static_cast<std::int64_t>(m) * positions;
+      for (int p = 0; p < positions; ++p) to[p] = element_of[p] >= 0 ? codes[part][element_of[p]] : 0;
     }
-    std::fill_n(queries.step + 4 * m, 4, step);
   }
 }
 
@@ -98,86 +89,6 @@ HWY_INLINE hn::Vec<typename Products::Sum> reduce4(hn::Vec<typename Products::Su
   const auto lower = hn::InterleaveLower(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
   const auto upper = hn::InterleaveUpper(wide, hn::BitCast(wide, ab), hn::BitCast(wide, cd));
   return hn::Add(hn::BitCast(sum, lower), hn::BitCast(sum, upper));
-}
-
-// Block b of x to row b of scores.
-HWY_INLINE void store_blocks(hn::Vec<F32> x, float* scores) {
-#if QUIRE_CPU_WORDS_512
-  _mm_storeu_ps(scores, _mm512_castps512_ps128(x.raw));
-  _mm_storeu_ps(scores + kKeyTile, _mm512_extractf32x4_ps(x.raw, 1));
-  _mm_storeu_ps(scores + 2 * kKeyTile, _mm512_extractf32x4_ps(x.raw, 2));
-  _mm_storeu_ps(scores + 3 * kKeyTile, _mm512_extractf32x4_ps(x.raw, 3));
-#else
-  HWY_ALIGN float blocks[kFloats];
-  hn::Store(x, F32(), blocks);
-  for (int b = 0; b < kBlocks; ++b) std::memcpy(scores + b * kKeyTile, blocks + 4 * b, 16);
-#endif
-}
-
-// kSets sets of rows by kKeys keys.
-template <class Products, int kSets, int kKeys>
-HWY_INLINE void dot_keys_block(const QueryOperands& queries, int first_set, const std::uint8_t* const* keys,
-                               float* scores, Prefetch& prefetch) {
-  const typename Products::Sum sum;
-  const typename Products::Factor factor;
-  // Two sums of each where there are few, which wait for each other less.
-  constexpr int kChains = kSets == 1 ? 2 : 1;
-  hn::Vec<typename Products::Sum> acc[kChains][kSets][kKeys];
-  HWY_UNROLL(2)
-  for (int c = 0; c < kChains; ++c) {
-    HWY_UNROLL(4)
-    for (int s = 0; s < kSets; ++s) {
-      HWY_UNROLL(8)
-      for (int k = 0; k < kKeys; ++k) acc[c][s][k] = hn::Zero(sum);
-    }
-  }
-  const std::uint8_t* rows[kKeys];
-  HWY_UNROLL(8)
-  for (int k = 0; k < kKeys; ++k) rows[k] = keys[k];
-  const int part_words = queries.positions * kBlocks;
-  const std::int64_t set_words = static_cast<std::int64_t>(queries.parts) * part_words;
-  const std::uint16_t* q = queries.data + first_set * set_words;
-  const int bytes = queries.positions * 2;
-  const auto eight = [&]<int kChain>(const std::uint16_t* at, int i) HWY_ATTR {
-    hn::Vec<typename Products::Factor> query[kSets];
-    HWY_UNROLL(4)
-    for (int s = 0; s < kSets; ++s) query[s] = hn::BitCast(factor, hn::LoadU(U16(), at + s * set_words));
-    HWY_UNROLL(8)
-    for (int k = 0; k < kKeys; ++k) {
-      const auto key = hn::BitCast(factor, hn::LoadDup128(U8(), rows[k] + i));
-      HWY_UNROLL(4)
-      for (int s = 0; s < kSets; ++s) add_dot(acc[kChain][s][k], query[s], key);
-    }
-  };
-  for (int part = 0; part < queries.parts; ++part, q += part_words) {
-    constexpr int kStep = 128;  // in the inner loop its branches would cost registers
-    for (int i = 0; i < bytes;) {
-      prefetch.after(kSets * kKeys * kStep / 16);
-      const int end = i + kStep < bytes ? i + kStep : bytes;
-      for (; i + 32 <= end; i += 32) {
-        eight.template operator()<0>(q + i / 2 * kBlocks, i);
-        eight.template operator()<kChains - 1>(q + (i / 2 + 8) * kBlocks, i + 16);
-      }
-      if (i < end) {
-        eight.template operator()<0>(q + i / 2 * kBlocks, i);
-        i += 16;
-      }
-    }
-  }
-  if constexpr (kChains == 2) {
-    HWY_UNROLL(8)
-    for (int k = 0; k < kKeys; ++k) acc[0][0][k] = hn::Add(acc[0][0][k], acc[1][0][k]);
-  }
-  HWY_UNROLL(4)
-  for (int s = 0; s < kSets; ++s) {
-    const auto step = hn::LoadU(F32(), queries.step + (first_set + s) * kBlocks * 4);
-    float* out = scores + static_cast<std::int64_t>(first_set + s) * kBlocks * kKeyTile;
-    HWY_UNROLL(8)
-    for (int k = 0; k < kKeys; k += 4) {
-      const auto four = reduce4<Products>(acc[0][s][k], acc[0][s][k + 1], acc[0][s][k + 2], acc[0][s][k + 3]);
-      store_blocks(hn::Mul(Products::to_float(four), step), out + k);
-    }
-  }
 }
 
 #if QUIRE_CPU_WORDS_512
@@ -230,30 +141,156 @@ void divide_by_norms(const std::uint16_t* keys, int num_keys, int positions, flo
   }
 }
 
+// Sums of keys 0 to 15 with a row from those of fours, which are still spread over the blocks of a vector.
 template <class Products>
-void dot_keys_of(const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys, float* scores,
+HWY_INLINE void store_scores(hn::Vec<typename Products::Sum> (&fours)[kKeyGroup / 4], float step, float* scores) {
+  const auto steps = hn::Set(F32(), step);
+#if QUIRE_CPU_WORDS_512
+  __m512i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = hn::BitCast(I32(), fours[i]).raw;
+  transpose_blocks(r);
+  const typename Products::Sum sum;
+  const auto block = [&](int i) HWY_ATTR { return hn::BitCast(sum, hn::Vec<I32>{r[i]}); };
+  const auto all = hn::Add(hn::Add(block(0), block(1)), hn::Add(block(2), block(3)));
+  hn::StoreU(hn::Mul(Products::to_float(all), steps), F32(), scores);
+#else
+  for (int i = 0; i < kKeyGroup / 4; ++i) {
+    auto four = fours[i];
+    if constexpr (kBlocks == 2) four = hn::Add(four, hn::SwapAdjacentBlocks(four));
+    HWY_ALIGN float blocks[kFloats];
+    hn::Store(hn::Mul(Products::to_float(four), steps), F32(), blocks);
+    std::memcpy(scores + 4 * i, blocks, 16);
+  }
+#endif
+}
+
+// kRows rows by a group of keys, whose rows are `bytes` long.
+template <class Products, int kRows>
+HWY_INLINE void dot_keys_of(const QueryOperands& queries, int first_row, const std::uint8_t* const* keys, int bytes,
+                            float* scores, Prefetch& prefetch) {
+  const typename Products::Sum sum;
+  const typename Products::Factor factor;
+  constexpr int kKeys = kRows > 2 ? 4 : 8;
+  constexpr int kBytes = 2 * kWords;
+  const std::int64_t row_stride = queries.positions;
+  hn::Vec<typename Products::Sum> fours[kRows][kKeyGroup / 4];
+  Prefetch ahead = prefetch;
+  HWY_UNROLL(4)
+  for (int first = 0; first < kKeyGroup; first += kKeys) {
+    hn::Vec<typename Products::Sum> acc[kRows][kKeys];
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(8)
+      for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::Zero(sum);
+    }
+    const std::uint8_t* rows[kKeys];
+    HWY_UNROLL(8)
+    for (int k = 0; k < kKeys; ++k) rows[k] = keys[first + k];
+    const auto multiply = [&](const std::uint16_t* q, const VU16(&key)[kKeys]) HWY_ATTR {
+      HWY_UNROLL(4)
+      for (int r = 0; r < kRows; ++r) {
+        const auto query = hn::BitCast(factor, hn::LoadU(U16(), q + r * row_stride));
+        HWY_UNROLL(8)
+        for (int k = 0; k < kKeys; ++k) add_dot(acc[r][k], query, hn::BitCast(factor, key[k]));
+      }
+    };
+    for (int part = 0; part < queries.parts; ++part) {
+      const std::uint16_t* q = queries.data + part * queries.part_stride + first_row * row_stride;
+      VU16 key[kKeys];
+      int i = 0;
+      for (; i + kBytes <= bytes; i += kBytes, q += kWords) {
+        HWY_UNROLL(8)
+        for (int k = 0; k < kKeys; ++k) key[k] = hn::BitCast(U16(), hn::LoadU(U8(), rows[k] + i));
+        multiply(q, key);
+      }
+      if (i < bytes) {
+        HWY_UNROLL(8)
+        for (int k = 0; k < kKeys; ++k) key[k] = load_partial(rows[k] + i, bytes - i);
+        multiply(q, key);
+      }
+    }
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      HWY_UNROLL(2)
+      for (int k = 0; k < kKeys; k += 4) {
+        fours[r][(first + k) / 4] = reduce4<Products>(acc[r][k], acc[r][k + 1], acc[r][k + 2], acc[r][k + 3]);
+      }
+    }
+    ahead.after(kRows * kKeys * (queries.positions / kWords) * queries.parts);
+  }
+  prefetch = ahead;
+  HWY_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    store_scores<Products>(fours[r], queries.step[first_row + r], scores + (first_row + r) * kKeyTile);
+  }
+}
+
+template <class Products>
+void dot_keys_of(const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys, int bytes, float* scores,
                  Prefetch& prefetch) {
-  int set = 0;
-  for (; set + 4 <= queries.num_sets; set += 4) {
-    for (int k = 0; k < num_keys; k += 4) {
-      dot_keys_block<Products, 4, 4>(queries, set, keys + k, scores + k, prefetch);
-    }
-  }
-  for (; set + 2 <= queries.num_sets; set += 2) {
-    for (int k = 0; k < num_keys; k += 4) {
-      dot_keys_block<Products, 2, 4>(queries, set, keys + k, scores + k, prefetch);
-    }
-  }
-  for (; set < queries.num_sets; ++set) {
-    for (int k = 0; k < num_keys; k += 8) {
-      dot_keys_block<Products, 1, 8>(queries, set, keys + k, scores + k, prefetch);
+  constexpr int kMost = kBlocks == 4 || HWY_ARCH_ARM ? 4 : 2;  // what 32 registers hold, or 16
+  for (int m = 0; m < num_rows;) {
+    const auto rows = [&]<int kRows>() {
+      dot_keys_of<Products, kRows>(queries, m, keys, bytes, scores, prefetch);
+      m += kRows;
+    };
+    const int left = num_rows - m;
+    if (left == 1) {
+      rows.template operator()<1>();
+    } else if (kMost == 2 || left == 2) {
+      rows.template operator()<2>();
+    } else if (left == 3) {
+      rows.template operator()<kMost == 2 ? 2 : 3>();
+    } else {
+      rows.template operator()<kMost>();
     }
   }
 }
-void dot_keys(Operand operand, const QueryOperands& queries, const std::uint8_t* const* keys, int num_keys,
+void dot_keys(Operand operand, const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys, int bytes,
               float* scores, Prefetch& prefetch) {
-  if (operand == Operand::kBFloat16) return dot_keys_of<BFloat16Products>(queries, keys, num_keys, scores, prefetch);
-  dot_keys_of<Int16Products>(queries, keys, num_keys, scores, prefetch);
+  const auto run = operand == Operand::kBFloat16 ? &dot_keys_of<BFloat16Products> : &dot_keys_of<Int16Products>;
+  run(queries, num_rows, keys, bytes, scores, prefetch);
+}
+
+// columns[pair][key][2], kKeyTile keys a pair, of a group of keys; `columns` is that of its first key.
+void transpose_keys(const std::uint8_t* const* keys, int bytes, std::uint16_t* columns) {
+  const U32 d;
+  const U64 wide;
+  constexpr int kBytes = 2 * kWords;
+  for (int i = 0; i < bytes; i += kBytes, columns += static_cast<std::int64_t>(kFloats) * 2 * kKeyTile) {
+    // Pairs of positions as numbers of 32 bits: 4 of 4 keys are transposed in each block of 16 bytes.
+    hn::Vec<U32> x[4][4];  // [pair of a block][fours of keys]
+    HWY_UNROLL(4)
+    for (int four = 0; four < 4; ++four) {
+      const auto key = [&](int k) HWY_ATTR { return hn::BitCast(d, load_words(keys[4 * four + k] + i, bytes - i)); };
+      const auto a = key(0), b = key(1), c = key(2), e = key(3);
+      const auto ab_low = hn::BitCast(wide, hn::InterleaveLower(d, a, b));
+      const auto ab_high = hn::BitCast(wide, hn::InterleaveUpper(d, a, b));
+      const auto ce_low = hn::BitCast(wide, hn::InterleaveLower(d, c, e));
+      const auto ce_high = hn::BitCast(wide, hn::InterleaveUpper(d, c, e));
+      x[0][four] = hn::BitCast(d, hn::InterleaveLower(wide, ab_low, ce_low));
+      x[1][four] = hn::BitCast(d, hn::InterleaveUpper(wide, ab_low, ce_low));
+      x[2][four] = hn::BitCast(d, hn::InterleaveLower(wide, ab_high, ce_high));
+      x[3][four] = hn::BitCast(d, hn::InterleaveUpper(wide, ab_high, ce_high));
+    }
+    HWY_UNROLL(4)
+    for (int pair = 0; pair < 4; ++pair) {
+#if QUIRE_CPU_WORDS_512
+      __m512i r[4];
+      for (int four = 0; four < 4; ++four) r[four] = x[pair][four].raw;
+      transpose_blocks(r);
+      for (int b = 0; b < 4; ++b) _mm512_storeu_si512(columns + (4 * b + pair) * 2 * kKeyTile, r[b]);
+#else
+      for (int four = 0; four < 4; ++four) {
+        HWY_ALIGN std::uint32_t blocks[kFloats];
+        hn::Store(x[pair][four], d, blocks);
+        for (int b = 0; b < kBlocks; ++b) {
+          std::memcpy(columns + (4 * b + pair) * 2 * kKeyTile + 8 * four, blocks + 4 * b, 16);
+        }
+      }
+#endif
+    }
+  }
 }
 
 // The weights of two tokens.
@@ -265,9 +302,9 @@ HWY_INLINE std::int32_t weight_pair(const std::uint16_t* weights) {
 
 // kRows rows by kVectors vectors of positions.
 template <class Products, int kRows, int kVectors, int kParts>
-HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t part_stride, int num_pairs,
-                                        const std::uint16_t* values, std::int64_t pair_stride, const float* unit,
-                                        float* acc, int acc_stride, Prefetch& prefetch) {
+HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64_t row_stride, std::int64_t part_stride,
+                                        int num_pairs, const std::uint16_t* values, std::int64_t pair_stride,
+                                        const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
   const typename Products::Sum sum;
   const typename Products::Factor factor;
   constexpr bool kInteger = std::is_same_v<Products, Int16Products>;
@@ -294,7 +331,7 @@ HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64
       for (int r = 0; r < kRows; ++r) {
         HWY_UNROLL(2)
         for (int part = 0; part < kParts; ++part) {
-          const std::int32_t w = weight_pair(weights + part * part_stride + r * kKeyTile);
+          const std::int32_t w = weight_pair(weights + part * part_stride + r * row_stride);
           const auto weight = hn::BitCast(factor, hn::Set(I32(), w));
           HWY_UNROLL(4)
           for (int v = 0; v < kVectors; ++v) add_dot(a[r][v], x[v], weight);
@@ -316,19 +353,24 @@ HWY_INLINE void accumulate_values_block(const std::uint16_t* weights, std::int64
   }
 }
 
+// Weights [kParts][num_rows][row_stride], of which 2 * num_pairs are used.
+struct WeightRows {
+  const std::uint16_t* data;
+  std::int64_t row_stride, part_stride;
+  int num_rows, num_pairs;
+};
+
 template <class Products, int kVectors, int kParts>
-void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pairs, const std::uint16_t* values,
-                        std::int64_t pair_stride, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
-  const std::int64_t part_stride = static_cast<std::int64_t>(num_rows) * kKeyTile;
-  for (int m = 0; m < num_rows;) {
-    const std::uint16_t* w = weights + static_cast<std::int64_t>(m) * kKeyTile;
-    float* to = acc + static_cast<std::int64_t>(m) * acc_stride;
+void accumulate_columns(const WeightRows& weights, const std::uint16_t* values, std::int64_t pair_stride,
+                        const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
+  for (int m = 0; m < weights.num_rows;) {
     const auto rows = [&]<int kRows>() {
-      accumulate_values_block<Products, kRows, kVectors, kParts>(w, part_stride, num_pairs, values, pair_stride,
-                                                                 unit + m, to, acc_stride, prefetch);
+      accumulate_values_block<Products, kRows, kVectors, kParts>(
+          weights.data + m * weights.row_stride, weights.row_stride, weights.part_stride, weights.num_pairs, values,
+          pair_stride, unit + m, acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride, prefetch);
       m += kRows;
     };
-    switch (num_rows - m) {
+    switch (weights.num_rows - m) {
       case 1:
         rows.template operator()<1>();
         break;
@@ -345,15 +387,13 @@ void accumulate_columns(const std::uint16_t* weights, int num_rows, int num_pair
 }
 
 template <class Products, int kParts>
-void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_keys, const std::uint16_t* values,
-                          int positions, const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
+void accumulate_pairs(const WeightRows& weights, const std::uint16_t* values, int positions, std::int64_t pair_stride,
+                      const float* unit, float* acc, int acc_stride, Prefetch& prefetch) {
   const int vectors = positions / kFloats;
-  const int num_pairs = (num_keys + 1) / 2;
-  const std::int64_t pair_stride = static_cast<std::int64_t>(positions) * 2;
   int v = 0;
   const auto columns = [&]<int kVectors>() {
-    accumulate_columns<Products, kVectors, kParts>(weights, num_rows, num_pairs, values + v * kWords, pair_stride, unit,
-                                                   acc + v * kFloats, acc_stride, prefetch);
+    accumulate_columns<Products, kVectors, kParts>(weights, values + v * kWords, pair_stride, unit, acc + v * kFloats,
+                                                   acc_stride, prefetch);
     v += kVectors;
   };
   while (v + 4 <= vectors) columns.template operator()<4>();
@@ -362,9 +402,22 @@ void accumulate_values_of(const std::uint16_t* weights, int num_rows, int num_ke
 void accumulate_values(Operand operand, const std::uint16_t* weights, int num_rows, int num_keys,
                        const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                        Prefetch& prefetch) {
+  const WeightRows rows{weights, kKeyTile, static_cast<std::int64_t>(num_rows) * kKeyTile, num_rows,
+                        (num_keys + 1) / 2};
   const auto run =
-      operand == Operand::kInt16 ? &accumulate_values_of<Int16Products, 1> : &accumulate_values_of<BFloat16Products, 2>;
-  run(weights, num_rows, num_keys, values, positions, unit, acc, acc_stride, prefetch);
+      operand == Operand::kInt16 ? &accumulate_pairs<Int16Products, 1> : &accumulate_pairs<BFloat16Products, 2>;
+  run(rows, values, positions, std::int64_t{2} * positions, unit, acc, acc_stride, prefetch);
+}
+
+void dot_columns(Operand operand, const QueryOperands& queries, int num_rows, const std::uint16_t* columns,
+                 float* scores, Prefetch& prefetch) {
+  std::fill_n(scores, static_cast<std::int64_t>(num_rows) * kKeyTile, 0.0F);
+  const WeightRows rows{queries.data, queries.positions, queries.part_stride, num_rows, queries.positions / 2};
+  auto run = &accumulate_pairs<Int16Products, 1>;
+  if (operand == Operand::kBFloat16) {
+    run = queries.parts == 2 ? &accumulate_pairs<BFloat16Products, 2> : &accumulate_pairs<BFloat16Products, 1>;
+  }
+  run(rows, columns, kKeyTile, std::int64_t{2} * kKeyTile, queries.step, scores, kKeyTile, prefetch);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #endif
 
 #include "cpu/load.h"
+#include "cpu/rotate-inl.h"
 #include "cpu/vector-inl.h"
 #include "format/row.h"
 
@@ -20,102 +21,6 @@ namespace {
 void load_row(const std::uint8_t* source, DType dtype, int size, float* y) { load_floats(source, dtype, size, y); }
 
 #if QUIRE_CPU_HAS_PAIRS
-
-// Lane i of x gets x[i ^ kDistance].
-template <int kDistance>
-HWY_INLINE hn::Vec<F32> partner(hn::Vec<F32> x) {
-  const F32 d;
-  if constexpr (kDistance == 1) return hn::Shuffle2301(x);
-  if constexpr (kDistance == 2) return hn::Shuffle1032(x);
-  if constexpr (kDistance == 4 && kFloats == 16) return hn::SwapAdjacentBlocks(x);
-  if constexpr (2 * kDistance == kFloats && kDistance >= 4) return hn::ConcatLowerUpper(d, x, x);
-  return x;
-}
-
-// One stage inside of a vector: lanes with kDistance in their number become partner - x, the others partner + x.
-template <int kDistance>
-HWY_INLINE hn::Vec<F32> butterfly(hn::Vec<F32> x) {
-  alignas(64) static constexpr auto kSigns = [] {
-    std::array<std::uint32_t, kFloats> signs{};
-    for (int i = 0; i < kFloats; ++i) signs[static_cast<std::size_t>(i)] = i & kDistance ? 0x80000000U : 0U;
-    return signs;
-  }();
-  const auto signs = hn::BitCast(F32(), hn::Load(U32(), kSigns.data()));
-  return hn::Add(partner<kDistance>(x), hn::Xor(x, signs));
-}
-// The stages h < block of a vector.
-HWY_INLINE hn::Vec<F32> butterflies(hn::Vec<F32> x, int block) {
-  if (block > 1) x = butterfly<1>(x);
-  if (block > 2) x = butterfly<2>(x);
-  if constexpr (kFloats > 4) {
-    if (block > 4) x = butterfly<4>(x);
-  }
-  if constexpr (kFloats > 8) {
-    if (block > 8) x = butterfly<8>(x);
-  }
-  return x;
-}
-
-// 128 elements of one block, in registers where there are 16. kSigned: signs are flipped first.
-template <bool kSigned>
-HWY_INLINE void hadamard128(float* y) {
-  constexpr int kVectors = 128 / kFloats;
-  hn::Vec<F32> v[kVectors];
-  HWY_UNROLL(32)
-  for (int i = 0; i < kVectors; ++i) {
-    auto x = hn::Load(F32(), y + i * kFloats);
-    if (kSigned) x = hn::Xor(x, hn::BitCast(F32(), hn::LoadU(U32(), &format::kRhtSignMasks[i * kFloats])));
-    v[i] = butterflies(x, kFloats);
-  }
-  HWY_UNROLL(5)
-  for (int h = 1; h < kVectors; h *= 2) {
-    HWY_UNROLL(32)
-    for (int i = 0; i < kVectors; ++i) {
-      if (i & h) continue;
-      const auto a = v[i];
-      const auto b = v[i + h];
-      v[i] = hn::Add(a, b);
-      v[i + h] = hn::Sub(a, b);
-    }
-  }
-  HWY_UNROLL(32)
-  for (int i = 0; i < kVectors; ++i) hn::Store(v[i], F32(), y + i * kFloats);
-}
-
-// y [padded(head_size)], aligned.
-void rotate_blocks(float* y, format::RowShape shape) {
-  const F32 d;
-  if (kFloats >= 8 && shape.block == 128) {
-    for (int first = 0; first < shape.head_size; first += 128) hadamard128<false>(y + first);
-    return;
-  }
-  for (int i = 0; i < shape.head_size; i += kFloats) {
-    hn::Store(butterflies(hn::Load(d, y + i), shape.block), d, y + i);
-  }
-  for (int h = kFloats; h < shape.block; h *= 2) {
-    for (int j = 0; j < shape.head_size; j += 2 * h) {
-      for (int i = j; i < j + h; i += kFloats) {
-        const auto a = hn::Load(d, y + i);
-        const auto b = hn::Load(d, y + i + h);
-        hn::Store(hn::Add(a, b), d, y + i);
-        hn::Store(hn::Sub(a, b), d, y + i + h);
-      }
-    }
-  }
-}
-
-void rotate_row(format::Rotation rotation, float* y, format::RowShape shape) {
-  if (rotation == format::Rotation::kSignedHadamard && kFloats >= 8 && shape.block == 128) {
-    for (int first = 0; first < shape.head_size; first += 128) hadamard128<true>(y + first);
-    return;
-  }
-  if (rotation == format::Rotation::kSignedHadamard) format::flip_signs(y, shape);
-  if (rotation != format::Rotation::kNone) rotate_blocks(y, shape);
-}
-void rotate_row_back(format::Rotation rotation, float* y, format::RowShape shape) {
-  if (rotation != format::Rotation::kNone) rotate_blocks(y, shape);
-  if (rotation == format::Rotation::kSignedHadamard) format::flip_signs(y, shape);
-}
 
 // ---- statistics of rows of whole vectors ----------------------------------------------------------------------------
 
@@ -446,47 +351,64 @@ HWY_INLINE void pack_codes(const typename F::Encoder& encoder, const float* y, i
   std::memcpy(data, packed, static_cast<std::size_t>(format::code_bytes<F>(size)));
 }
 
-// format::encode_row, with vectors.
+// Where a row is rotated, measured and packed in vectors.
 template <class F>
-void encode_row(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
-                std::uint8_t* meta) {
-  constexpr bool kVectors = F::kStatsOf != format::StatsOf::kNothing && F::kCentre == format::Centre::kNone &&
-                            !F::kWholeRow && VectorStats<typename F::Stats>::kHas;
-  if constexpr (!kVectors) {
-    format::encode_row<F>(y, shape, side, data, meta);
-  } else {
-    constexpr bool kOfInput = F::kStatsOf == format::StatsOf::kInput;
-    for (int i = shape.head_size; i < padded(shape.head_size); ++i) y[i] = 0.0F;
-    typename F::Stats stats{};
-    if constexpr (kOfInput) stats = row_stats<F>(y, shape.head_size);
-    if constexpr (!kOfInput) {
-      rotate_row(F::kRotation, y, shape);
-      stats = row_stats<F>(y, shape.head_size);
+constexpr bool kEncodesInVectors = F::kStatsOf != format::StatsOf::kNothing&& F::kCentre == format::Centre::kNone &&
+                                   !F::kWholeRow && VectorStats<typename F::Stats>::kHas;
+
+// format::encode_row, with vectors, of kRows rows at once: each step of one waits for the step before, so a processor
+// works on the next row meanwhile if it comes soon enough.
+template <class F, int kRows>
+HWY_INLINE void encode_together(const EncodeJob* jobs, format::RowShape shape) {
+  const int size = shape.head_size;
+  constexpr bool kOfInput = F::kStatsOf == format::StatsOf::kInput;
+  typename F::Stats stats[kRows]{};
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = size; i < padded(size); ++i) jobs[r].y[i] = 0.0F;
+    if constexpr (!kOfInput) rotate_row(F::kRotation, jobs[r].y, shape);
+  }
+  for (int r = 0; r < kRows; ++r) stats[r] = row_stats<F>(jobs[r].y, size);
+  typename F::Encoder encoders[kRows];
+  for (int r = 0; r < kRows; ++r) encoders[r] = F::finish(stats[r], shape, jobs[r].side);
+  if constexpr (kOfInput) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < size; ++i) jobs[r].y[i] = F::normalize(encoders[r], jobs[r].y[i]);
+      rotate_row(F::kRotation, jobs[r].y, shape);
     }
-    const typename F::Encoder encoder = F::finish(stats, shape, side);
-    if constexpr (kOfInput) {
-      for (int i = 0; i < shape.head_size; ++i) y[i] = F::normalize(encoder, y[i]);
-      rotate_row(F::kRotation, y, shape);
-    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float* y = jobs[r].y;
     if constexpr (VectorCodes<F>::kHas) {
-      pack_codes<F>(encoder, y, shape.head_size, data);
+      pack_codes<F>(encoders[r], y, size, jobs[r].data);
     } else {
-      for (int u = 0; u < shape.head_size / F::kUnit; ++u) F::pack(encoder, y + u * F::kUnit, data + u * F::kUnitBytes);
+      for (int u = 0; u < size / F::kUnit; ++u) {
+        F::pack(encoders[r], y + u * F::kUnit, jobs[r].data + u * F::kUnitBytes);
+      }
     }
-    F::write_meta(encoder, meta);
+    F::write_meta(encoders[r], jobs[r].meta);
+  }
+}
+
+template <class F>
+void encode_rows(const EncodeJob* jobs, int num_jobs, format::RowShape shape) {
+  int done = 0;
+  if constexpr (kEncodesInVectors<F>) {
+    for (; done + 2 <= num_jobs; done += 2) encode_together<F, 2>(jobs + done, shape);
+    if (done < num_jobs) encode_together<F, 1>(jobs + done, shape);
+  } else {
+    for (const EncodeJob* job = jobs; job < jobs + num_jobs; ++job) {
+      format::encode_row<F>(job->y, shape, job->side, job->data, job->meta);
+    }
   }
 }
 
 #else  // without vectors the format's own words
 
-void rotate_row(format::Rotation rotation, float* y, format::RowShape shape) { format::rotate(rotation, y, shape); }
-void rotate_row_back(format::Rotation rotation, float* y, format::RowShape shape) {
-  format::rotate_back(rotation, y, shape);
-}
 template <class F>
-void encode_row(float* y, format::RowShape shape, const format::SideInputs& side, std::uint8_t* data,
-                std::uint8_t* meta) {
-  format::encode_row<F>(y, shape, side, data, meta);
+void encode_rows(const EncodeJob* jobs, int num_jobs, format::RowShape shape) {
+  for (const EncodeJob* job = jobs; job < jobs + num_jobs; ++job) {
+    format::encode_row<F>(job->y, shape, job->side, job->data, job->meta);
+  }
 }
 
 #endif  // QUIRE_CPU_HAS_PAIRS

@@ -1,4 +1,5 @@
 // reshape_and_cache on the CPU: each row is converted to fp32, encoded by its format, and written to its slot.
+#include <algorithm>
 #include <cstring>
 
 #include "attention/paged_rows.h"
@@ -20,50 +21,69 @@ struct Side {
   ScaleView tensor_scale;
   const FormatInfo& format;
   decltype(Kernels::load_row) load;
-  Kernels::EncodeRow encode;
+  Kernels::EncodeRows encode;
   format::RowShape shape;
 
   const std::uint8_t* input_row(std::int64_t token, std::int64_t head) const {
     return input.ptr<const std::uint8_t>() +
            (token * input.strides[0] + head * input.strides[1]) * static_cast<std::int64_t>(dtype_bytes(input.dtype));
   }
-  // Input already in the cache's fp8 is copied, not converted.
-  bool copies() const { return dtype_bytes(input.dtype) == 1; }
+  // Input already in the cache's float type is copied, not converted: that would keep every bit, too.
+  bool copies() const { return input.dtype == cache.dtype || dtype_bytes(input.dtype) == 1; }
 };
 
-void store_row(const Side& side, std::int64_t token, std::int64_t block, std::int64_t head, std::uint8_t* data,
-               std::uint8_t* meta) {
-  const std::uint8_t* input = side.input_row(token, head);
+// Where a row goes.
+struct Target {
+  std::uint8_t* data;
+  std::uint8_t* meta;
+};
+
+// Neighbouring heads of a token, num <= kRowsTogether.
+constexpr int kRowsTogether = 4;
+void store_rows(const Side& side, std::int64_t token, std::int64_t block, std::int64_t head, const Target* targets,
+                int num) {
   const auto head_size = static_cast<std::size_t>(side.shape.head_size);
+  const std::size_t element = dtype_bytes(side.input.dtype);
   alignas(64) std::uint8_t gathered[format::kMaxHeadSize * sizeof(float)];
-  if (side.input.strides[2] != 1) {
-    const std::size_t element = dtype_bytes(side.input.dtype);
-    const std::int64_t stride = side.input.strides[2] * static_cast<std::int64_t>(element);
-    for (std::size_t i = 0; i < head_size; ++i) {
-      std::memcpy(gathered + i * element, input + static_cast<std::int64_t>(i) * stride, element);
+  alignas(64) float y[kRowsTogether][format::kMaxHeadSize];
+  EncodeJob jobs[kRowsTogether];
+  for (int r = 0; r < num; ++r) {
+    const std::uint8_t* input = side.input_row(token, head + r);
+    if (side.input.strides[2] != 1) {
+      const std::int64_t stride = side.input.strides[2] * static_cast<std::int64_t>(element);
+      for (std::size_t i = 0; i < head_size; ++i) {
+        std::memcpy(gathered + i * element, input + static_cast<std::int64_t>(i) * stride, element);
+      }
+      input = gathered;
     }
-    input = gathered;
+    if (side.copies()) {
+      std::memcpy(targets[r].data, input, head_size * element);
+      continue;
+    }
+    side.load(input, side.input.dtype, side.shape.head_size, y[r]);
+    jobs[r] = {y[r], side.rows.side(block, head + r), targets[r].data, targets[r].meta};
+    jobs[r].side.tensor_scale = side.tensor_scale.at(0, head + r);
   }
-  if (side.copies()) {
-    std::memcpy(data, input, head_size);
-    return;
-  }
-  alignas(64) float y[format::kMaxHeadSize];
-  side.load(input, side.input.dtype, side.shape.head_size, y);
-  format::SideInputs inputs = side.rows.side(block, head);
-  inputs.tensor_scale = side.tensor_scale.at(0, head);
-  side.encode(y, side.shape, inputs, data, meta);
+  if (!side.copies()) side.encode(jobs, num, side.shape);
 }
 
 void store_paged(const Side& side, const StoreProblem& problem, std::int64_t token, std::int64_t slot) {
   const std::int64_t block = slot / problem.block_size;
   const std::int64_t offset = slot % problem.block_size;
-  for (int head = 0; head < problem.num_kv_heads; ++head) {
-    std::uint8_t* data = side.rows.row(block, offset, head);
-    std::uint8_t* meta = nullptr;
-    if (side.format.meta_place == MetaPlace::kInRow) meta = data + side.format.code_bytes(side.shape.head_size);
-    if (side.format.meta_place == MetaPlace::kScaleCache) meta = side.rows.scale(block, offset, head);
-    store_row(side, token, block, head, data, meta);
+  for (int head = 0; head < problem.num_kv_heads; head += kRowsTogether) {
+    const int num = std::min(kRowsTogether, problem.num_kv_heads - head);
+    Target targets[kRowsTogether];
+    for (int r = 0; r < num; ++r) {
+      std::uint8_t* data = side.rows.row(block, offset, head + r);
+      targets[r] = {data, nullptr};
+      if (side.format.meta_place == MetaPlace::kInRow) {
+        targets[r].meta = data + side.format.code_bytes(side.shape.head_size);
+      }
+      if (side.format.meta_place == MetaPlace::kScaleCache) {
+        targets[r].meta = side.rows.scale(block, offset, head + r);
+      }
+    }
+    store_rows(side, token, block, head, targets, num);
   }
 }
 
@@ -75,7 +95,8 @@ void store_head_major(const Side& side, const StoreProblem& problem, bool is_key
   const auto element = static_cast<std::int64_t>(dtype_bytes(side.cache.dtype));
   for (int head = 0; head < problem.num_kv_heads; ++head) {
     alignas(64) std::uint8_t row[format::kMaxHeadSize * sizeof(float)];
-    store_row(side, token, block, head, row, nullptr);
+    const Target target{row, nullptr};
+    store_rows(side, token, block, head, &target, 1);
     const std::int64_t* s = side.cache.strides;
     std::uint8_t* base = side.cache.ptr<std::uint8_t>() + (block * s[0] + head * s[1]) * element;
     for (int i = 0; i < side.shape.head_size; ++i) {
@@ -98,7 +119,7 @@ Status reshape_and_cache(const ReshapeAndCacheArgs& args, const StoreProblem& pr
               make_scale_view(tensor_scale),
               format::format_info(id),
               k.load_row,
-              k.encode_row[static_cast<std::size_t>(id)],
+              k.encode_rows[static_cast<std::size_t>(id)],
               format::row_shape(head_size)};
     attention::set_paged_rows(side.rows, cache, tensors);
     return side;
