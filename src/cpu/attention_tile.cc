@@ -412,11 +412,7 @@ Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange 
                                       : float_products(call.value_floats(num_rows), call.shape.head_size_v);
   // All of them by the time that most of the products have been made.
   const std::int64_t products = heads.count * (k_products + v_products) * 15 / 16;
-  std::int64_t pace = lines * Prefetch::kUnit / products + 1;
-  // The same number of lines each time that it is asked, where there are so many: branches are foreseen.
-  constexpr std::int64_t kStep = Prefetch::kUnit / 32;
-  if (pace > kStep) pace = (pace + kStep - 1) / kStep * kStep;
-  prefetch.pace = static_cast<int>(std::min<std::int64_t>(pace, 4 * Prefetch::kUnit));
+  prefetch.pace = static_cast<int>(std::min<std::int64_t>(lines * Prefetch::kUnit / products + 1, 4 * Prefetch::kUnit));
   return prefetch;
 }
 

@@ -226,7 +226,7 @@ HWY_INLINE void accumulate_pass(const TileRows& rows, const ValuePair<F>& pair, 
   const int num_keys = rows.num_rows;
   Prefetch ahead = prefetch;
   for (int n = 0; n < num_keys; n += 2) {
-    ahead.after(kRows * 4 * kParts);
+    if (n % 8 == 0) ahead.after(4 * kRows * 4 * kParts);
     VU16 x[4];
     pair.template operator()<kOdd>(rows.data(n), n + 1 < num_keys ? rows.data(n + 1) : kZeros, pass, x);
     HWY_UNROLL(4)

@@ -49,21 +49,7 @@ struct Prefetch {
 
   // So many products of vectors have been made.
   void after(int products) {
-    due += pace * products;
-    const int lines = due / kUnit;
-    if (lines == 0) return;
-    due %= kUnit;
-    ask(lines);
-  }
-
- private:
-  // Inlined: around a call, accumulators would be written to memory.
-  [[gnu::always_inline]] void ask(int lines) {
-    if (end - at > 64 * std::int64_t{lines - 1}) {
-      for (const std::uint8_t* stop = at + 64 * std::int64_t{lines}; at != stop; at += 64) __builtin_prefetch(at, 0, 2);
-      return;
-    }
-    for (; lines > 0; --lines, at += 64) {
+    for (due += pace * products; due >= kUnit; due -= kUnit) {
       if (at >= end) {
         if (run == end_of_runs) return;
         at = run->begin;
@@ -71,6 +57,7 @@ struct Prefetch {
         ++run;
       }
       __builtin_prefetch(at, 0, 2);
+      at += 64;
     }
   }
 };
