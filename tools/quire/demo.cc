@@ -133,7 +133,6 @@ int run(const Options& options) {
   if (!options.json_path.empty()) {
     if (Status status = json.open(options.json_path); !status) return report(status);
   }
-  share_openmp_threads();
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
   const llm::ModelConfig& config = model->config();

@@ -29,7 +29,6 @@ int run(Options& options) {
   if (!modes.ok()) return report(modes.status());
   options.eval.modes = std::move(*modes);
   if (Status status = device_available(options.eval.device); !status) return report(status);
-  share_openmp_threads();
   auto model = llm::Model::load(options.model_dir);
   if (!model.ok()) return report(model.status());
   auto skip_layers = llm::parse_layers(options.skip_layers, model->config().num_layers);

@@ -2,7 +2,6 @@
 
 #include <fmt/core.h>
 #include <fmt/format.h>
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +12,6 @@
 
 #include "options.h"
 #include "quire/backend.h"
-#include "quire/executor.h"
 
 namespace quire::cli {
 namespace {
@@ -70,15 +68,6 @@ llm::EvalPaths sets_beside(const std::string& model_dir) {
     return path.empty() ? if_there(name + ".gz") : path;
   };
   return {if_there("heldout_tokens.npy"), prompts("recall.jsonl"), prompts("arithmetic.jsonl")};
-}
-
-void share_openmp_threads() {
-  const auto run_parts = [](void*, int num_parts, Executor::Part part, void* context) {
-#pragma omp parallel for num_threads(num_parts) schedule(static, 1)
-    for (int i = 0; i < num_parts; ++i) part(context, i);
-  };
-  // 1 to 4096 threads are never refused.
-  (void)set_executor({std::clamp(omp_get_max_threads(), 1, 4096), run_parts, nullptr});
 }
 
 std::function<void(double, const std::string&)> progress_bar() {

@@ -30,10 +30,6 @@ inline constexpr const char* kDeviceFooter =
 // Finds heldout_tokens.npy, recall.jsonl and arithmetic.jsonl, the last two also as .jsonl.gz, where DIR has them.
 llm::EvalPaths sets_beside(const std::string& model_dir);
 
-// Runs the ops on OpenMP's threads, which the rest of the model runs on: those look for their next work for a while
-// before they sleep, and quire's own would share the cores with them meanwhile.
-void share_openmp_threads();
-
 // A function that draws on stderr where that is a terminal, and is empty elsewhere.
 std::function<void(double, const std::string&)> progress_bar();
 
