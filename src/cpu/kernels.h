@@ -132,8 +132,8 @@ struct OperandFormat {
   // Operands of up to kKeyTile values, in pairs.
   void (*load_values)(const TileRows& rows, format::RowShape shape, std::uint16_t* values) = nullptr;
 
-  // Tiles of no more rows than a vector has blocks (few_rows-inl.h). Keys as bytes, where the target and the shape allow
-  // it: queries for them, and scores as of Kernels::dot_keys for all keys of a tile.
+  // Tiles of no more rows than a vector has blocks (few_rows-inl.h). Keys as bytes, where the target and the shape
+  // allow it: queries for them, and scores as of Kernels::dot_keys for all keys of a tile.
   bool (*takes_key_bytes)(format::RowShape shape) = nullptr;
   void (*make_byte_queries)(const float* q, int num_rows, int q_stride, format::RowShape shape, float largest,
                             QueryOperands& queries) = nullptr;
