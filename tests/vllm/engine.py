@@ -3,6 +3,7 @@
 
     engine.py --model FOLDER --mode MODE [--quire PROGRAM] [--quick] [--json FILE]
               [--tensor-parallel N [--context-parallel N [--interleave I]]]
+    engine.py --list        the modes there are
 
 What it does, with float32 weights and greedy sampling:
   plain        prompts one after the other; where PROGRAM is given, the tokens are compared with `quire generate`
@@ -171,7 +172,19 @@ def of_quire(arguments, mode, skip_layers, batch):
     return result
 
 
+def distinct_modes():
+    """The kv_cache_dtypes to run: of several names for one mode the first. vLLM takes bfloat16 and float16 only with
+    weights of that dtype, where they are "auto"."""
+    from quire.vllm.modes import MODES
+
+    modes = list(MODES.values())
+    return [name for i, name in enumerate(MODES) if modes.index(MODES[name]) == i and name not in ("bfloat16", "float16")]
+
+
 def main():
+    if sys.argv[1:] == ["--list"]:
+        print(*distinct_modes(), sep="\n")
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--mode", required=True)
