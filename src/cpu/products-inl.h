@@ -229,20 +229,21 @@ template <class Products>
 void dot_keys_of(const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys, int bytes, float* scores,
                  Prefetch& prefetch) {
   constexpr int kMost = kBlocks == 4 || HWY_ARCH_ARM ? 4 : 2;  // what 32 registers hold, or 16
+  constexpr int kThree = kMost == 2 ? 2 : 3;
   for (int m = 0; m < num_rows;) {
-    const auto rows = [&]<int kRows>() {
+    const auto run = [&]<int kRows>() {
       dot_keys_of<Products, kRows>(queries, m, keys, bytes, scores, prefetch);
-      m += kRows;
+      return kRows;
     };
     const int left = num_rows - m;
     if (left == 1) {
-      rows.template operator()<1>();
+      m += run.template operator()<1>();
     } else if (kMost == 2 || left == 2) {
-      rows.template operator()<2>();
+      m += run.template operator()<2>();
     } else if (left == 3) {
-      rows.template operator()<kMost == 2 ? 2 : 3>();
+      m += run.template operator()<kThree>();
     } else {
-      rows.template operator()<kMost>();
+      m += run.template operator()<kMost>();
     }
   }
 }
