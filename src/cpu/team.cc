@@ -15,7 +15,6 @@
 #include <mutex>
 #include <new>
 #include <thread>
-#include <vector>
 
 namespace quire::cpu {
 namespace {
@@ -24,20 +23,23 @@ using Part = void (*)(void* context, int index);
 
 // A new thread may run where its maker may. Where OpenMP pins threads (OMP_PROC_BIND, GOMP_CPU_AFFINITY, KMP_AFFINITY:
 // vLLM's CPU workers do) that is one core, which the maker has already, so thread `index` of the team goes to the place
-// of OpenMP's thread of that index, counted from the maker's own.
-void leave_makers_core([[maybe_unused]] int index) {
+// of OpenMP's thread of that index, counted from the maker's own. The maker does this for the new thread: one that asks
+// LLVM's OpenMP becomes a thread of its pool, which must not begin while the process ends.
+void leave_makers_core([[maybe_unused]] std::thread& worker, [[maybe_unused]] int index) noexcept {
 #ifdef __linux__
   cpu_set_t makers;
+  if (pthread_getaffinity_np(pthread_self(), sizeof makers, &makers) != 0 || CPU_COUNT(&makers) != 1) return;
   const int num_places = omp_get_num_places();
-  if (num_places < 2 || pthread_getaffinity_np(pthread_self(), sizeof makers, &makers) != 0) return;
-  if (CPU_COUNT(&makers) != 1) return;
+  if (num_places < 2) return;
   const auto cores_of = [](int place) {
-    std::vector<int> cores(static_cast<std::size_t>(omp_get_place_num_procs(place)));
-    omp_get_place_proc_ids(place, cores.data());
     cpu_set_t set;
     CPU_ZERO(&set);
-    for (const int core : cores) {
-      if (core < CPU_SETSIZE) CPU_SET(static_cast<std::size_t>(core), &set);
+    int cores[CPU_SETSIZE];
+    const int num_cores = omp_get_place_num_procs(place);
+    if (num_cores > CPU_SETSIZE) return set;
+    omp_get_place_proc_ids(place, cores);
+    for (int i = 0; i < num_cores; ++i) {
+      if (cores[i] >= 0 && cores[i] < CPU_SETSIZE) CPU_SET(static_cast<std::size_t>(cores[i]), &set);
     }
     return set;
   };
@@ -49,7 +51,7 @@ void leave_makers_core([[maybe_unused]] int index) {
     if (CPU_COUNT(&both) > 0) first = place;
   }
   const cpu_set_t cores = cores_of((first + index) % num_places);
-  pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);  // refused: it stays where it is
+  pthread_setaffinity_np(worker.native_handle(), sizeof cores, &cores);  // refused: it stays where it is
 #endif
 }
 
@@ -91,10 +93,9 @@ class Team {
   void grow(int num_workers) {
     while (num_workers_ < num_workers) {
       try {
-        std::thread([this, index = num_workers_ + 1] {
-          leave_makers_core(index);
-          serve();
-        }).detach();
+        std::thread worker([this] { serve(); });
+        leave_makers_core(worker, num_workers_ + 1);
+        worker.detach();
       } catch (...) {
         return;  // fewer threads are enough
       }
