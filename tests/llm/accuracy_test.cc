@@ -14,8 +14,8 @@ using llm::Model;
 
 llm::EvalSets tiny_lm_sets(const llm::ModelConfig& config) {
   const std::string dir = tiny_lm_dir();
-  const auto sets =
-      llm::load_eval_sets({dir + "/heldout_tokens.npy", dir + "/recall.jsonl.gz", dir + "/arithmetic.jsonl.gz"}, config);
+  const auto sets = llm::load_eval_sets(
+      {dir + "/heldout_tokens.npy", dir + "/recall.jsonl.gz", dir + "/arithmetic.jsonl.gz"}, config);
   EXPECT_TRUE(sets.ok()) << sets.status().message();
   return *sets;
 }
