@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "cuda/attention_params.h"
-#include "cuda/work/rows.cuh"
 #include "format/format.h"
 
 namespace quire::cuda {
