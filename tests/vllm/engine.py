@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs a model through vLLM's own engine with quire's plugin and says what came out.
 
-    engine.py --model FOLDER --mode MODE [--quire PROGRAM] [--quick] [--json FILE]
+    engine.py --model FOLDER --mode MODE [--quire PROGRAM] [--quick] [--json FILE] [--longer N]
               [--tensor-parallel N [--context-parallel N [--interleave I]]]
     engine.py --list        the modes there are
 
@@ -19,6 +19,8 @@ the place is counted under one of two names, or the step has failed:
   rounding     vLLM's own engine gives both tokens, the one and the other, when its embeddings vary by the precision of
                the device's attention. A quantized cache rounds to codes, so the last bit of a sum, which two programs
                need not have in common, may move a code by a whole step, and logits by much more than 1e-2.
+With --longer, the prompts and what follows them are N times as long. vLLM makes blocks of up to 176 tokens for TurboQuant
+on a GPU, where some layers keep the model's dtype, and such a block has no place in a prompt of 155.
 With --tensor-parallel, `plain` runs on one device and the other steps on N, in a process each, where `skip` is compared
 with one device's; --context-parallel adds decode context parallelism, for which a model needs fewer KV heads than N
 (one_kv_head.py writes one).
@@ -38,18 +40,20 @@ NEAR = 1e-2
 # Half a unit in the last place of what attention multiplies: float32 on a CPU, 16-bit weights and levels on tensor
 # cores.
 NOISE = {"cpu": 2.0**-24, "cuda": 2.0**-9}
-NUM_NOISY_RUNS = 32
+# As many as it takes for both tokens, in steps of the first number, up to the second: a place that is three deviations
+# of the noise away is seen once in 700 runs.
+NOISY_RUNS = (32, 1024)
 STEPS = ("plain", "batch", "chunks", "prefix", "preemption", "speculation", "skip")
 
 # A token that is not the wanted one: where, which, and how far the wanted one's logit is ahead of the second best.
 Place = collections.namedtuple("Place", "sequence index token wanted gap")
 
 
-def prompts(model):
+def prompts(model, longer=1):
     import numpy as np
 
     tokens = np.load(os.path.join(model, "heldout_tokens.npy")).ravel()
-    return [tokens[300 * i: 300 * i + 20 + 9 * i].tolist() for i in range(16)]
+    return [tokens[300 * i: 300 * i + longer * (20 + 9 * i)].tolist() for i in range(16)]
 
 
 class Engine:
@@ -60,19 +64,20 @@ class Engine:
         from vllm import LLM
 
         defaults = {"model": model, "skip_tokenizer_init": True, "enforce_eager": not torch.cuda.is_available(),
-                    "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "kv_cache_dtype": mode,
+                    "dtype": "float32", "max_num_seqs": 16, "kv_cache_dtype": mode,
                     "block_size": 16, "enable_prefix_caching": False, "disable_log_stats": False,
                     "compilation_config": {"custom_ops": ["none"], "mode": 0}}
         if torch.cuda.is_available():
-            defaults |= {"attention_backend": "QUIRE", "kv_cache_memory_bytes": 1 << 28}
+            # A part of the device, so that several engines have room.
+            defaults |= {"attention_backend": "QUIRE", "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.1}
             defaults["compilation_config"] |= {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4, 16, 64]}
         self.llm = LLM(**(defaults | options))
 
-    def generate(self, batch, together=True):
+    def generate(self, batch, new_tokens, together=True):
         """[(token ids, gap between the two best logits at each)] and the seconds it took."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False, logprobs=2)
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=2)
         requests = [{"prompt_token_ids": prompt} for prompt in batch]
         start = time.perf_counter()
         groups = [requests] if together else [[request] for request in requests]
@@ -92,8 +97,9 @@ class Engine:
         """Those that keep the model's dtype: what was asked for, and what vLLM adds for TurboQuant."""
         return self.llm.llm_engine.vllm_config.cache_config.kv_cache_dtype_skip_layers
 
-    def next_tokens_with_noise(self, prompt):
-        """The next token after a prompt, as often as each came, with embeddings that vary by NOISE."""
+    def next_tokens_with_noise(self, prompt, awaited):
+        """The next token after a prompt, as often as each came, with embeddings that vary by NOISE; in as many of
+        NOISY_RUNS as it takes for both of `awaited` to come."""
         import torch
         from vllm import SamplingParams
 
@@ -102,10 +108,19 @@ class Engine:
 
         hooks = self.llm.apply_model(lambda model: model.model.embed_tokens.register_forward_hook(vary))
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": prompt}] * NUM_NOISY_RUNS, sampling, use_tqdm=False)
+        step, most = NOISY_RUNS
+        given = collections.Counter()
+        while given.total() < most and not all(given[token] for token in awaited):
+            outputs = self.llm.generate([{"prompt_token_ids": prompt}] * step, sampling, use_tqdm=False)
+            given.update(output.outputs[0].token_ids[0] for output in outputs)
         for hook in hooks:
             hook.remove()
-        return collections.Counter(output.outputs[0].token_ids[0] for output in outputs)
+        return given
+
+    def blocks_for(self, num_tokens):
+        """How many blocks hold so many tokens; each group of layers has its own."""
+        groups = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+        return sum(-(-num_tokens // group.kv_cache_spec.block_size) for group in groups)
 
     def close(self):
         import gc
@@ -139,7 +154,7 @@ def settle(engine, batch, reference, places):
             near += 1
             continue
         prompt = batch[place.sequence] + reference[place.sequence][0][:place.index]
-        given = engine.next_tokens_with_noise(prompt)
+        given = engine.next_tokens_with_noise(prompt, (place.token, place.wanted))
         print(f"{place}: with noise {dict(given)}", file=sys.stderr, flush=True)
         if given[place.token] and given[place.wanted]:
             rounding += 1
@@ -149,7 +164,7 @@ def settle(engine, batch, reference, places):
     return {"near": near, "rounding": rounding, "difference": difference}
 
 
-def of_quire(arguments, mode, skip_layers, batch):
+def of_quire(arguments, mode, skip_layers, batch, num_tokens):
     """The tokens of `quire generate`: those that the file of --tokens has, or new ones, which it then has too."""
     kept = {}
     if arguments.tokens and os.path.exists(arguments.tokens):
@@ -160,12 +175,12 @@ def of_quire(arguments, mode, skip_layers, batch):
         return kept[key]
     result = []
     for prompt in batch:
-        command = [arguments.quire, "generate", "--model", arguments.model, "-m", mode, "-n", str(NEW_TOKENS),
+        command = [arguments.quire, "generate", "--model", arguments.model, "-m", mode, "-n", str(num_tokens),
                    "--ignore-eos", "--token-ids", ",".join(map(str, prompt))]
         if skip_layers:
             command += ["--kv-cache-dtype-skip-layers", ",".join(skip_layers)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        result.append([int(token) for token in output.replace(",", " ").split()][-NEW_TOKENS:])
+        result.append([int(token) for token in output.replace(",", " ").split()][-num_tokens:])
     if arguments.tokens:
         with open(arguments.tokens, "w") as file:
             json.dump(kept | {key: result}, file)
@@ -191,14 +206,17 @@ def main():
     parser.add_argument("--quire", help="the program")
     parser.add_argument("--tokens", help="a .json file that keeps what it generated, for machines that lack it")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--longer", type=int, default=1)
     parser.add_argument("--json")
     parser.add_argument("--platform", default="", help="a vllm.platform_plugins entry point to allow")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--context-parallel", type=int, default=1)
     parser.add_argument("--interleave", type=int, default=1, help="neighbouring tokens of one rank")
     arguments = parser.parse_args()
+    longer, new_tokens = arguments.longer, NEW_TOKENS * arguments.longer
+    one = {"max_model_len": 512 * longer}
     # On one host, without what needs compiled kernels or more of the links between GPUs than NCCL does.
-    ranks = {"tensor_parallel_size": arguments.tensor_parallel, "disable_custom_all_reduce": True,
+    ranks = one | {"tensor_parallel_size": arguments.tensor_parallel, "disable_custom_all_reduce": True,
              "decode_context_parallel_size": arguments.context_parallel,
              "cp_kv_cache_interleave_size": arguments.interleave}
     several = arguments.tensor_parallel > 1
@@ -215,14 +233,14 @@ def main():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from quire.vllm.modes import MODES
 
-    mode, batch = arguments.mode, prompts(arguments.model)
+    mode, batch = arguments.mode, prompts(arguments.model, longer)
     weights = os.path.join(arguments.model, "weights")  # config.json and model.safetensors alone
     weights = weights if os.path.isdir(weights) else arguments.model
     outputs, facts, verdicts = {}, {}, {}
 
     def run(step, engine, together=True, **more):
-        outputs[step], seconds = engine.generate(batch, together)
-        facts[step] = {"tokens_per_s": round(16 * NEW_TOKENS / seconds, 1)}
+        outputs[step], seconds = engine.generate(batch, new_tokens, together)
+        facts[step] = {"tokens_per_s": round(16 * new_tokens / seconds, 1)}
         facts[step] |= {name: fact(engine) for name, fact in more.items()}
 
     def judge(step, engine, reference, tokens):
@@ -230,14 +248,15 @@ def main():
 
     def judge_by_quire(step, engine):
         if arguments.quire or arguments.tokens:
-            judge(step, engine, outputs[step], of_quire(arguments, MODES[mode], engine.skip_layers, batch))
+            judge(step, engine, outputs[step], of_quire(arguments, MODES[mode], engine.skip_layers, batch, new_tokens))
 
     if not arguments.quick:
         engine = Engine(weights, mode, **ranks, max_num_batched_tokens=32, enable_prefix_caching=True)
         run("chunks", engine)
         run("prefix", engine, cached_tokens=lambda e: sum(e.cached_tokens))
+        num_blocks = engine.blocks_for(640 * longer)
         engine.close()
-        engine = Engine(weights, mode, **ranks, num_gpu_blocks_override=40, max_num_batched_tokens=512)
+        engine = Engine(weights, mode, **ranks, num_gpu_blocks_override=num_blocks, max_num_batched_tokens=512)
         run("preemption", engine, preemptions=lambda e: e.preemptions)
         engine.close()
         engine = Engine(weights, mode, **ranks,
@@ -249,8 +268,8 @@ def main():
         run("skip", engine)
         if several:
             engine.close()
-            engine = Engine(weights, mode, kv_cache_dtype_skip_layers=["2"])
-            judge("skip", engine, engine.generate(batch)[0], [tokens for tokens, _ in outputs["skip"]])
+            engine = Engine(weights, mode, **one, kv_cache_dtype_skip_layers=["2"])
+            judge("skip", engine, engine.generate(batch, new_tokens)[0], [tokens for tokens, _ in outputs["skip"]])
         else:
             judge_by_quire("skip", engine)
         engine.close()
@@ -258,7 +277,7 @@ def main():
         engine = Engine(weights, mode, **ranks)
         run("batch", engine)
         engine.close()
-    engine = Engine(weights, mode)
+    engine = Engine(weights, mode, **one)
     run("plain", engine, together=False)
     if not several:
         run("batch", engine)
@@ -272,6 +291,8 @@ def main():
             tokens != wanted for (tokens, _), (wanted, _) in zip(outputs["skip"], reference, strict=True))
 
     rows = [{"mode": mode, "step": step} | verdicts.get(step, {}) | facts[step] for step in STEPS if step in outputs]
+    if longer > 1:
+        rows = [row | {"longer": longer} for row in rows]
     if several:
         rows = [row | {name: getattr(arguments, name) for name in ("tensor_parallel", "context_parallel", "interleave")}
                 if row["step"] != "plain" else row for row in rows]

@@ -8,12 +8,12 @@ import os
 import platform
 import sys
 
-from engine import NUM_NOISY_RUNS, STEPS
+from engine import NOISY_RUNS, STEPS
 
 
 def cell(row):
-    if row is None:
-        return "-"
+    if row is None or "difference" not in row:
+        return "-"  # not run, or not compared with anything
     if row["difference"]:
         return "**differs**: " + row["difference"]
     facts = [f"{row[name]} {name}" for name in ("near", "rounding") if row[name]]
@@ -46,7 +46,7 @@ def tokens_section(rows):
         "they are `auto`.", "",
         "A place where two runs give different tokens is counted, and the rest of its sequence is not compared.",
         "It is \"near\" where the two best logits differ by less than 1e-2.",
-        f"It is \"rounding\" where vLLM's engine itself gave both tokens in {NUM_NOISY_RUNS} runs whose float32 "
+        f"It is \"rounding\" where vLLM's engine itself gave both tokens in at most {NOISY_RUNS[1]} runs whose float32 "
         "embeddings varied by half a unit in their last place: a code of the cache is then so close to the middle "
         "between two levels that the last bit of a sum decides it.",
         "A step with any other difference fails, and the table says so.", "",
