@@ -1,13 +1,8 @@
 #include "measure.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <memory>
 
 #include "cuda/device_memory.h"
 #include "measure_cuda.h"
@@ -42,29 +37,19 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
   return *middle;
 }
 
-void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 4096;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kPage * kPage;
-  // Where it is refused, the pages stay small.
-  if (begin < end) (void)!madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 Result<double> linear_read_bandwidth(Device device) {
   if (device.is_cuda()) return on_device(device, [&] { return cuda::linear_read_bandwidth(device); });
   constexpr std::int64_t kWords = (std::int64_t{2} << 30) / 8;
-  const auto memory = std::make_unique_for_overwrite<std::uint64_t[]>(static_cast<std::size_t>(kWords));
-  prefer_huge_pages(memory.get(), kWords * 8);
-  std::fill_n(memory.get(), kWords, 1);
+  const Result<Memory> memory = Memory::allocate(device, kWords * 8);
+  if (!memory) return memory.status();
+  const auto* words = static_cast<const std::uint64_t*>(memory->data());
   volatile std::uint64_t sink = 0;
   const Result<double> ms = median_ms(
       device,
       [&](int, void*) {
         std::uint64_t sum = 0;
 #pragma omp parallel for reduction(+ : sum)
-        for (std::int64_t i = 0; i < kWords; ++i) sum += memory[static_cast<std::size_t>(i)];
+        for (std::int64_t i = 0; i < kWords; ++i) sum += words[i];
         sink = sink + sum;
         return Status();
       },
@@ -77,18 +62,17 @@ Result<double> copy_bandwidth(Device device) {
   if (device.is_cuda()) return on_device(device, [&] { return cuda::copy_bandwidth(device); });
   constexpr std::size_t kBytes = std::size_t{1} << 30;
   constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
-  const auto from = std::make_unique_for_overwrite<std::uint8_t[]>(kBytes);
-  const auto to = std::make_unique_for_overwrite<std::uint8_t[]>(kBytes);
-  for (std::uint8_t* memory : {from.get(), to.get()}) {
-    prefer_huge_pages(memory, kBytes);
-    std::memset(memory, 1, kBytes);
-  }
+  const Result<Memory> source = Memory::allocate(device, kBytes);
+  const Result<Memory> target = Memory::allocate(device, kBytes);
+  if (!source || !target) return source ? target.status() : source.status();
+  const auto* from = static_cast<const std::uint8_t*>(source->data());
+  auto* to = static_cast<std::uint8_t*>(target->data());
   const Result<double> ms = median_ms(
       device,
       [&](int, void*) {
 #pragma omp parallel for
         for (std::size_t at = 0; at < kBytes; at += kPieceBytes) {
-          std::memcpy(to.get() + at, from.get() + at, kPieceBytes);
+          std::memcpy(to + at, from + at, kPieceBytes);
         }
         return Status();
       },

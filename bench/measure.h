@@ -18,10 +18,6 @@ namespace quire::bench {
 using Call = std::function<Status(int index, void* stream)>;
 Result<double> median_ms(Device device, const Call& call, int num_calls, double budget_ms);
 
-// Asks the system for huge pages, where it gives them on request only: with pages of 4 KiB the look-up of addresses, and
-// not the memory, limits what is read in random order. Nothing happens elsewhere.
-void prefer_huge_pages(void* memory, std::size_t bytes);
-
 // The bytes a second of the best linear read of 2 GiB on the device, and of the best copy of 1 GiB (bytes read and
 // written). CUDA runs kernels of 16-byte accesses over a fixed list of launches; the CPU uses all threads.
 Result<double> linear_read_bandwidth(Device device);

@@ -46,6 +46,7 @@ struct Prefetch {
   const std::uint8_t* end = nullptr;
   int pace = 0;  // lines a product of vectors, in 1 / kUnit
   int due = 0;
+  bool into_l1 = false;  // or the L2
 
   // So many products of vectors have been made.
   void after(int products) {
@@ -56,7 +57,11 @@ struct Prefetch {
         end = run->end;
         ++run;
       }
-      __builtin_prefetch(at, 0, 2);
+      if (into_l1) {
+        __builtin_prefetch(at, 0, 3);
+      } else {
+        __builtin_prefetch(at, 0, 2);
+      }
       at += 64;
     }
   }

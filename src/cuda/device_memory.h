@@ -160,7 +160,9 @@ std::string device_description(Device device);
 // Waits for the device's work; reports its first error.
 Status synchronize(Device device);
 
-// Memory on any device, aligned to 64 bytes at least; freed with its last copy.
+// Memory on any device, aligned to 64 bytes at least; freed with its last copy. Much of it on the host comes in huge
+// pages, where Linux gives them on request: what is read in the order of a block table otherwise waits for the look-up
+// of addresses.
 class Memory {
  public:
   // Zeroed. Zero bytes give no pointer.

@@ -1,5 +1,9 @@
 // The parts of device_memory.h that no CUDA call is made from: which bytes of the host a call needs, and memory on
 // either device.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -202,11 +206,16 @@ Result<Memory> Memory::allocate(Device device, std::size_t bytes) {
   Memory memory;
   memory.bytes_ = bytes;
   if (bytes == 0) return memory;
-  constexpr std::align_val_t kAlignment{64};
-  void* data = ::operator new(bytes, kAlignment, std::nothrow);
+  constexpr std::size_t kHugePage = std::size_t{1} << 21;
+  const std::align_val_t alignment{bytes < 2 * kHugePage ? 64 : kHugePage};
+  void* data = ::operator new(bytes, alignment, std::nothrow);
   if (data == nullptr) return internal_error("no memory for " + std::to_string(bytes) + " bytes");
+#ifdef MADV_HUGEPAGE
+  // Before it is touched: what is there already stays in small pages. So it does where this is refused.
+  if (bytes >= 2 * kHugePage) (void)madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   std::memset(data, 0, bytes);
-  memory.data_ = std::shared_ptr<void>(data, [](void* p) { ::operator delete(p, kAlignment); });
+  memory.data_ = std::shared_ptr<void>(data, [alignment](void* p) { ::operator delete(p, alignment); });
   return memory;
 }
 

@@ -112,7 +112,6 @@ Result<Cache> make_cache(const Problem& problem, ModeId mode, std::int64_t num_b
     constexpr std::int64_t kReadableBehind = 16;  // what page_read_ms asks for
     QUIRE_ASSIGN(allocated, Memory::allocate(problem.device, static_cast<std::size_t>(size + kReadableBehind)));
     *memory = std::move(allocated);
-    if (problem.device.is_cpu()) bench::prefer_huge_pages(memory->data(), static_cast<std::size_t>(size));
   }
   cache.views = make_views(layout, num_blocks, cache.base.data(), cache.v_base.data(), cache.k_scales.data(),
                            cache.v_scales.data(), problem.device);
