@@ -64,7 +64,7 @@ class Engine:
         from vllm import LLM
 
         defaults = {"model": model, "skip_tokenizer_init": True, "enforce_eager": not torch.cuda.is_available(),
-                    "dtype": "float32", "max_num_seqs": 16, "kv_cache_dtype": mode,
+                    "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "kv_cache_dtype": mode,
                     "block_size": 16, "enable_prefix_caching": False, "disable_log_stats": False,
                     "compilation_config": {"custom_ops": ["none"], "mode": 0}}
         if torch.cuda.is_available():
@@ -73,7 +73,7 @@ class Engine:
             defaults["compilation_config"] |= {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4, 16, 64]}
         self.llm = LLM(**(defaults | options))
 
-    def generate(self, batch, new_tokens, together=True):
+    def generate(self, batch, new_tokens=NEW_TOKENS, together=True):
         """[(token ids, gap between the two best logits at each)] and the seconds it took."""
         from vllm import SamplingParams
 
@@ -213,6 +213,8 @@ def main():
     parser.add_argument("--context-parallel", type=int, default=1)
     parser.add_argument("--interleave", type=int, default=1, help="neighbouring tokens of one rank")
     arguments = parser.parse_args()
+    if arguments.longer > 1 and arguments.tokens:
+        parser.error("--tokens keeps what `quire generate` gave for the prompts without --longer")
     longer, new_tokens = arguments.longer, NEW_TOKENS * arguments.longer
     one = {"max_model_len": 512 * longer}
     # On one host, without what needs compiled kernels or more of the links between GPUs than NCCL does.
