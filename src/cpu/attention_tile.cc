@@ -398,6 +398,7 @@ Prefetch next_lines(const AttentionCall& call, const QueryTile& tile, HeadRange 
   std::int64_t lines = 0;
   for (int i = 0; i < num_runs; ++i) lines += (scratch.runs[i].end - scratch.runs[i].begin + 63) / 64;
   const int num_rows = tile.num_tokens * call.shape.group_size();
+  // Which cache is measured, not derived: docs/kernels/cpu.md, "Prefetch".
   prefetch.into_l1 = !call.key_floats(num_rows) && !call.value_floats(num_rows);
   const int key_rows = call.key_bytes ? std::max(num_rows, call.k.blocks) : num_rows;  // products of bytes: whole sets
   const auto float_products = [&](bool few, int head_size) {
