@@ -23,8 +23,8 @@ Result<double> median_ms(Device device, const Call& call, int num_calls, double 
 Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
-// The multiply-adds a second of the CPU's threads where nothing else limits them: in fp32, and of pairs of bf16 and
-// int16.
+// The multiply-adds a second of the CPU's threads where nothing else limits them: in fp32, and of pairs of bf16 (those
+// of fp32 again where the processor has none) and int16.
 struct ProductRates {
   double float32 = 0.0, bfloat16 = 0.0, int16 = 0.0;
 };

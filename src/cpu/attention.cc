@@ -36,7 +36,7 @@ using attention::SoftmaxState;
 // Sequences with at most this many query tokens have their splits computed in parallel.
 constexpr int kParallelSplitTokens = 16;
 constexpr std::int64_t kDefaultSplitSize = 1024;
-constexpr int kQueryRows = 64;  // rows (tokens x heads) a query tile aims for
+constexpr int kQueryRows = 128;  // rows (tokens x heads) a query tile aims for
 
 // A partial result in the workspace: acc [v_stride], max, sum. Row r of a tile's partials, split s:
 // partial + (r * num_splits + s), with r = token * num_q_heads + head.

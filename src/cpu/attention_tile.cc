@@ -45,7 +45,9 @@ std::size_t Scratch::lay_out(const AttentionCall& call, int num_heads, int rows,
   take(unit, rows);
   take(row, call.acc_stride);
   take(keys, std::int64_t{2} * kKeyGroup * call.k_positions);
-  take(columns, static_cast<std::int64_t>(rows > kFewRows ? kKeyTile : 0) * call.k_positions);
+  // 16-bit operands, or fp32.
+  const int key_words = call.k_in_pairs() ? call.k_positions : 2 * call.k_stride;
+  take(columns, static_cast<std::int64_t>(rows > kFewRows ? kKeyTile : 0) * key_words);
   take(values, static_cast<std::int64_t>(kKeyTile) * call.v_positions);
   take(scale, kKeyTile);
   take(offset, kKeyTile);
@@ -221,6 +223,30 @@ void dot_keys(const AttentionCall& call, const TileRows& rows, const QueryOperan
   call.k.dot_columns(format.operand, queries, num_rows, scratch.columns, scratch.scores, prefetch);
 }
 
+// The same of fp32 levels.
+void dot_levels(const AttentionCall& call, const float* q, int num_rows, const LevelTile& k, int num_keys,
+                Scratch& scratch) {
+  if (num_rows <= kFewRows || call.k.transpose_keys == nullptr) {
+    return call.k.dot_tile(q, num_rows, k, num_keys, scratch.scores);
+  }
+  for (int first = 0; first < kKeyTile; first += kKeyGroup) {
+    const std::uint8_t* addresses[kKeyGroup];
+    for (int n = 0; n < kKeyGroup; ++n) {
+      const std::int64_t key = std::min(first + n, num_keys - 1);  // columns without a key hold some key
+      addresses[n] = reinterpret_cast<const std::uint8_t*>(k.levels + key * k.stride);
+    }
+    call.k.transpose_keys(addresses, 4 * k.stride, scratch.columns + 2 * first);
+  }
+  std::fill_n(scratch.scores, static_cast<std::int64_t>(num_rows) * kKeyTile, 0.0F);
+  // Some elements at a time: a sum of sums is nearer than one of all of them in turn.
+  constexpr int kElements = 16;
+  const auto* columns = reinterpret_cast<const float*>(scratch.columns);
+  for (int i = 0; i < call.shape.head_size; i += kElements) {
+    call.k.accumulate_tile(q + i, call.k_stride, num_rows, columns + static_cast<std::int64_t>(i) * kKeyTile, kKeyTile,
+                           std::min(kElements, call.shape.head_size - i), scratch.scores, kKeyTile);
+  }
+}
+
 // The logits of a tile, in scratch.scores.
 void tile_logits(const AttentionCall& call, const QueryTile& tile, const SequenceMask& sequence, const RowOf& rows,
                  const TileKeys& keys, bool see_all, int head_index, Scratch& scratch, Prefetch& prefetch) {
@@ -231,13 +257,18 @@ void tile_logits(const AttentionCall& call, const QueryTile& tile, const Sequenc
   TileRows k_rows = call.key.tile_rows(keys.k, keys.count, rows.kv_head, &prefetch);
   if (call.key.scales_side_by_side()) k_rows.scales = scratch.k_scales[head_index];
   if (call.key_floats(num_rows)) {
-    call.key.float_rows.dot(k_rows, call.shape.head_size, head.q, num_rows, call.k_stride, scratch.scores, prefetch);
-    std::fill_n(scratch.scale, kKeyTile, 1.0F);
+    const FloatRows& floats = call.key.float_rows;
+    floats.dot(k_rows, call.shape.head_size, head.q, num_rows, call.k_stride, scratch.scores, prefetch);
+    if (floats.load_affines != nullptr) {
+      floats.load_affines(k_rows, call.key.shape, scratch.scale, scratch.offset);
+    } else {
+      std::fill_n(scratch.scale, kKeyTile, 1.0F);
+    }
     call.k.make_logits(scratch.scores, num_rows, keys.count, scratch.scale, nullptr, factor, head.q_sum);
   } else if (!call.k_in_pairs()) {
     LevelTile& k = scratch.k_tile;
     call.key.load_tile(k_rows, rows.kv_head, k);
-    call.k.dot_tile(head.q, num_rows, k, keys.count, scratch.scores);
+    dot_levels(call, head.q, num_rows, k, keys.count, scratch);
     call.k.make_logits(scratch.scores, num_rows, keys.count, k.scale, k.any_offset ? k.offset : nullptr, factor,
                        head.q_sum);
   } else {
@@ -269,9 +300,8 @@ void accumulate_visible(const AttentionCall& call, const QueryTile& tile, const 
       if (!attention::visible(call.mask, sequence, p, keys.first + n)) continue;
       const float weight = scratch.scores[static_cast<std::int64_t>(m) * kKeyTile + n];
       const float scaled = weight * v.scale[n];
-      LevelTile one = v;
-      one.levels += static_cast<std::int64_t>(n) * v.stride;
-      call.k.accumulate_tile(&scaled, 1, one, 1, sum, call.acc_stride);
+      const float* level = v.levels + static_cast<std::int64_t>(n) * v.stride;
+      call.k.accumulate_tile(&scaled, 1, 1, level, v.stride, 1, sum, call.acc_stride);
       head.offset_sum[m] += weight * v.offset[n];
     }
     if (!call.v_in_pairs()) continue;
@@ -318,8 +348,19 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
   }
   // Values that some row must not see are looked at first.
   if (call.value_floats(num_rows) && see_all) {
-    return call.value.float_rows.accumulate(v_rows, call.shape.head_size_v, scratch.scores, num_rows, head.acc,
-                                            call.acc_stride, prefetch);
+    const FloatRows& floats = call.value.float_rows;
+    bool finite = true;
+    if (floats.load_affines != nullptr) {
+      finite = floats.load_affines(v_rows, call.value.shape, scratch.scale, scratch.offset);
+      if (finite) {
+        call.k.make_weights(Operand::kFloat32, scratch.scores, num_rows, keys.count, scratch.scale, nullptr, nullptr,
+                            nullptr, head.offset_sum);
+      }
+    }
+    if (finite) {
+      return floats.accumulate(v_rows, call.shape.head_size_v, scratch.scores, num_rows, head.acc, call.acc_stride,
+                               prefetch);
+    }
   }
   LevelTile& v = scratch.v_tile;
   call.value.load_tile(v_rows, rows.kv_head, v);
@@ -328,7 +369,7 @@ void tile_output(const AttentionCall& call, const QueryTile& tile, const Sequenc
   }
   call.k.make_weights(Operand::kFloat32, scratch.scores, num_rows, keys.count, v.scale,
                       v.any_offset ? v.offset : nullptr, nullptr, nullptr, head.offset_sum);
-  call.k.accumulate_tile(scratch.scores, num_rows, v, keys.count, head.acc, call.acc_stride);
+  call.k.accumulate_tile(scratch.scores, kKeyTile, num_rows, v.levels, v.stride, keys.count, head.acc, call.acc_stride);
 }
 
 // The elements of a row of acc in order, offsets added.

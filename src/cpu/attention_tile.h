@@ -51,7 +51,7 @@ struct Scratch {
   float* unit;             // [rows]
   float* row;              // [acc_stride]
   std::uint16_t* keys;     // [2, kKeyGroup, k_positions]
-  std::uint16_t* columns;  // [k_positions / 2, kKeyTile, 2], of more than kFewRows rows
+  std::uint16_t* columns;  // [k_positions / 2, kKeyTile, 2] or fp32 [k_stride, kKeyTile], for more than kFewRows rows
   std::uint16_t* values;   // [kKeyTile / 2, v_positions, 2]
   float* scale;            // [kKeyTile] each
   float* offset;

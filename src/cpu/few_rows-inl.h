@@ -28,7 +28,7 @@ constexpr bool kKeysAsBytes =
 
 template <class F>
 bool takes_key_bytes(format::RowShape shape) {
-#ifdef QUIRE_CPU_ZEN4
+#ifdef QUIRE_CPU_VNNI
   return kKeysAsBytes<F> && format::code_bytes<F>(shape.head_size) % 16 == 0;
 #else
   (void)shape;
@@ -36,7 +36,7 @@ bool takes_key_bytes(format::RowShape shape) {
 #endif
 }
 
-#ifdef QUIRE_CPU_ZEN4
+#ifdef QUIRE_CPU_VNNI
 // What is added to a level to make its byte: 2^(bits - 1).
 template <class F>
 constexpr int kByteCentre = 1 << (kCodeBits<F> - 1);
@@ -138,7 +138,7 @@ void dot_key_bytes(const TileRows& rows, format::RowShape shape, const QueryOper
   }
   prefetch = ahead;
 }
-#endif  // QUIRE_CPU_ZEN4
+#endif  // QUIRE_CPU_VNNI
 
 // ---- values in registers
 
@@ -204,9 +204,9 @@ template <class F, int kRows, bool kOdd>
 HWY_INLINE void accumulate_pass(const TileRows& rows, const ValuePair<F>& pair, int pass, const std::uint16_t* weights,
                                 const float* unit, const std::int32_t* start, float* acc, int acc_stride,
                                 Prefetch& prefetch) {
-  using Products = std::conditional_t<OperandOf<F>::kOperand == Operand::kInt16, Int16Products, BFloat16Products>;
+  using Products = ProductsOf<kOperandOf<F>>;
   constexpr bool kInteger = std::is_same_v<Products, Int16Products>;
-  constexpr int kParts = weight_parts(OperandOf<F>::kOperand);
+  constexpr int kParts = weight_parts(kOperandOf<F>);
   const typename Products::Sum sum;
   const typename Products::Factor factor;
   hn::Vec<typename Products::Sum> a[kRows][4];
@@ -304,8 +304,8 @@ void accumulate_few(const TileRows& rows, format::RowShape shape, const std::uin
 template <class F>
 OperandFormat operand_format() {
   OperandFormat format;
-  if constexpr (format::format_enabled<F>() && OperandOf<F>::kOperand != Operand::kFloat32) {
-    format.operand = OperandOf<F>::kOperand;
+  if constexpr (format::format_enabled<F>() && kOperandOf<F> != Operand::kFloat32) {
+    format.operand = kOperandOf<F>;
     format.max_level = OperandOf<F>::kMaxLevel;
     format.keys_in_place = kCodeBits<F> == 16;
     format.per_word = kPerWord<F>;
@@ -318,7 +318,7 @@ OperandFormat operand_format() {
     format.load_affines = &load_affines<F>;
     format.load_values = &load_values<F>;
     format.takes_key_bytes = &takes_key_bytes<F>;
-#ifdef QUIRE_CPU_ZEN4
+#ifdef QUIRE_CPU_VNNI
     if constexpr (kKeysAsBytes<F>) {
       format.make_byte_queries = &make_byte_queries<F>;
       format.dot_key_bytes = &dot_key_bytes<F>;
@@ -327,7 +327,9 @@ OperandFormat operand_format() {
     format.takes_few_rows = &takes_few_rows<F>;
     format.accumulate_few = &accumulate_few<F>;
     if constexpr (F::kLevelNorm) format.divide_by_norms = &divide_by_norms;
-    if constexpr (OperandOf<F>::kOperand == Operand::kBFloat16) format.values_finite = &values_finite;
+#ifdef QUIRE_CPU_ZEN4
+    if constexpr (kOperandOf<F> == Operand::kBFloat16) format.values_finite = &values_finite;
+#endif
   }
   return format;
 }

@@ -8,41 +8,25 @@
 #define QUIRE_CPU_FLOAT_ROWS_INL_H_
 #endif
 
-#include "cpu/products-inl.h"
+#include "cpu/operands-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace quire::cpu {
 namespace HWY_NAMESPACE {
 namespace {
 
-#if QUIRE_CPU_WORDS_512
+#if QUIRE_CPU_HAS_PAIRS
 struct Float32Products {
   using Sum = F32;
   static HWY_INLINE hn::Vec<F32> to_float(hn::Vec<F32> sum) { return sum; }
 };
-
-template <class F>
-constexpr bool kIsFloat =
-    std::is_same_v<F, format::Float32> || std::is_same_v<F, format::Float16> || std::is_same_v<F, format::BFloat16>;
-
-// kFloats elements from element `i` of a row on.
-template <class F>
-HWY_INLINE __m512 float_elements(const std::uint8_t* row, int i) {
-  if constexpr (std::is_same_v<F, format::Float32>) {
-    return _mm512_loadu_ps(row + 4 * i);
-  } else {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * i));
-    if constexpr (std::is_same_v<F, format::Float16>) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-}
 
 bool takes_float_rows(int head_size) { return head_size % kFloats == 0; }
 
 template <class F, int kRows>
 HWY_INLINE void dot_float_rows_of(const TileRows& rows, int head_size, const float* q, int q_stride, float* scores,
                                   Prefetch& prefetch) {
-  constexpr int kKeys = kRows > 2 ? 4 : 8;
+  constexpr int kKeys = kRows > 2 || kRowsAtOnce == 2 ? 4 : 8;
   Prefetch ahead = prefetch;
   for (int group = 0; group < rows.num_rows; group += kKeyGroup) {
     hn::Vec<F32> fours[kRows][kKeyGroup / 4];
@@ -54,21 +38,21 @@ HWY_INLINE void dot_float_rows_of(const TileRows& rows, int head_size, const flo
         const int n = group + first + k;
         key[k] = rows.data(n < rows.num_rows ? n : rows.num_rows - 1);
       }
-      __m512 acc[kRows][kKeys];
+      hn::Vec<F32> acc[kRows][kKeys];
       HWY_UNROLL(4)
       for (int r = 0; r < kRows; ++r) {
         HWY_UNROLL(8)
-        for (int k = 0; k < kKeys; ++k) acc[r][k] = _mm512_setzero_ps();
+        for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::Zero(F32());
       }
       for (int i = 0; i < head_size; i += kFloats) {
-        __m512 x[kKeys];
+        hn::Vec<F32> x[kKeys];
         HWY_UNROLL(8)
         for (int k = 0; k < kKeys; ++k) x[k] = float_elements<F>(key[k], i);
         HWY_UNROLL(4)
         for (int r = 0; r < kRows; ++r) {
-          const __m512 query = _mm512_load_ps(q + r * q_stride + i);
+          const auto query = hn::LoadU(F32(), q + r * q_stride + i);
           HWY_UNROLL(8)
-          for (int k = 0; k < kKeys; ++k) acc[r][k] = _mm512_fmadd_ps(query, x[k], acc[r][k]);
+          for (int k = 0; k < kKeys; ++k) acc[r][k] = hn::MulAdd(query, x[k], acc[r][k]);
         }
       }
       ahead.after(kRows * kKeys * head_size / kFloats);
@@ -76,8 +60,7 @@ HWY_INLINE void dot_float_rows_of(const TileRows& rows, int head_size, const flo
       for (int r = 0; r < kRows; ++r) {
         HWY_UNROLL(2)
         for (int k = 0; k < kKeys; k += 4) {
-          const auto sum = [&](int i) HWY_ATTR { return hn::Vec<F32>{acc[r][k + i]}; };
-          fours[r][(first + k) / 4] = reduce4<Float32Products>(sum(0), sum(1), sum(2), sum(3));
+          fours[r][(first + k) / 4] = reduce4<Float32Products>(acc[r][k], acc[r][k + 1], acc[r][k + 2], acc[r][k + 3]);
         }
       }
     }
@@ -89,18 +72,18 @@ HWY_INLINE void dot_float_rows_of(const TileRows& rows, int head_size, const flo
 
 // kVectors vectors of a row from element `first` on: in order, or in the order of operands of values (value_order).
 template <class F, bool kInOrder, int kVectors>
-HWY_INLINE void float_vectors(const std::uint8_t* row, int first, __m512 (&x)[kVectors]) {
+HWY_INLINE void float_vectors(const std::uint8_t* row, int first, hn::Vec<F32> (&x)[kVectors]) {
   if constexpr (kInOrder) {
     HWY_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) x[v] = float_elements<F>(row, first + v * kFloats);
   } else {
     static_assert(std::is_same_v<F, format::BFloat16> && kVectors % 2 == 0);
-    const __m512i zero = _mm512_setzero_si512();
+    const auto zero = hn::Zero(U16());
     HWY_UNROLL(2)
     for (int v = 0; v < kVectors; v += 2) {
-      const __m512i words = _mm512_loadu_si512(row + 2 * (first + v * kFloats));
-      x[v] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, words));
-      x[v + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, words));
+      const auto words = hn::LoadU(U16(), reinterpret_cast<const std::uint16_t*>(row) + first + v * kFloats);
+      x[v] = hn::BitCast(F32(), hn::InterleaveLower(U16(), zero, words));
+      x[v + 1] = hn::BitCast(F32(), hn::InterleaveUpper(U16(), zero, words));
     }
   }
 }
@@ -109,38 +92,40 @@ template <class F, bool kInOrder, int kRows, int kVectors>
 HWY_INLINE void accumulate_float_rows_of(const TileRows& rows, int first, const float* p, float* acc, int acc_stride,
                                          Prefetch& prefetch) {
   Prefetch ahead = prefetch;
-  __m512 sum[kRows][kVectors];
+  hn::Vec<F32> sum[kRows][kVectors];
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_loadu_ps(acc + r * acc_stride + first + v * kFloats);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::LoadU(F32(), acc + r * acc_stride + first + v * kFloats);
   }
   for (int n = 0; n < rows.num_rows; ++n) {
     if (n % 2 == 0) ahead.after(2 * kRows * kVectors);
     const std::uint8_t* row = rows.data(n);
-    __m512 x[kVectors];
+    hn::Vec<F32> x[kVectors];
     float_vectors<F, kInOrder>(row, first, x);
     HWY_UNROLL(4)
     for (int r = 0; r < kRows; ++r) {
-      const __m512 weight = _mm512_set1_ps(p[r * kKeyTile + n]);
+      const auto weight = hn::Set(F32(), p[r * kKeyTile + n]);
       HWY_UNROLL(4)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_fmadd_ps(weight, x[v], sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(weight, x[v], sum[r][v]);
     }
   }
   prefetch = ahead;
   HWY_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
     HWY_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(acc + r * acc_stride + first + v * kFloats, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[r][v], F32(), acc + r * acc_stride + first + v * kFloats);
   }
 }
 
-// Calls run.operator()<kRows>(m) for rows from m on, up to 4 at a time.
+// Calls run.operator()<kRows>(m) for rows from m on, up to kRowsAtOnce at a time.
 template <class Run>
-HWY_INLINE void for_fours(int num_rows, const Run& run) {
+HWY_INLINE void for_rows(int num_rows, const Run& run) {
   int m = 0;
-  for (; num_rows - m >= 4; m += 4) run.template operator()<4>(m);
-  if (num_rows - m == 3) run.template operator()<3>(m);
+  for (; num_rows - m >= kRowsAtOnce; m += kRowsAtOnce) run.template operator()<kRowsAtOnce>(m);
+  if constexpr (kRowsAtOnce > 2) {
+    if (num_rows - m == 3) run.template operator()<3>(m);
+  }
   if (num_rows - m == 2) run.template operator()<2>(m);
   if (num_rows - m == 1) run.template operator()<1>(m);
 }
@@ -148,7 +133,7 @@ HWY_INLINE void for_fours(int num_rows, const Run& run) {
 template <class F>
 void dot_float_rows(const TileRows& rows, int head_size, const float* q, int num_rows, int q_stride, float* scores,
                     Prefetch& prefetch) {
-  for_fours(num_rows, [&]<int kRows>(int m) HWY_ATTR {
+  for_rows(num_rows, [&]<int kRows>(int m) HWY_ATTR {
     dot_float_rows_of<F, kRows>(rows, head_size, q + m * q_stride, q_stride, scores + m * kKeyTile, prefetch);
   });
 }
@@ -156,7 +141,7 @@ void dot_float_rows(const TileRows& rows, int head_size, const float* q, int num
 template <class F, bool kInOrder = true>
 void accumulate_float_rows(const TileRows& rows, int head_size, const float* p, int num_rows, float* acc,
                            int acc_stride, Prefetch& prefetch) {
-  for_fours(num_rows, [&]<int kRows>(int m) HWY_ATTR {
+  for_rows(num_rows, [&]<int kRows>(int m) HWY_ATTR {
     int first = 0;
     for (; first + 4 * kFloats <= head_size; first += 4 * kFloats) {
       accumulate_float_rows_of<F, kInOrder, kRows, 4>(rows, first, p + m * kKeyTile, acc + m * acc_stride, acc_stride,
@@ -170,14 +155,19 @@ void accumulate_float_rows(const TileRows& rows, int head_size, const float* p, 
     }
   });
 }
-#endif  // QUIRE_CPU_WORDS_512
+#endif  // QUIRE_CPU_HAS_PAIRS
 
 template <class F>
 FloatRows float_rows_if_enabled() {
-#if QUIRE_CPU_WORDS_512
-  if constexpr (format::format_enabled<F>() && kIsFloat<F>) {
-    FloatRows floats{&takes_float_rows, &dot_float_rows<F>, &accumulate_float_rows<F>};
-    if constexpr (std::is_same_v<F, format::BFloat16>) floats.accumulate_operands = &accumulate_float_rows<F, false>;
+#if QUIRE_CPU_HAS_PAIRS
+  // Where the target has products of bf16, fp8 is better off with them.
+  constexpr bool kTakes = kIsFloat<F> && !(kIsFloat8<F> && kMultipliesBFloat16);
+  if constexpr (format::format_enabled<F>() && kTakes) {
+    FloatRows floats{.takes = &takes_float_rows, .dot = &dot_float_rows<F>, .accumulate = &accumulate_float_rows<F>};
+    if constexpr (kIsFloat8<F>) floats.load_affines = &load_affines<F>;
+    if constexpr (std::is_same_v<F, format::BFloat16> && kMultipliesBFloat16) {
+      floats.accumulate_operands = &accumulate_float_rows<F, false>;
+    }
     return floats;
   }
 #endif

@@ -36,23 +36,25 @@ HWY_EXPORT(target_kernels);
 
 std::uint32_t compiled_targets() { return static_cast<std::uint32_t>(HWY_TARGETS); }
 
-// Those of zen4.cc where the processor has what they use, null elsewhere.
-const Kernels* runnable_zen4() {
+// Those of zen4.cc and vnni.cc, the best first, where the processor has what they use.
+std::vector<const Kernels*> runnable_beyond_highway() {
+  std::vector<const Kernels*> all;
 #if HWY_ARCH_X86
-  static const bool runnable = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") &&
-                               __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  return runnable ? zen4_kernels() : nullptr;
-#else
-  return nullptr;
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    const bool zen4 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    if (zen4 && zen4_kernels() != nullptr) all.push_back(zen4_kernels());
+    if (vnni_kernels() != nullptr) all.push_back(vnni_kernels());
+  }
 #endif
+  return all;
 }
 
 // What use_simd_target asked for; null: the best.
 const Kernels* chosen = nullptr;
 
 std::vector<const Kernels*> runnable_kernels() {
-  std::vector<const Kernels*> all;
-  if (runnable_zen4() != nullptr) all.push_back(runnable_zen4());
+  std::vector<const Kernels*> all = runnable_beyond_highway();
   // Highway numbers better targets with lower bits.
   const auto runnable = static_cast<std::uint32_t>(hwy::SupportedTargets()) & compiled_targets();
   for (std::uint32_t bit = 1; bit != 0; bit <<= 1) {
@@ -69,8 +71,10 @@ std::vector<const Kernels*> runnable_kernels() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels* const best =
-      runnable_zen4() != nullptr ? runnable_zen4() : HWY_DYNAMIC_DISPATCH(target_kernels)();
+  static const Kernels* const best = [] {
+    const std::vector<const Kernels*> beyond = runnable_beyond_highway();
+    return beyond.empty() ? HWY_DYNAMIC_DISPATCH(target_kernels)() : beyond.front();
+  }();
   return chosen != nullptr ? *chosen : *best;
 }
 

@@ -153,10 +153,12 @@ struct OperandFormat {
   bool (*values_finite)(const std::uint16_t* values, int num_pairs, int positions) = nullptr;
 };
 
-// Rows of floats that few rows of fp32 meet as they are stored (float_rows-inl.h). Null where the format is none, or
-// the target has no instruction for it.
+// Rows of floats, of fp8 too where the target has no products of bf16, that few rows of fp32 meet as they are stored
+// (float_rows-inl.h). Null where the format is none, or the target has no vectors.
 struct FloatRows {
   bool (*takes)(int head_size) = nullptr;
+  // As of OperandFormat; null where all scales are 1.
+  bool (*load_affines)(const TileRows& rows, format::RowShape shape, float* scale, float* offset) = nullptr;
   // Scores as of Kernels::dot_tile, and accumulate_tile, for up to kKeyTile rows; q [num_rows, q_stride].
   void (*dot)(const TileRows& rows, int head_size, const float* q, int num_rows, int q_stride, float* scores,
               Prefetch& prefetch) = nullptr;
@@ -204,9 +206,10 @@ struct Kernels {
   // scores[m * kKeyTile + n] = sum_i q[m][i] * levels[n][i]; q rows have the tile's stride.
   void (*dot_tile)(const float* q, int num_q, const LevelTile& tile, int num_keys, float* scores) = nullptr;
 
-  // acc[m][i] += sum_n p[m * kKeyTile + n] * levels[n][i], n ascending; acc [num_q, acc_stride].
-  void (*accumulate_tile)(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc,
-                          int acc_stride) = nullptr;
+  // acc[m][i] += sum_n p[m * p_stride + n] * levels[n][i], n ascending, i < stride; acc [num_q, acc_stride]. The sum of
+  // up to kKeyTile keys begins with 0.
+  void (*accumulate_tile)(const float* p, std::int64_t p_stride, int num_q, const float* levels, int stride,
+                          int num_keys, float* acc, int acc_stride) = nullptr;
 
   // Rows in the order element_of: parts of bf16, or int16 by steps of max |q| / largest. A row that is not finite has a
   // step of NaN.
@@ -217,7 +220,8 @@ struct Kernels {
   // rows of `bytes`, at most 2 * positions, behind which nothing is read: those that a format keeps in place, too.
   void (*dot_keys)(Operand operand, const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys,
                    int bytes, float* scores, Prefetch& prefetch) = nullptr;
-  // For many rows: such keys to their place in `columns`, and the scores of all columns of a tile.
+  // For many rows: such keys to their place in `columns`, and the scores of all columns of a tile. Rows of fp32 become
+  // columns [stride][kKeyTile] in the same way, for accumulate_tile; null where the target has no vectors.
   void (*transpose_keys)(const std::uint8_t* const* keys, int bytes, std::uint16_t* columns) = nullptr;
   void (*dot_columns)(Operand operand, const QueryOperands& queries, int num_rows, const std::uint16_t* columns,
                       float* scores, Prefetch& prefetch) = nullptr;
@@ -243,6 +247,9 @@ struct Kernels {
                             const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                             Prefetch& prefetch) = nullptr;
 
+  // Makes many products in registers and returns how many; bf16 ones in fp32 where the target has no others.
+  double (*multiply)(Operand operand, int rounds) = nullptr;
+
   // y as in EncodeJob.
   void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
   void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
@@ -251,7 +258,9 @@ struct Kernels {
 // The table of the target in use.
 const Kernels& kernels();
 
-// That of AVX-512 with VNNI, BF16 and VBMI (zen4.cc), or null where it is not compiled in.
+// Those of AVX-512 with VNNI, BF16 and VBMI (zen4.cc), and with VNNI alone (vnni.cc), or null where they are not
+// compiled in.
 const Kernels* zen4_kernels();
+const Kernels* vnni_kernels();
 
 }  // namespace quire::cpu

@@ -25,11 +25,63 @@ bool all_finite(const float* x, int size) {
   return bad == 0;
 }
 
-// Only the float casts and fp8 have codes that are not finite levels; a centre may hold anything.
+// Only the float casts and fp8 have codes that are not finite levels.
 template <class F>
-constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing || F::kCentre != format::Centre::kNone;
+constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing;
 
 #if QUIRE_CPU_HAS_PAIRS
+template <class F>
+constexpr bool kIsFloat8 = requires {
+  typename OperandOf<F>::Float8;
+};
+// Formats whose codes are floats, in order.
+template <class F>
+constexpr bool kIsFloat = std::is_same_v<F, format::Float32> || std::is_same_v<F, format::Float16> ||
+                          std::is_same_v<F, format::BFloat16> || kIsFloat8<F>;
+
+template <class F>
+constexpr bool is_e4m3() {
+  if constexpr (kIsFloat8<F>) return std::is_same_v<typename OperandOf<F>::Float8, format::E4M3>;
+  return false;
+}
+// float_elements() gives levels in this unit.
+template <class F>
+constexpr float kFloatUnit = is_e4m3<F>() ? 256.0F : 1.0F;
+
+// kFloats elements from element `i` of a row on. Of a NaN the payload may change.
+//
+// fp8 goes through fp16, whose exponent is one bit longer than that of e4m3 and as long as those of e5m2 and e4b15:
+// shifted to its place, a code is the number itself, or for the other bias of e4m3 a 256th of it, subnormal or not. But
+// e4m3 has a NaN where fp16 has a number.
+template <class F>
+HWY_INLINE hn::Vec<F32> float_elements(const std::uint8_t* row, int i) {
+  const hn::Rebind<hwy::float16_t, F32> half;
+  if constexpr (kIsFloat8<F>) {
+    using Float8 = typename OperandOf<F>::Float8;
+    const hn::Rebind<std::int8_t, F32> bytes;
+    const hn::Rebind<std::int16_t, F32> words;
+    auto x = hn::PromoteTo(words, hn::LoadU(bytes, reinterpret_cast<const std::int8_t*>(row) + i));
+    if constexpr (std::is_same_v<Float8, format::E5M2>) {
+      x = hn::ShiftLeft<8>(x);
+    } else {
+      x = hn::And(hn::ShiftLeft<7>(x), hn::Set(words, static_cast<std::int16_t>(0xbf80)));
+    }
+    if constexpr (std::is_same_v<Float8, format::E4M3>) {
+      const auto most = hn::Set(words, 0x3f80);
+      const auto nan = hn::VecFromMask(words, hn::Eq(hn::And(x, most), most));
+      x = hn::Or(x, nan);
+    }
+    return hn::PromoteTo(F32(), hn::BitCast(half, x));
+  } else if constexpr (std::is_same_v<F, format::Float32>) {
+    return hn::LoadU(F32(), reinterpret_cast<const float*>(row) + i);
+  } else {
+    const hn::Rebind<std::uint16_t, F32> words;
+    const auto x = hn::LoadU(words, reinterpret_cast<const std::uint16_t*>(row) + i);
+    if constexpr (std::is_same_v<F, format::Float16>) return hn::PromoteTo(F32(), hn::BitCast(half, x));
+    return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(U32(), x)));
+  }
+}
+
 // 8 codes of kBits in as many bytes, spread over 8 bytes.
 template <int kBits>
 HWY_INLINE std::uint64_t spread_codes(const std::uint8_t* data) {
@@ -114,23 +166,27 @@ void collect_scales(const TileRows& rows, int num_heads, float (*scales)[kKeyTil
   }
 }
 
-// The levels of a row, and its affine map with any norm correction applied.
+// The levels of a row, whether all of them are finite, and the affine map with any norm correction applied.
 template <class F>
 HWY_INLINE format::Affine load_levels(const std::uint8_t* data, const std::uint8_t* meta, format::RowShape shape,
-                                      float* levels) {
+                                      float* levels, bool& finite) {
 #if QUIRE_CPU_HAS_PAIRS
   constexpr int kBits = 8 * F::kUnitBytes / F::kUnit;
-  if constexpr (std::is_same_v<F, format::Float16>) {
-    // Of a NaN the payload may change.
-    const hn::Rebind<hwy::float16_t, F32> half;
-    const hn::Rebind<std::uint16_t, F32> words;
+  if constexpr (kIsFloat<F>) {
+    const auto unit = hn::Set(F32(), kFloatUnit<F>);
+    const auto zero = hn::Zero(F32());
+    auto zeros = zero;  // times 0, and so NaN where some level is not finite
     int i = 0;
     for (; i + kFloats <= shape.head_size; i += kFloats) {
-      const auto codes = hn::LoadU(words, reinterpret_cast<const std::uint16_t*>(data) + i);
-      hn::StoreU(hn::PromoteTo(F32(), hn::BitCast(half, codes)), F32(), levels + i);
+      const auto x = float_elements<F>(data, i);
+      hn::StoreU(kFloatUnit<F> == 1.0F ? x : hn::Mul(x, unit), F32(), levels + i);
+      zeros = hn::MulAdd(x, zero, zeros);
     }
-    for (; i < shape.head_size; ++i) F::unpack(data + 2 * i, levels + i);
-    return {1.0F, 0.0F};
+    const int tail = i;
+    for (; i < shape.head_size; ++i) F::unpack(data + i * F::kUnitBytes, levels + i);
+    finite = hn::AllTrue(F32(), hn::Eq(zeros, zero)) && all_finite(levels + tail, shape.head_size - tail);
+    if constexpr (F::kMetaPlace == format::MetaPlace::kNone) return {1.0F, 0.0F};
+    return F::read_meta(meta, shape);
   } else if constexpr (kBits <= 4 && F::kCentre == format::Centre::kNone && !F::kHistory && !F::kWholeRow) {
     if (shape.head_size % 16 == 0) {
       const LevelTable& table = LevelTable::of<F>();
@@ -154,7 +210,9 @@ HWY_INLINE format::Affine load_levels(const std::uint8_t* data, const std::uint8
     }
   }
 #endif
-  return format::decode_levels<F>(data, meta, shape, levels);
+  const format::Affine affine = format::decode_levels<F>(data, meta, shape, levels);
+  if constexpr (kLevelsMayBeNonFinite<F>) finite = all_finite(levels, shape.head_size);
+  return affine;
 }
 
 template <class F>
@@ -164,14 +222,17 @@ void load_tile(const TileRows& rows, format::RowShape shape, const float* head_v
   for (int n = 0; n < rows.num_rows; ++n) {
     if (rows.prefetch != nullptr) rows.prefetch->after(kProductsOfRow);
     float* levels = tile.levels + static_cast<std::int64_t>(n) * tile.stride;
-    format::Affine affine = load_levels<F>(rows.data(n), rows.meta(n), shape, levels);
+    bool finite = true;
+    format::Affine affine = load_levels<F>(rows.data(n), rows.meta(n), shape, levels, finite);
     format::add_centre<F>({.head_vector = head_vector, .page = rows.page(n)}, shape, levels, affine);
     for (int i = shape.head_size; i < tile.stride; ++i) levels[i] = 0.0F;
     tile.scale[n] = affine.scale;
     tile.offset[n] = affine.offset;
     tile.any_offset = tile.any_offset || affine.offset != 0.0F;
     tile.all_finite = tile.all_finite && exact::is_finite(affine.scale) && exact::is_finite(affine.offset);
-    if constexpr (kLevelsMayBeNonFinite<F>) tile.all_finite = tile.all_finite && all_finite(levels, shape.head_size);
+    // A centre may hold anything.
+    if constexpr (F::kCentre != format::Centre::kNone) finite = all_finite(levels, shape.head_size);
+    tile.all_finite = tile.all_finite && finite;
   }
   for (int n = rows.num_rows; n < padded(rows.num_rows); ++n) tile.scale[n] = tile.offset[n] = 0.0F;
 }
@@ -217,29 +278,78 @@ void dot_tile(const float* q, int num_q, const LevelTile& tile, int num_keys, fl
   }
 }
 
-template <int kQ>
-HWY_INLINE void accumulate_block(const float* p, const LevelTile& tile, int num_keys, float* acc, int acc_stride) {
+// kQ rows by kVectors vectors of columns.
+template <int kQ, int kVectors>
+HWY_INLINE void accumulate_block(const float* p, std::int64_t p_stride, const float* levels, int stride, int num_keys,
+                                 float* acc, int acc_stride) {
   const F32 d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
-  for (int i = 0; i < tile.stride; i += lanes) {
-    hn::Vec<F32> sum[kQ];
-    for (int m = 0; m < kQ; ++m) sum[m] = hn::Load(d, acc + m * acc_stride + i);
-    const float* levels = tile.levels + i;
-    for (int n = 0; n < num_keys; ++n, levels += tile.stride) {
-      const auto value = hn::Load(d, levels);
-      for (int m = 0; m < kQ; ++m) sum[m] = hn::MulAdd(hn::Set(d, p[m * kKeyTile + n]), value, sum[m]);
+  hn::Vec<F32> sum[kQ][kVectors];
+  HWY_UNROLL(8)
+  for (int m = 0; m < kQ; ++m) {
+    HWY_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = hn::Zero(d);
+  }
+  for (int n = 0; n < num_keys; ++n, levels += stride) {
+    hn::Vec<F32> x[kVectors];
+    HWY_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) x[v] = hn::LoadU(d, levels + v * kFloats);
+    HWY_UNROLL(8)
+    for (int m = 0; m < kQ; ++m) {
+      const auto weight = hn::Set(d, p[m * p_stride + n]);
+      HWY_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = hn::MulAdd(weight, x[v], sum[m][v]);
     }
-    for (int m = 0; m < kQ; ++m) hn::Store(sum[m], d, acc + m * acc_stride + i);
+  }
+  HWY_UNROLL(8)
+  for (int m = 0; m < kQ; ++m) {
+    HWY_UNROLL(2)
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = acc + m * acc_stride + v * kFloats;
+      hn::StoreU(hn::Add(hn::LoadU(d, to), sum[m][v]), d, to);
+    }
   }
 }
 
-void accumulate_tile(const float* p, int num_q, const LevelTile& tile, int num_keys, float* acc, int acc_stride) {
-  int m = 0;
-  for (; m + 8 <= num_q; m += 8) {
-    accumulate_block<8>(p + m * kKeyTile, tile, num_keys, acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride);
+// Columns of up to kKeyTile keys, by all rows. Of many rows the columns are copied side by side first: a tile of 64 keys
+// and 128 elements is as large as an L1 of 32 KB, and some columns of it fill all ways of a few of its sets.
+template <int kVectors>
+void accumulate_columns(const float* p, std::int64_t p_stride, int num_q, const float* levels, int stride, int num_keys,
+                        float* acc, int acc_stride) {
+  HWY_ALIGN float side_by_side[kKeyTile * kVectors * kFloats];
+  if (num_q > kFewRows) {
+    for (int n = 0; n < num_keys; ++n) {
+      HWY_UNROLL(2)
+      for (int v = 0; v < kVectors; ++v) {
+        const auto x = hn::LoadU(F32(), levels + static_cast<std::int64_t>(n) * stride + v * kFloats);
+        hn::Store(x, F32(), side_by_side + (n * kVectors + v) * kFloats);
+      }
+    }
+    levels = side_by_side;
+    stride = kVectors * kFloats;
   }
-  for (; m < num_q; ++m) {
-    accumulate_block<1>(p + m * kKeyTile, tile, num_keys, acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride);
+  int m = 0;
+  const auto rows = [&]<int kQ>() HWY_ATTR {
+    accumulate_block<kQ, kVectors>(p + m * p_stride, p_stride, levels, stride, num_keys,
+                                   acc + static_cast<std::int64_t>(m) * acc_stride, acc_stride);
+    m += kQ;
+  };
+  while (m + 2 * kRowsAtOnce <= num_q) rows.template operator()<2 * kRowsAtOnce>();
+  if (m + kRowsAtOnce <= num_q) rows.template operator()<kRowsAtOnce>();
+  if (kRowsAtOnce > 2 && m + 2 <= num_q) rows.template operator()<2>();
+  while (m < num_q) rows.template operator()<1>();
+}
+
+void accumulate_tile(const float* p, std::int64_t p_stride, int num_q, const float* levels, int stride, int num_keys,
+                     float* acc, int acc_stride) {
+  for (int n = 0; n < num_keys; n += kKeyTile, p += kKeyTile, levels += static_cast<std::int64_t>(kKeyTile) * stride) {
+    const int keys = num_keys - n < kKeyTile ? num_keys - n : kKeyTile;
+    int i = 0;
+    for (; i + 2 * kFloats <= stride; i += 2 * kFloats) {
+      accumulate_columns<2>(p, p_stride, num_q, levels + i, stride, keys, acc + i, acc_stride);
+    }
+    for (; i < stride; i += kFloats) {
+      accumulate_columns<1>(p, p_stride, num_q, levels + i, stride, keys, acc + i, acc_stride);
+    }
   }
 }
 

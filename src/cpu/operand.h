@@ -20,20 +20,25 @@ struct OperandTraits {
   static constexpr float kUnit = 1.0F;
   static constexpr int kMaxLevel = 0;
 };
+// Codes of 8 bits that are floats.
+template <class Type>
+struct Float8Traits : OperandTraits<Operand::kBFloat16> {
+  using Float8 = Type;
+};
 template <class F>
 struct OperandOf : OperandTraits<Operand::kFloat32> {};
 template <>
 struct OperandOf<format::BFloat16> : OperandTraits<Operand::kBFloat16> {};
 template <>
-struct OperandOf<format::Fp8PerTensor> : OperandTraits<Operand::kBFloat16> {};
+struct OperandOf<format::Fp8PerTensor> : Float8Traits<format::E4M3> {};
 template <>
-struct OperandOf<format::Fp8E5M2PerTensor> : OperandTraits<Operand::kBFloat16> {};
+struct OperandOf<format::Fp8E5M2PerTensor> : Float8Traits<format::E5M2> {};
 template <>
-struct OperandOf<format::Fp8PerTokenHead> : OperandTraits<Operand::kBFloat16> {};
+struct OperandOf<format::Fp8PerTokenHead> : Float8Traits<format::E4M3> {};
 template <>
-struct OperandOf<format::TurboQuantK8> : OperandTraits<Operand::kBFloat16> {};
+struct OperandOf<format::TurboQuantK8> : Float8Traits<format::E4M3> {};
 template <>
-struct OperandOf<format::TurboQuantK8E4B15> : OperandTraits<Operand::kBFloat16> {};
+struct OperandOf<format::TurboQuantK8E4B15> : Float8Traits<format::E4B15> {};
 template <>
 struct OperandOf<format::Int8PerTokenHead> : OperandTraits<Operand::kInt16> {
   static constexpr int kMaxLevel = 128;
@@ -66,7 +71,8 @@ struct OperandOf<format::TurboQuantV3> : OperandTraits<Operand::kInt16> {
   static constexpr int kMaxLevel = 4;
 };
 
-// What a format's rows are multiplied as, from queries of 16 bits or fewer.
+// What a format's rows are multiplied as, from queries of 16 bits or fewer, where the processor has products of bf16;
+// where it has none, those of bf16 are multiplied in fp32.
 inline Operand operand_of(format::FormatId id) {
   if (id == format::FormatId::kNone) return Operand::kFloat32;
   Operand operand = Operand::kFloat32;

@@ -16,6 +16,7 @@
 
 #include <cmath>
 
+#include "cpu/levels-inl.h"
 #include "cpu/operand.h"
 #include "cpu/products-inl.h"
 #include "cpu/vector-inl.h"
@@ -46,7 +47,7 @@ struct OperandTable {
         const std::uint8_t bytes[F::kUnitBytes] = {static_cast<std::uint8_t>(code & ((1 << kCodeBits<F>)-1))};
         float levels[F::kUnit];
         F::unpack(bytes, levels);
-        entries[code] = OperandOf<F>::kOperand == Operand::kBFloat16
+        entries[code] = kOperandOf<F> == Operand::kBFloat16
                             ? format::float_to_bfloat16(levels[0])
                             : static_cast<std::uint16_t>(std::lrint(levels[0] / OperandOf<F>::kUnit));
       }
@@ -71,12 +72,14 @@ struct Unpacker {
   HWY_INLINE void operator()(VU16 x, VU16 (&out)[kOutputs]) const {
     if constexpr (kCodeBits<F> == 16) {
       out[0] = x;
-    } else if constexpr (kCodeBits<F> == 8 && OperandOf<F>::kOperand == Operand::kInt16) {
+    } else if constexpr (kCodeBits<F> == 8 && kOperandOf<F> == Operand::kInt16) {
       const auto y = hn::BitCast(I16(), x);
       out[0] = hn::BitCast(U16(), hn::ShiftRight<8>(hn::ShiftLeft<8>(y)));
       out[1] = hn::BitCast(U16(), hn::ShiftRight<8>(y));
+#ifdef QUIRE_CPU_ZEN4
     } else if constexpr (kCodeBits<F> == 8) {
       float8(x, out);
+#endif
     } else {
       table4(x, out);
     }
@@ -149,9 +152,9 @@ struct Unpacker {
       }
     }
   }
+#ifdef QUIRE_CPU_ZEN4
   // 8-bit floats: a sign and one of 128 magnitudes.
   HWY_INLINE void float8(VU16 x, VU16 (&out)[kOutputs]) const {
-#ifdef QUIRE_CPU_ZEN4
     const __m512i low = _mm512_permutex2var_epi8(low_bytes[0], x.raw, low_bytes[1]);
     const __m512i magnitude = _mm512_permutex2var_epi8(high_bytes[0], x.raw, high_bytes[1]);
     // 0xf8: a | (b & c)
@@ -160,19 +163,8 @@ struct Unpacker {
     // 0xca: a ? b : c, bit by bit
     out[0] = VU16{_mm512_ternarylogic_epi32(low_byte, low, _mm512_slli_epi16(high, 8), 0xca)};
     out[1] = VU16{_mm512_ternarylogic_epi32(low_byte, _mm512_srli_epi16(low, 8), high, 0xca)};
-#else
-    const std::uint16_t* entries = operand_table<F>().entries;
-    HWY_ALIGN std::uint16_t words[kWords];
-    HWY_ALIGN std::uint16_t operands[2][kWords];
-    hn::Store(x, U16(), words);
-    for (int i = 0; i < kWords; ++i) {
-      operands[0][i] = entries[words[i] & 255];
-      operands[1][i] = entries[words[i] >> 8];
-    }
-    out[0] = hn::Load(U16(), operands[0]);
-    out[1] = hn::Load(U16(), operands[1]);
-#endif
   }
+#endif
 
   WordTable table;
   VU16 shift;
@@ -197,12 +189,30 @@ HWY_INLINE VU16 row_words(const std::uint8_t* row, int code_bytes, int chunk) {
                         11, 10, 10, 9, 8, 7, 7, 6, 5, 4, 4, 3, 2, 1, 1, 0);
     return VU16{_mm512_permutexvar_epi8(first, x)};
 #else
+    // The two bytes of each word, of 12 bytes a block.
+    alignas(16) static constexpr std::uint8_t kTwo[16] = {0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11};
+#if QUIRE_CPU_WORDS_512
+    const __m512i x = load_partial(from, bytes < 48 ? bytes : 48).raw;
+    const __m512i twelve = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+    const __m512i two = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTwo)));
+    return VU16{_mm512_shuffle_epi8(_mm512_permutexvar_epi32(twelve, x), two)};
+#else
+    if constexpr (kBlocks == 2) {
+      if (bytes >= 24) {
+        const hn::CappedTag<std::uint8_t, 16> block;
+        const auto x = hn::Combine(U8(), hn::LoadU(block, from + 8), hn::LoadU(block, from));
+        // The second block begins 4 bytes before its 12.
+        const auto four = hn::ConcatLowerUpper(U8(), hn::Set(U8(), 4), hn::Zero(U8()));
+        return hn::BitCast(U16(), hn::TableLookupBytes(x, hn::Add(hn::LoadDup128(U8(), kTwo), four)));
+      }
+    }
     HWY_ALIGN std::uint16_t words[kWords] = {};
     for (int g = 0; g < kWords / 2 && 3 * g < bytes; ++g) {
       std::memcpy(words + 2 * g, from + 3 * g, 2);
       std::memcpy(words + 2 * g + 1, from + 3 * g + 1, 2);
     }
     return hn::Load(U16(), words);
+#endif
 #endif
   }
 }
@@ -338,13 +348,18 @@ void load_values(const TileRows& rows, format::RowShape shape, std::uint16_t* va
   }
 }
 
+// What a row's scale is multiplied by, where it has no norm correction: the unit of its operands, or that of fp8 in
+// registers.
+template <class F>
+constexpr float kAffineUnit = kOperandOf<F> == Operand::kFloat32 ? kFloatUnit<F> : OperandOf<F>::kUnit;
+
 template <class F>
 bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, float* offset) {
   const int n = rows.num_rows;
   int bad = 0;
   if constexpr (F::kMetaPlace == format::MetaPlace::kNone) {
     for (int i = 0; i < n; ++i) {
-      scale[i] = 1.0F;
+      scale[i] = kAffineUnit<F>;
       offset[i] = 0.0F;
     }
   } else {
@@ -357,7 +372,7 @@ bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, fl
         std::memcpy(copies + i * F::kMetaBytes, rows.rows[i].meta + rows.meta_step, F::kMetaBytes);
       }
     }
-    const float unit = F::kLevelNorm ? 1.0F : OperandOf<F>::kUnit;
+    const float unit = F::kLevelNorm ? 1.0F : kAffineUnit<F>;
     for (int i = 0; i < n; ++i) {
       const format::Affine affine = F::read_meta(meta + i * F::kMetaBytes, shape);
       scale[i] = affine.scale * unit;
@@ -369,6 +384,7 @@ bool load_affines(const TileRows& rows, format::RowShape shape, float* scale, fl
   return bad == 0;
 }
 
+#ifdef QUIRE_CPU_ZEN4
 bool values_finite(const std::uint16_t* values, int num_pairs, int positions) {
   const VU16 exponent = hn::Set(U16(), 0x7f80);
   auto bad = hn::Zero(U16());
@@ -378,6 +394,7 @@ bool values_finite(const std::uint16_t* values, int num_pairs, int positions) {
   }
   return hn::AllTrue(U16(), hn::Eq(bad, hn::Zero(U16())));
 }
+#endif
 
 }  // namespace
 }  // namespace HWY_NAMESPACE

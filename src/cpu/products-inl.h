@@ -38,7 +38,7 @@ HWY_INLINE QueryStep query_step(const float* row, int size, float largest) {
 
 // The operands of a row in the order of its elements, padded with zeros to q_stride.
 HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, float largest, std::uint16_t* codes,
-                            std::uint16_t* second) {
+                            [[maybe_unused]] std::uint16_t* second) {
   const F32 d;
   if (operand == Operand::kInt16) {
     const QueryStep steps = query_step(row, q_stride, largest);
@@ -51,6 +51,7 @@ HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, flo
     }
     return steps.step;
   }
+#ifdef QUIRE_CPU_ZEN4
   const auto nan = hn::Set(U32(), 0x7fc0);
   for (int i = 0; i < q_stride; i += kFloats) {
     const auto x = hn::LoadU(d, row + i);
@@ -60,6 +61,7 @@ HWY_INLINE float make_codes(Operand operand, const float* row, int q_stride, flo
     // Of what is not finite there is no rest: the difference is a NaN.
     if (second != nullptr) store_words(to_bfloat16(hn::IfThenElseZero(hn::Eq(rest, rest), rest)), second + i);
   }
+#endif
   return 1.0F;
 }
 
@@ -75,6 +77,15 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
       for (int p = 0; p < positions; ++p) to[p] = element_of[p] >= 0 ? codes[part][element_of[p]] : 0;
     }
   }
+}
+
+// Calls run.operator()<Products>() with what multiplies operands of a form.
+template <class Run>
+HWY_INLINE void with_products([[maybe_unused]] Operand operand, const Run& run) {
+  if constexpr (kMultipliesBFloat16) {
+    if (operand == Operand::kBFloat16) return run.template operator()<ProductsOf<Operand::kBFloat16>>();
+  }
+  run.template operator()<Int16Products>();
 }
 
 // Blocks of partial sums of four keys to one vector: block = row, element = key.
@@ -228,8 +239,7 @@ HWY_INLINE void dot_keys_of(const QueryOperands& queries, int first_row, const s
 template <class Products>
 void dot_keys_of(const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys, int bytes, float* scores,
                  Prefetch& prefetch) {
-  constexpr int kMost = kBlocks == 4 || HWY_ARCH_ARM ? 4 : 2;  // what 32 registers hold, or 16
-  constexpr int kThree = kMost == 2 ? 2 : 3;
+  constexpr int kThree = kRowsAtOnce == 2 ? 2 : 3;
   for (int m = 0; m < num_rows;) {
     const auto run = [&]<int kRows>() {
       dot_keys_of<Products, kRows>(queries, m, keys, bytes, scores, prefetch);
@@ -238,19 +248,19 @@ void dot_keys_of(const QueryOperands& queries, int num_rows, const std::uint8_t*
     const int left = num_rows - m;
     if (left == 1) {
       m += run.template operator()<1>();
-    } else if (kMost == 2 || left == 2) {
+    } else if (kRowsAtOnce == 2 || left == 2) {
       m += run.template operator()<2>();
     } else if (left == 3) {
       m += run.template operator()<kThree>();
     } else {
-      m += run.template operator()<kMost>();
+      m += run.template operator()<kRowsAtOnce>();
     }
   }
 }
 void dot_keys(Operand operand, const QueryOperands& queries, int num_rows, const std::uint8_t* const* keys, int bytes,
               float* scores, Prefetch& prefetch) {
-  const auto run = operand == Operand::kBFloat16 ? &dot_keys_of<BFloat16Products> : &dot_keys_of<Int16Products>;
-  run(queries, num_rows, keys, bytes, scores, prefetch);
+  with_products(operand, [&]<class Products>()
+                             HWY_ATTR { dot_keys_of<Products>(queries, num_rows, keys, bytes, scores, prefetch); });
 }
 
 // columns[pair][key][2], kKeyTile keys a pair, of a group of keys; `columns` is that of its first key.
@@ -405,20 +415,27 @@ void accumulate_values(Operand operand, const std::uint16_t* weights, int num_ro
                        Prefetch& prefetch) {
   const WeightRows rows{weights, kKeyTile, static_cast<std::int64_t>(num_rows) * kKeyTile, num_rows,
                         (num_keys + 1) / 2};
-  const auto run =
-      operand == Operand::kInt16 ? &accumulate_pairs<Int16Products, 1> : &accumulate_pairs<BFloat16Products, 2>;
-  run(rows, values, positions, std::int64_t{2} * positions, unit, acc, acc_stride, prefetch);
+  with_products(operand, [&]<class Products>() HWY_ATTR {
+    constexpr int kParts = std::is_same_v<Products, Int16Products> ? 1 : 2;
+    accumulate_pairs<Products, kParts>(rows, values, positions, std::int64_t{2} * positions, unit, acc, acc_stride,
+                                       prefetch);
+  });
 }
 
 void dot_columns(Operand operand, const QueryOperands& queries, int num_rows, const std::uint16_t* columns,
                  float* scores, Prefetch& prefetch) {
   std::fill_n(scores, static_cast<std::int64_t>(num_rows) * kKeyTile, 0.0F);
   const WeightRows rows{queries.data, queries.positions, queries.part_stride, num_rows, queries.positions / 2};
-  auto run = &accumulate_pairs<Int16Products, 1>;
-  if (operand == Operand::kBFloat16) {
-    run = queries.parts == 2 ? &accumulate_pairs<BFloat16Products, 2> : &accumulate_pairs<BFloat16Products, 1>;
-  }
-  run(rows, columns, kKeyTile, std::int64_t{2} * kKeyTile, queries.step, scores, kKeyTile, prefetch);
+  with_products(operand, [&]<class Products>() HWY_ATTR {
+    const auto run = [&]<int kParts>() HWY_ATTR {
+      accumulate_pairs<Products, kParts>(rows, columns, kKeyTile, std::int64_t{2} * kKeyTile, queries.step, scores,
+                                         kKeyTile, prefetch);
+    };
+    if constexpr (!std::is_same_v<Products, Int16Products>) {
+      if (queries.parts == 2) return run.template operator()<2>();
+    }
+    run.template operator()<1>();
+  });
 }
 
 }  // namespace

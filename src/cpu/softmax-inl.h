@@ -104,20 +104,16 @@ void softmax_tile(float* scores, int num_rows, int num_keys, attention::SoftmaxS
   }
 }
 
+#ifdef QUIRE_CPU_ZEN4
 // x as the sum of two bf16.
 HWY_INLINE void store_parts(hn::Vec<F32> x, std::uint16_t* first, std::uint16_t* second) {
-#ifdef QUIRE_CPU_ZEN4
   const auto high = (__m256i)_mm512_cvtneps_pbh(x.raw);
   const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   const auto low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x.raw, back));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), high);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), low);
-#else
-  const auto high = to_bfloat16(x);
-  store_words(high, first);
-  store_words(to_bfloat16(hn::Sub(x, hn::BitCast(F32(), hn::ShiftLeft<16>(high)))), second);
-#endif
 }
+#endif
 
 void make_weights(Operand operand, float* scores, int num_rows, int num_keys, const float* scale, const float* offset,
                   std::uint16_t* weights, float* unit, float* offset_sum) {
@@ -147,12 +143,15 @@ void make_weights(Operand operand, float* scores, int num_rows, int num_keys, co
         const auto code = hn::NearestInt(hn::Mul(hn::LoadU(d, scores + n), inverse));
         hn::StoreU(hn::DemoteTo(half, code), half, reinterpret_cast<std::int16_t*>(weights + n));
       }
-    } else {
+    }
+#ifdef QUIRE_CPU_ZEN4
+    if (operand == Operand::kBFloat16) {
       for (int n = 0; n < num_keys; n += kFloats) {
         store_parts(hn::LoadU(d, scores + n), weights + n,
                     weights + static_cast<std::int64_t>(num_rows) * kKeyTile + n);
       }
     }
+#endif
     for (int n = num_keys; n < padded(num_keys); ++n) {
       for (int part = 0; part < weight_parts(operand); ++part)
         weights[static_cast<std::int64_t>(part) * num_rows * kKeyTile + n] = 0;

@@ -1,7 +1,8 @@
 // What the kernels of src/cpu use besides Highway: products of pairs of 16-bit operands, look-ups in tables of 16
 // words, and bytes at the end of a row. Where a target has an instruction that Highway 1.0.3 lacks, it is here.
 //
-// Included once per target. QUIRE_CPU_ZEN4 is defined in zen4.cc: AVX3 with VNNI, BF16 and VBMI.
+// Included once per target. QUIRE_CPU_VNNI is defined in vnni.cc, which is AVX3 with VNNI, and with QUIRE_CPU_ZEN4 in
+// zen4.cc, which has BF16 and VBMI too.
 #if defined(QUIRE_CPU_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef QUIRE_CPU_VECTOR_INL_H_
 #undef QUIRE_CPU_VECTOR_INL_H_
@@ -34,6 +35,8 @@ using VU16 = hn::Vec<U16>;
 constexpr int kFloats = HWY_LANES(float) < kLaneAlign ? HWY_LANES(float) : kLaneAlign;  // in a vector
 constexpr int kBlocks = kFloats / 4;                                                    // of 16 bytes
 constexpr int kWords = 2 * kFloats;
+// Rows that meet the vectors of a loop's turn together: what 32 registers hold, or 16.
+constexpr int kRowsAtOnce = kBlocks == 4 || HWY_ARCH_ARM ? 4 : 2;
 
 // Whether the target has vectors, and so 16-bit operands.
 #undef QUIRE_CPU_HAS_PAIRS
@@ -63,7 +66,7 @@ HWY_INLINE void store_words(hn::Vec<U32> x, std::uint16_t* to) {
 //
 // acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1], int16 or bf16.
 HWY_INLINE void add_dot(hn::Vec<I32>& acc, hn::Vec<I16> a, hn::Vec<I16> b) {
-#ifdef QUIRE_CPU_ZEN4
+#ifdef QUIRE_CPU_VNNI
   __m512i sum = acc.raw;
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a.raw), "v"(b.raw));
   acc.raw = sum;
@@ -78,22 +81,15 @@ HWY_INLINE void add_dot(hn::Vec<I32>& acc, hn::Vec<I16> a, hn::Vec<I16> b) {
 #endif
 }
 
-HWY_INLINE void add_dot(hn::Vec<F32>& acc, hn::Vec<U16> a, hn::Vec<U16> b) {
 #ifdef QUIRE_CPU_ZEN4
+HWY_INLINE void add_dot(hn::Vec<F32>& acc, hn::Vec<U16> a, hn::Vec<U16> b) {
   __m512 sum = acc.raw;
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a.raw), "v"(b.raw));
   acc.raw = sum;
-#else
-  const F32 d;
-  const auto high = hn::Set(U32(), 0xffff0000U);
-  const auto a32 = hn::BitCast(U32(), a);
-  const auto b32 = hn::BitCast(U32(), b);
-  acc = hn::MulAdd(hn::BitCast(d, hn::And(a32, high)), hn::BitCast(d, hn::And(b32, high)), acc);
-  acc = hn::MulAdd(hn::BitCast(d, hn::ShiftLeft<16>(a32)), hn::BitCast(d, hn::ShiftLeft<16>(b32)), acc);
-#endif
 }
+#endif
 
-#ifdef QUIRE_CPU_ZEN4
+#ifdef QUIRE_CPU_VNNI
 // acc[i] += the sum of a[4i + j] b[4i + j] over j from 0 to 3, a of unsigned bytes, b of signed ones.
 HWY_INLINE void add_dot_bytes(__m512i& acc, __m512i a, __m512i b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
@@ -106,11 +102,25 @@ struct Int16Products {
   using Factor = I16;
   static HWY_INLINE hn::Vec<F32> to_float(hn::Vec<I32> sum) { return hn::ConvertTo(F32(), sum); }
 };
+#ifdef QUIRE_CPU_ZEN4
 struct BFloat16Products {
   using Sum = F32;
   using Factor = U16;
   static HWY_INLINE hn::Vec<F32> to_float(hn::Vec<F32> sum) { return sum; }
 };
+constexpr bool kMultipliesBFloat16 = true;
+template <Operand kForm>
+using ProductsOf = std::conditional_t<kForm == Operand::kInt16, Int16Products, BFloat16Products>;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+template <Operand kForm>
+using ProductsOf = Int16Products;
+#endif
+
+// What a format's rows are multiplied as on this target.
+template <class F>
+constexpr Operand kOperandOf =
+    OperandOf<F>::kOperand == Operand::kBFloat16 && !kMultipliesBFloat16 ? Operand::kFloat32 : OperandOf<F>::kOperand;
 
 // A table of 16 words, looked up by the low 4 bits of each word; the other bits may be anything.
 struct WordTable {

@@ -6,6 +6,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define HWY_COMPILE_ONLY_STATIC
+#define QUIRE_CPU_VNNI 1
 #define QUIRE_CPU_ZEN4 1
 #include "cpu/kernels-inl.h"
 

@@ -1,9 +1,9 @@
-// Products of operands that stay in registers, issued as fast as the processor can.
-#if defined(QUIRE_BENCH_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef QUIRE_BENCH_PRODUCTS_INL_H_
-#undef QUIRE_BENCH_PRODUCTS_INL_H_
+// Products of operands that stay in registers, issued as fast as the processor can: what `quire bench` takes shares of.
+#if defined(QUIRE_CPU_PEAK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_CPU_PEAK_INL_H_
+#undef QUIRE_CPU_PEAK_INL_H_
 #else
-#define QUIRE_BENCH_PRODUCTS_INL_H_
+#define QUIRE_CPU_PEAK_INL_H_
 #endif
 
 #include "cpu/vector-inl.h"
@@ -12,6 +12,18 @@ HWY_BEFORE_NAMESPACE();
 namespace quire::cpu {
 namespace HWY_NAMESPACE {
 namespace {
+
+// After this the compiler knows nothing about the vector: a product of it is not one that has been made before.
+template <class V>
+HWY_INLINE void forget(V& x) {
+#if HWY_ARCH_X86 && QUIRE_CPU_HAS_PAIRS
+  asm volatile("" : "+v"(x.raw));
+#elif HWY_ARCH_ARM && QUIRE_CPU_HAS_PAIRS
+  asm volatile("" : "+w"(x.raw));
+#else
+  (void)x;
+#endif
+}
 
 #if QUIRE_CPU_HAS_PAIRS
 template <class Products>
@@ -24,10 +36,10 @@ double multiply_pairs(int rounds) {
   auto a = hn::BitCast(factor, hn::Set(U16(), static_cast<std::uint16_t>(rounds & 1)));
   for (int round = 0; round < rounds; ++round) {
     HWY_UNROLL(12)
-    for (int i = 0; i < kSums; ++i) add_dot(sums[i], a, a);
-#if HWY_COMPILER_GCC || HWY_COMPILER_CLANG
-    asm volatile("" ::: "memory");
-#endif
+    for (int i = 0; i < kSums; ++i) {
+      forget(a);
+      add_dot(sums[i], a, a);
+    }
   }
   auto total = sums[0];
   HWY_UNROLL(12)
@@ -43,10 +55,13 @@ double multiply_floats(int rounds) {
   hn::Vec<F32> sums[kSums];
   HWY_UNROLL(12)
   for (int i = 0; i < kSums; ++i) sums[i] = hn::Set(F32(), static_cast<float>(i));
-  const auto a = hn::Set(F32(), static_cast<float>(rounds & 1));
+  auto a = hn::Set(F32(), static_cast<float>(rounds & 1));
   for (int round = 0; round < rounds; ++round) {
     HWY_UNROLL(12)
-    for (int i = 0; i < kSums; ++i) sums[i] = hn::MulAdd(sums[i], a, a);
+    for (int i = 0; i < kSums; ++i) {
+      forget(a);
+      sums[i] = hn::MulAdd(sums[i], a, a);
+    }
   }
   auto total = sums[0];
   HWY_UNROLL(12)
@@ -56,10 +71,11 @@ double multiply_floats(int rounds) {
   return static_cast<double>(rounds) * kSums * kFloats;
 }
 
-// Does `rounds` rounds and returns how many multiply-adds those were. A target without 16-bit operands multiplies fp32.
 double multiply([[maybe_unused]] Operand operand, int rounds) {
 #if QUIRE_CPU_HAS_PAIRS
-  if (operand == Operand::kBFloat16) return multiply_pairs<BFloat16Products>(rounds);
+  if (kMultipliesBFloat16 && operand == Operand::kBFloat16) {
+    return multiply_pairs<ProductsOf<Operand::kBFloat16>>(rounds);
+  }
   if (operand == Operand::kInt16) return multiply_pairs<Int16Products>(rounds);
 #endif
   return multiply_floats(rounds);
@@ -70,4 +86,4 @@ double multiply([[maybe_unused]] Operand operand, int rounds) {
 }  // namespace quire::cpu
 HWY_AFTER_NAMESPACE();
 
-#endif  // QUIRE_BENCH_PRODUCTS_INL_H_
+#endif  // QUIRE_CPU_PEAK_INL_H_
