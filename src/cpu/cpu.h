@@ -30,7 +30,7 @@ void hadamard(const HadamardArgs& args);
 // they end before each fork, and parent and child make new ones.
 bool end_threads_before_fork();
 
-// SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SSE2"), best first, and a switch between them for tests
+// SIMD targets compiled in and runnable here ("AVX3", "AVX2", "SCALAR"), best first, and a switch between them for tests
 // and benchmarks: empty restores the best. Not thread-safe against running ops.
 std::vector<std::string> simd_targets();
 Status use_simd_target(const std::string& name);

@@ -34,7 +34,8 @@ namespace {
 
 HWY_EXPORT(target_kernels);
 
-std::uint32_t compiled_targets() { return static_cast<std::uint32_t>(HWY_TARGETS); }
+// 64 bits: the target without vectors is bit 62.
+std::uint64_t compiled_targets() { return static_cast<std::uint64_t>(HWY_TARGETS); }
 
 // Those of zen4.cc and vnni.cc, the best first, where the processor has what they use.
 std::vector<const Kernels*> runnable_beyond_highway() {
@@ -56,8 +57,8 @@ const Kernels* chosen = nullptr;
 std::vector<const Kernels*> runnable_kernels() {
   std::vector<const Kernels*> all = runnable_beyond_highway();
   // Highway numbers better targets with lower bits.
-  const auto runnable = static_cast<std::uint32_t>(hwy::SupportedTargets()) & compiled_targets();
-  for (std::uint32_t bit = 1; bit != 0; bit <<= 1) {
+  const auto runnable = static_cast<std::uint64_t>(hwy::SupportedTargets()) & compiled_targets();
+  for (std::uint64_t bit = 1; bit != 0; bit <<= 1) {
     if ((runnable & bit) == 0) continue;
     hwy::SetSupportedTargetsForTest(static_cast<decltype(hwy::SupportedTargets())>(bit));
     hwy::GetChosenTarget().Update(hwy::SupportedTargets());

@@ -25,11 +25,6 @@ bool all_finite(const float* x, int size) {
   return bad == 0;
 }
 
-// Only the float casts and fp8 have codes that are not finite levels.
-template <class F>
-constexpr bool kLevelsMayBeNonFinite = F::kStatsOf == format::StatsOf::kNothing;
-
-#if QUIRE_CPU_HAS_PAIRS
 template <class F>
 constexpr bool kIsFloat8 = requires {
   typename OperandOf<F>::Float8;
@@ -39,6 +34,11 @@ template <class F>
 constexpr bool kIsFloat = std::is_same_v<F, format::Float32> || std::is_same_v<F, format::Float16> ||
                           std::is_same_v<F, format::BFloat16> || kIsFloat8<F>;
 
+// Only floats have codes that are not finite levels, and formats from outside of the tree that measure nothing may.
+template <class F>
+constexpr bool kLevelsMayBeNonFinite = kIsFloat<F> || F::kStatsOf == format::StatsOf::kNothing;
+
+#if QUIRE_CPU_HAS_PAIRS
 template <class F>
 constexpr bool is_e4m3() {
   if constexpr (kIsFloat8<F>) return std::is_same_v<typename OperandOf<F>::Float8, format::E4M3>;

@@ -190,22 +190,23 @@ HWY_INLINE VU16 row_words(const std::uint8_t* row, int code_bytes, int chunk) {
     return VU16{_mm512_permutexvar_epi8(first, x)};
 #else
     // The two bytes of each word, of 12 bytes a block.
-    alignas(16) static constexpr std::uint8_t kTwo[16] = {0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11};
+    [[maybe_unused]] alignas(16) static constexpr std::uint8_t kTwo[16] = {0, 1, 1, 2, 3, 4,  4,  5,
+                                                                           6, 7, 7, 8, 9, 10, 10, 11};
 #if QUIRE_CPU_WORDS_512
     const __m512i x = load_partial(from, bytes < 48 ? bytes : 48).raw;
     const __m512i twelve = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
     const __m512i two = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTwo)));
     return VU16{_mm512_shuffle_epi8(_mm512_permutexvar_epi32(twelve, x), two)};
 #else
-    if constexpr (kBlocks == 2) {
-      if (bytes >= 24) {
-        const hn::CappedTag<std::uint8_t, 16> block;
-        const auto x = hn::Combine(U8(), hn::LoadU(block, from + 8), hn::LoadU(block, from));
-        // The second block begins 4 bytes before its 12.
-        const auto four = hn::ConcatLowerUpper(U8(), hn::Set(U8(), 4), hn::Zero(U8()));
-        return hn::BitCast(U16(), hn::TableLookupBytes(x, hn::Add(hn::LoadDup128(U8(), kTwo), four)));
-      }
+#if HWY_TARGET == HWY_AVX2
+    if (bytes >= 24) {
+      const hn::CappedTag<std::uint8_t, 16> block;
+      const auto x = hn::Combine(U8(), hn::LoadU(block, from + 8), hn::LoadU(block, from));
+      // The second block begins 4 bytes before its 12.
+      const auto four = hn::ConcatLowerUpper(U8(), hn::Set(U8(), 4), hn::Zero(U8()));
+      return hn::BitCast(U16(), hn::TableLookupBytes(x, hn::Add(hn::LoadDup128(U8(), kTwo), four)));
     }
+#endif
     HWY_ALIGN std::uint16_t words[kWords] = {};
     for (int g = 0; g < kWords / 2 && 3 * g < bytes; ++g) {
       std::memcpy(words + 2 * g, from + 3 * g, 2);

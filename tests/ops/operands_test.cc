@@ -1,5 +1,5 @@
-// 16-bit operands of the CPU's kernels: what they are of each code, on every SIMD target, whatever the order that rows
-// are taken apart in.
+// What the CPU's kernels make of each code, on every SIMD target: 16-bit operands, whatever the order that rows are taken
+// apart in, fp32 levels, and floats in registers.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -18,9 +18,13 @@
 namespace quire::testing {
 namespace {
 
+using cpu::FloatRows;
 using cpu::Kernels;
+using cpu::kKeyTile;
+using cpu::LevelTile;
 using cpu::Operand;
 using cpu::OperandFormat;
+using cpu::Prefetch;
 using cpu::RowAddress;
 using cpu::TileRows;
 
@@ -118,6 +122,106 @@ TEST_P(Operands, AreTheLevelsOfEveryCode) {
         check_row<F>(rows.addresses[static_cast<std::size_t>(n)].data, shape, format, order,
                      [&](int p) { return values[static_cast<std::size_t>((n / 2 * v_positions + p) * 2 + n % 2)]; });
         if (HasFatalFailure()) return;
+      }
+    }
+  });
+}
+
+// Formats of one code an element, with a scale beside the row or none: the floats and fp8 among them.
+template <class F>
+constexpr bool kIsPlain = F::kUnit == 1 && F::kCentre == format::Centre::kNone &&
+                          (F::kMetaPlace == format::MetaPlace::kNone || F::kMetaBytes == 4);
+
+// Rows of such a format with a scale of 1. Where `finite`, codes that are not finite are made 0.
+template <class F>
+struct PlainRows : Rows<F> {
+  float one = 1.0F;
+  PlainRows(int head_size, bool finite) : Rows<F>(head_size) {
+    for (RowAddress& row : this->addresses) row.meta = reinterpret_cast<const std::uint8_t*>(&one);
+    if (!finite) return;
+    for (int n = 0; n < this->kCount; ++n) {
+      for (int i = 0; i < head_size; ++i) {
+        auto* code = const_cast<std::uint8_t*>(this->addresses[static_cast<std::size_t>(n)].data) + i * F::kUnitBytes;
+        if (!std::isfinite(level(n, i))) std::memset(code, 0, F::kUnitBytes);
+      }
+    }
+  }
+  float level(int n, int i) const {
+    float x;
+    F::unpack(this->addresses[static_cast<std::size_t>(n)].data + i * F::kUnitBytes, &x);
+    return x;
+  }
+};
+
+TEST_P(Operands, LevelsOfFloatsAreExact) {
+  const Kernels& k = cpu::kernels();
+  format::for_each_format([&]<class F>() {
+    if constexpr (kIsPlain<F>) {
+      for (const int head_size : {8, 40, 128, 256}) {
+        for (const bool finite : {false, true}) {
+          const PlainRows<F> rows(head_size, finite);
+          LevelTile tile{};
+          tile.stride = cpu::padded(head_size);
+          std::vector<float> levels(static_cast<std::size_t>(tile.stride) * kKeyTile + 16, -1.0F);
+          tile.levels = levels.data() + (64 - reinterpret_cast<std::uintptr_t>(levels.data()) % 64) % 64 / 4;
+          k.load_tile[static_cast<std::size_t>(format::format_id<F>)](rows.tile(), format::row_shape(head_size),
+                                                                      nullptr, tile);
+          bool all_finite = true;
+          for (int n = 0; n < rows.kCount; ++n) {
+            EXPECT_EQ(tile.scale[n], 1.0F);
+            for (int i = 0; i < tile.stride; ++i) {
+              const float expected = i < head_size ? rows.level(n, i) : 0.0F;
+              const float got = tile.levels[n * tile.stride + i];
+              ASSERT_TRUE(got == expected || (std::isnan(got) && std::isnan(expected)))
+                  << F::kName << " d " << head_size << " element " << i << ": " << got << " for " << expected;
+              all_finite = all_finite && std::isfinite(expected);
+            }
+          }
+          EXPECT_EQ(tile.all_finite, all_finite) << F::kName;
+        }
+      }
+    }
+  });
+}
+
+// Of a query or of weights that are 0 but for a 1, the product is a level.
+TEST_P(Operands, FloatsInRegistersAreExact) {
+  const Kernels& k = cpu::kernels();
+  format::for_each_format([&]<class F>() {
+    if constexpr (kIsPlain<F>) {
+      const FloatRows& floats = k.float_rows[static_cast<std::size_t>(format::format_id<F>)];
+      for (const int head_size : {64, 80, 128, 256}) {
+        if (floats.dot == nullptr || !floats.takes(head_size)) continue;
+        const PlainRows<F> rows(head_size, true);
+        float scale[kKeyTile], offset[kKeyTile];
+        std::fill_n(scale, kKeyTile, 1.0F);
+        if (floats.load_affines != nullptr) {
+          ASSERT_TRUE(floats.load_affines(rows.tile(), format::row_shape(head_size), scale, offset));
+        }
+        constexpr int kNumRows = 7;
+        for (int first = 0; first + kNumRows <= head_size; first += kNumRows) {
+          std::vector<float> q(static_cast<std::size_t>(kNumRows) * head_size), scores(kNumRows * kKeyTile);
+          for (int m = 0; m < kNumRows; ++m) q[static_cast<std::size_t>(m * head_size + first + m)] = 1.0F;
+          Prefetch none;
+          floats.dot(rows.tile(), head_size, q.data(), kNumRows, head_size, scores.data(), none);
+          for (int m = 0; m < kNumRows; ++m) {
+            for (int n = 0; n < rows.kCount; ++n) {
+              ASSERT_EQ(scores[static_cast<std::size_t>(m * kKeyTile + n)] * scale[n], rows.level(n, first + m))
+                  << F::kName << " d " << head_size << " element " << first + m;
+            }
+          }
+        }
+        std::vector<float> p(static_cast<std::size_t>(rows.kCount) * kKeyTile);
+        std::vector<float> acc(static_cast<std::size_t>(rows.kCount) * head_size);
+        for (int n = 0; n < rows.kCount; ++n) p[static_cast<std::size_t>(n * kKeyTile + n)] = scale[n];
+        Prefetch none;
+        floats.accumulate(rows.tile(), head_size, p.data(), rows.kCount, acc.data(), head_size, none);
+        for (int n = 0; n < rows.kCount; ++n) {
+          for (int i = 0; i < head_size; ++i) {
+            ASSERT_EQ(acc[static_cast<std::size_t>(n * head_size + i)], rows.level(n, i))
+                << F::kName << " d " << head_size << " element " << i;
+          }
+        }
       }
     }
   });
