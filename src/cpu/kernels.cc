@@ -1,10 +1,11 @@
-// The kernels of every SIMD target of Highway (foreach_target.h includes this file again for each), and the choice
-// among them at run time.
+// The kernels of Highway's SIMD targets (foreach_target.h includes this file again for each), and the choice at run
+// time among these and those of AVX-512.
 #include "cpu/kernels.h"
 
-// Vectors of SVE have no size that the compiler knows,
-// so there are no arrays of them.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+// Vectors of SVE have no size that the compiler knows, so there are no arrays of them. AVX-512 has files of its own
+// (avx512-inl.h).
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 // foreach_target.h must come first.
@@ -37,16 +38,17 @@ HWY_EXPORT(target_kernels);
 // 64 bits: the target without vectors is bit 62.
 std::uint64_t compiled_targets() { return static_cast<std::uint64_t>(HWY_TARGETS); }
 
-// Those of zen4.cc and vnni.cc, the best first, where the processor has what they use.
-std::vector<const Kernels*> runnable_beyond_highway() {
+// Those of AVX-512, the best first, where the compiler and the processor have what they use.
+std::vector<const Kernels*> runnable_avx512() {
   std::vector<const Kernels*> all;
 #if HWY_ARCH_X86
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni")) {
-    const bool zen4 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-    if (zen4 && zen4_kernels() != nullptr) all.push_back(zen4_kernels());
-    if (vnni_kernels() != nullptr) all.push_back(vnni_kernels());
-  }
+  const bool avx3 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx3 && __builtin_cpu_supports("avx512vnni");
+  const bool zen4 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (zen4 && zen4_kernels() != nullptr) all.push_back(zen4_kernels());
+  if (vnni && vnni_kernels() != nullptr) all.push_back(vnni_kernels());
+  if (avx3 && avx3_kernels() != nullptr) all.push_back(avx3_kernels());
 #endif
   return all;
 }
@@ -55,7 +57,7 @@ std::vector<const Kernels*> runnable_beyond_highway() {
 const Kernels* chosen = nullptr;
 
 std::vector<const Kernels*> runnable_kernels() {
-  std::vector<const Kernels*> all = runnable_beyond_highway();
+  std::vector<const Kernels*> all = runnable_avx512();
   // Highway numbers better targets with lower bits.
   const auto runnable = static_cast<std::uint64_t>(hwy::SupportedTargets()) & compiled_targets();
   for (std::uint64_t bit = 1; bit != 0; bit <<= 1) {
@@ -73,8 +75,8 @@ std::vector<const Kernels*> runnable_kernels() {
 
 const Kernels& kernels() {
   static const Kernels* const best = [] {
-    const std::vector<const Kernels*> beyond = runnable_beyond_highway();
-    return beyond.empty() ? HWY_DYNAMIC_DISPATCH(target_kernels)() : beyond.front();
+    const std::vector<const Kernels*> avx512 = runnable_avx512();
+    return avx512.empty() ? HWY_DYNAMIC_DISPATCH(target_kernels)() : avx512.front();
   }();
   return chosen != nullptr ? *chosen : *best;
 }

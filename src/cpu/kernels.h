@@ -1,4 +1,4 @@
-// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc, zen4.cc) and chosen at run time. The
+// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc, avx512-inl.h) and chosen at run time. The
 // tables have one entry per format, in the order of format::FormatId; a format left out of the build has null entries.
 //
 // Attention multiplies levels in one of three forms (Operand). fp32 levels lie in a LevelTile. 16-bit operands lie in
@@ -258,9 +258,10 @@ struct Kernels {
 // The table of the target in use.
 const Kernels& kernels();
 
-// Those of AVX-512 with VNNI, BF16 and VBMI (zen4.cc), and with VNNI alone (vnni.cc), or null where they are not
-// compiled in.
+// Those of AVX-512 (avx512-inl.h), null where they are not compiled in: with VNNI, BF16 and VBMI, with VNNI alone, and
+// with none of them.
 const Kernels* zen4_kernels();
 const Kernels* vnni_kernels();
+const Kernels* avx3_kernels();
 
 }  // namespace quire::cpu
