@@ -13,6 +13,8 @@
 
 #include <hwy/highway.h>
 
+#include <utility>
+
 #include "cpu/cpu.h"
 #include "cpu/kernels-inl.h"
 
@@ -48,6 +50,8 @@ std::vector<const Kernels*> runnable_avx512() {
   const bool zen4 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (zen4 && zen4_kernels() != nullptr) all.push_back(zen4_kernels());
   if (vnni && vnni_kernels() != nullptr) all.push_back(vnni_kernels());
+  // Intel's processors make half as many products of bf16 a second as of fp32 (docs/kernels/cpu.md).
+  if (all.size() == 2 && __builtin_cpu_is("intel")) std::swap(all[0], all[1]);
   if (avx3 && avx3_kernels() != nullptr) all.push_back(avx3_kernels());
 #endif
   return all;
