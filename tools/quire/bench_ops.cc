@@ -1,5 +1,7 @@
 #include "bench_ops.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -176,6 +178,15 @@ std::vector<bench::PageRead> page_reads(const UnifiedAttentionArgs& args) {
   return reads;
 }
 
+// The largest cache between the device and its memory, in bytes; kSmallestCache where none is known that is larger.
+constexpr std::int64_t kSmallestCache = std::int64_t{64} << 20;
+std::int64_t largest_cache([[maybe_unused]] Device device) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  if (device.is_cpu()) return std::max<std::int64_t>(kSmallestCache, sysconf(_SC_LEVEL3_CACHE_SIZE));
+#endif
+  return kSmallestCache;
+}
+
 }  // namespace
 
 Result<Json> bench_attention(const std::string& op, const Problem& problem, const Ceilings& ceilings,
@@ -184,10 +195,10 @@ Result<Json> bench_attention(const std::string& op, const Problem& problem, cons
   const std::int64_t blocks_per_sequence = (problem.context + problem.block_size - 1) / problem.block_size;
   const std::int64_t blocks_per_copy = blocks_per_sequence * problem.batch;
   QUIRE_ASSIGN(layout, layout_of(problem, mode));
-  // Enough copies that a call never finds its pages in a cache of 64 MiB.
-  const std::int64_t copy_bytes = layout.bytes_per_block * blocks_per_copy;
-  const auto copies = static_cast<int>(
-      std::clamp<std::int64_t>((std::int64_t{256} << 20) / std::max<std::int64_t>(copy_bytes, 1) + 1, 1, 64));
+  // Enough copies that a call never finds its pages in a cache.
+  const std::int64_t largest = largest_cache(problem.device);
+  const std::int64_t copy_bytes = std::max<std::int64_t>(layout.bytes_per_block * blocks_per_copy, 1);
+  const auto copies = static_cast<int>(std::min(4 * largest / copy_bytes + 1, largest / (kSmallestCache / 64)));
 
   constexpr std::int64_t kInputTokens = 4096;
   QUIRE_ASSIGN(key, copy_of(problem.device, random_rows(kInputTokens * problem.num_kv_heads * problem.head_size, 1)));
