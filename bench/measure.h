@@ -24,7 +24,7 @@ Result<double> linear_read_bandwidth(Device device);
 Result<double> copy_bandwidth(Device device);
 
 // The multiply-adds a second of the CPU's threads where nothing else limits them: in fp32, and of pairs of bf16 (those
-// of fp32 again where the processor has none) and int16.
+// of fp32 again where attention makes them of bf16) and int16.
 struct ProductRates {
   double float32 = 0.0, bfloat16 = 0.0, int16 = 0.0;
 };

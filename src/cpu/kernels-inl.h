@@ -10,7 +10,6 @@
 #include "cpu/float_rows-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/operands-inl.h"
-#include "cpu/peak-inl.h"
 #include "cpu/products-inl.h"
 #include "cpu/softmax-inl.h"
 #include "cpu/store-inl.h"
@@ -44,7 +43,6 @@ Kernels make_kernels(const char* target, format::TypeList<Fs...>) {
             .make_logits = &make_logits,
             .softmax_tile = &softmax_tile,
             .make_weights = &make_weights,
-            .multiply = &multiply,
             .rotate = &rotate_row,
             .rotate_back = &rotate_row_back};
 #if QUIRE_CPU_HAS_PAIRS

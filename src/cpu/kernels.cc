@@ -13,8 +13,7 @@
 
 #include <hwy/highway.h>
 
-#include <utility>
-
+#include "cpu/avx512.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels-inl.h"
 
@@ -42,18 +41,15 @@ std::uint64_t compiled_targets() { return static_cast<std::uint64_t>(HWY_TARGETS
 
 // Those of AVX-512, the best first, where the compiler and the processor have what they use.
 std::vector<const Kernels*> runnable_avx512() {
+  const Avx512 here = avx512_here();
   std::vector<const Kernels*> all;
-#if HWY_ARCH_X86
-  const bool avx3 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool vnni = avx3 && __builtin_cpu_supports("avx512vnni");
-  const bool zen4 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  if (zen4 && zen4_kernels() != nullptr) all.push_back(zen4_kernels());
-  if (vnni && vnni_kernels() != nullptr) all.push_back(vnni_kernels());
-  // Intel's processors make half as many products of bf16 a second as of fp32 (docs/kernels/cpu.md).
-  if (all.size() == 2 && __builtin_cpu_is("intel")) std::swap(all[0], all[1]);
-  if (avx3 && avx3_kernels() != nullptr) all.push_back(avx3_kernels());
-#endif
+  const auto add = [&](bool runs, const Kernels* table) {
+    if (runs && table != nullptr) all.push_back(table);
+  };
+  add(here.zen4_is_best, zen4_kernels());
+  add(here.vnni, vnni_kernels());
+  add(here.zen4 && !here.zen4_is_best, zen4_kernels());
+  add(here.avx3, avx3_kernels());
   return all;
 }
 

@@ -247,9 +247,6 @@ struct Kernels {
                             const std::uint16_t* values, int positions, const float* unit, float* acc, int acc_stride,
                             Prefetch& prefetch) = nullptr;
 
-  // Makes many products in registers and returns how many; bf16 ones in fp32 where the target has no others.
-  double (*multiply)(Operand operand, int rounds) = nullptr;
-
   // y as in EncodeJob.
   void (*rotate)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;
   void (*rotate_back)(format::Rotation rotation, float* y, format::RowShape shape) = nullptr;

@@ -1,9 +1,9 @@
 // Products of operands that stay in registers, issued as fast as the processor can: what `quire bench` takes shares of.
-#if defined(QUIRE_CPU_PEAK_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef QUIRE_CPU_PEAK_INL_H_
-#undef QUIRE_CPU_PEAK_INL_H_
+#if defined(QUIRE_PRODUCTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef QUIRE_PRODUCTS_INL_H_
+#undef QUIRE_PRODUCTS_INL_H_
 #else
-#define QUIRE_CPU_PEAK_INL_H_
+#define QUIRE_PRODUCTS_INL_H_
 #endif
 
 #include "cpu/vector-inl.h"
@@ -86,4 +86,4 @@ double multiply([[maybe_unused]] Operand operand, int rounds) {
 }  // namespace quire::cpu
 HWY_AFTER_NAMESPACE();
 
-#endif  // QUIRE_CPU_PEAK_INL_H_
+#endif  // QUIRE_PRODUCTS_INL_H_
