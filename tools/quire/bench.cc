@@ -136,6 +136,9 @@ Status run_bench(const Options& options) {
   QUIRE_ASSIGN(copy, bench::copy_bandwidth(device));
   ceilings = {read, copy, {}};
   if (device.is_cpu()) ceilings.products = bench::product_rates();
+  std::size_t mode_width = 22;
+  for (const Problem& problem : problems) mode_width = std::max(mode_width, problem.mode.size());
+  mode_width += 2;
   Json rows = Json::array();
   if (!options.json) {
     fmt::print("linear read {:.0f} GB/s, copy {:.0f} GB/s (read + written)\n", read * 1e-9, copy * 1e-9);
@@ -144,9 +147,9 @@ Status run_bench(const Options& options) {
                  ceilings.products.float32 * 1e-9, ceilings.products.bfloat16 * 1e-9, ceilings.products.int16 * 1e-9,
                  num_threads());
     }
-    fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>8}{:>9}{:>9}\n", "op", "mode",
-               "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout", "products",
-               "TFLOP/s", "host us", "+ plan");
+    fmt::print("{:<8}{:<{}}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10}{:>9}{:>8}{:>8}{:>9}{:>8}{:>9}{:>9}\n", "op", "mode",
+               mode_width, "layout", "batch", "context", "q_len", "heads", "d", "ms", "GB/s", "share", "layout",
+               "products", "TFLOP/s", "host us", "+ plan");
   }
   for (const Problem& problem : problems) {
     const Result<Json> row = options.op == "store" ? bench_store(problem, ceilings, options.budget_ms)
@@ -157,9 +160,9 @@ Status run_bench(const Options& options) {
       const auto share = [&](const char* name) {
         return r[name].is_null() ? std::string("-") : fmt::format("{:.2f}", r[name].get<double>());
       };
-      fmt::print("{:<8}{:<24}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>9}{:>8.2f}{:>9}{:>9}\n",
-                 options.op, problem.mode, problem.layout->first, problem.batch, problem.context, problem.q_len,
-                 fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
+      fmt::print("{:<8}{:<{}}{:<11}{:>6}{:>8}{:>7}{:>9}{:>6}{:>10.4f}{:>9.0f}{:>8}{:>8}{:>9}{:>8.2f}{:>9}{:>9}\n",
+                 options.op, problem.mode, mode_width, problem.layout->first, problem.batch, problem.context,
+                 problem.q_len, fmt::format("{}/{}", problem.num_q_heads, problem.num_kv_heads), problem.head_size,
                  r["ms"].get<double>(), r["cache_gbps"].get<double>(), share("bandwidth_share"), share("layout_share"),
                  share("product_share"), r["tflops"].get<double>(), share("host_us"), share("host_us_with_plan"));
       std::fflush(stdout);
