@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <chrono>
 
-#include "cpu/avx512.h"
+#include "cpu/targets.h"
 #include "measure.h"
 
-// As in src/cpu/kernels.cc.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#define HWY_DISABLED_TARGETS QUIRE_CPU_WITHOUT_TARGETS
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "products.cc"
 // foreach_target.h must come first.

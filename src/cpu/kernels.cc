@@ -1,11 +1,10 @@
 // The kernels of Highway's SIMD targets (foreach_target.h includes this file again for each), and the choice at run
 // time among these and those of AVX-512.
 #include "cpu/kernels.h"
+#include "cpu/targets.h"
 
-// Vectors of SVE have no size that the compiler knows, so there are no arrays of them. AVX-512 has files of its own
-// (avx512-inl.h).
-#define HWY_DISABLED_TARGETS \
-  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+// AVX-512 has files of its own (avx512-inl.h).
+#define HWY_DISABLED_TARGETS (QUIRE_CPU_WITHOUT_TARGETS | HWY_AVX3)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 // foreach_target.h must come first.
@@ -13,7 +12,6 @@
 
 #include <hwy/highway.h>
 
-#include "cpu/avx512.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels-inl.h"
 

@@ -1,5 +1,6 @@
-// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc, avx512-inl.h) and chosen at run time. The
-// tables have one entry per format, in the order of format::FormatId; a format left out of the build has null entries.
+// The inner loops of the CPU device, compiled once per SIMD target (kernels.cc, avx512-inl.h) and chosen at run time.
+// The tables have one entry per format, in the order of format::FormatId; a format left out of the build has null
+// entries.
 //
 // Attention multiplies levels in one of three forms (Operand). fp32 levels lie in a LevelTile. 16-bit operands lie in
 // pairs, as the dot-product instructions take them:

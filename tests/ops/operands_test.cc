@@ -227,6 +227,14 @@ TEST_P(Operands, FloatsInRegistersAreExact) {
   });
 }
 
+TEST(SimdTargets, TheFirstIsTheDefaultAndOnIntelNotZen4s) {
+  ASSERT_TRUE(cpu::use_simd_target("").ok());
+  EXPECT_EQ(cpu::kernels().target, cpu::simd_targets().front());
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("intel")) EXPECT_STRNE(cpu::kernels().target, "AVX3_ZEN4");
+#endif
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, Operands, ::testing::ValuesIn(cpu::simd_targets()),
                          [](const auto& param) { return param.param; });
 

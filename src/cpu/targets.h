@@ -1,5 +1,8 @@
-// Which of the kernels for AVX-512 (avx512-inl.h) this processor has the instructions for.
+// Which targets there are kernels for: of Highway's, and of AVX-512's (avx512-inl.h) those that this processor runs.
 #pragma once
+
+// Vectors of SVE have no size that the compiler knows, so there are no arrays of them.
+#define QUIRE_CPU_WITHOUT_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
 namespace quire::cpu {
 
