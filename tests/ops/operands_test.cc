@@ -231,7 +231,9 @@ TEST(SimdTargets, TheFirstIsTheDefaultAndOnIntelNotZen4s) {
   ASSERT_TRUE(cpu::use_simd_target("").ok());
   EXPECT_EQ(cpu::kernels().target, cpu::simd_targets().front());
 #if defined(__x86_64__)
-  if (__builtin_cpu_is("intel")) EXPECT_STRNE(cpu::kernels().target, "AVX3_ZEN4");
+  if (__builtin_cpu_is("intel")) {
+    EXPECT_STRNE(cpu::kernels().target, "AVX3_ZEN4");
+  }
 #endif
 }
 
