@@ -16,8 +16,8 @@ namespace {
 // After this the compiler knows nothing about the vector: a product of it is not one that has been made before.
 template <class V>
 HWY_INLINE void forget(V& x) {
-#if HWY_ARCH_X86 && QUIRE_CPU_HAS_PAIRS
-  asm volatile("" : "+v"(x.raw));
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+  asm volatile("" : "+x"(x.raw));
 #elif HWY_ARCH_ARM && QUIRE_CPU_HAS_PAIRS
   asm volatile("" : "+w"(x.raw));
 #else
@@ -73,9 +73,9 @@ double multiply_floats(int rounds) {
 
 double multiply([[maybe_unused]] Operand operand, int rounds) {
 #if QUIRE_CPU_HAS_PAIRS
-  if (kMultipliesBFloat16 && operand == Operand::kBFloat16) {
-    return multiply_pairs<ProductsOf<Operand::kBFloat16>>(rounds);
-  }
+#ifdef QUIRE_CPU_ZEN4
+  if (operand == Operand::kBFloat16) return multiply_pairs<BFloat16Products>(rounds);
+#endif
   if (operand == Operand::kInt16) return multiply_pairs<Int16Products>(rounds);
 #endif
   return multiply_floats(rounds);

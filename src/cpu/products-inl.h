@@ -82,9 +82,9 @@ void make_queries(Operand operand, const float* q, int num_rows, int q_stride, c
 // Calls run.operator()<Products>() with what multiplies operands of a form.
 template <class Run>
 HWY_INLINE void with_products([[maybe_unused]] Operand operand, const Run& run) {
-  if constexpr (kMultipliesBFloat16) {
-    if (operand == Operand::kBFloat16) return run.template operator()<ProductsOf<Operand::kBFloat16>>();
-  }
+#ifdef QUIRE_CPU_ZEN4
+  if (operand == Operand::kBFloat16) return run.template operator()<BFloat16Products>();
+#endif
   run.template operator()<Int16Products>();
 }
 

@@ -281,10 +281,10 @@ HWY_INLINE __m512i to_bytes(const __m512i (&codes)[4], bool is_signed) {
 template <int kBits>
 HWY_INLINE void put_bytes(__m512i bytes, std::uint8_t* to) {
   // Neighbours joined: two codes to 2 * kBits bits of 16, four to 4 * kBits of 32.
-  constexpr int kOfPair = kBits < 8 ? 1 | 1 << (8 + kBits) : 0;
-  constexpr int kOfFour = kBits < 4 ? 1 | 1 << (16 + 2 * kBits) : 0;
+  constexpr short kOfPair = kBits < 8 ? 1 | 1 << (8 + kBits % 8) : 0;
+  constexpr int kOfFour = kBits < 4 ? 1 | 1 << (16 + 2 * kBits % 8) : 0;
   const auto pairs = [&]() HWY_ATTR {
-    return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(static_cast<short>(kOfPair)));
+    return _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(kOfPair));
   };
   const auto fours = [&]() HWY_ATTR { return _mm512_madd_epi16(pairs(), _mm512_set1_epi32(kOfFour)); };
   if constexpr (kBits == 8) {

@@ -114,7 +114,7 @@ using ProductsOf = std::conditional_t<kForm == Operand::kInt16, Int16Products, B
 #else
 constexpr bool kMultipliesBFloat16 = false;
 template <Operand kForm>
-using ProductsOf = Int16Products;
+using ProductsOf = std::enable_if_t<kForm == Operand::kInt16, Int16Products>;
 #endif
 
 // What a format's rows are multiplied as on this target.

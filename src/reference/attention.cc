@@ -376,9 +376,11 @@ void store_rows(format::FormatId format, const ConstTensor& input, const ConstTe
     const std::int64_t block = slot / block_size;
     const std::int64_t offset = slot % block_size;
     for (std::int64_t head = 0; head < input.shape[1]; ++head) {
+      const std::uint8_t* from = address(input, token, head);
+      const std::int64_t step = input.strides[2] * static_cast<std::int64_t>(dtype_bytes(input.dtype));
       std::vector<float> x(static_cast<std::size_t>(head_size));
       for (int i = 0; i < head_size; ++i) {
-        x[static_cast<std::size_t>(i)] = static_cast<float>(element(input, token, head, i));
+        x[static_cast<std::size_t>(i)] = static_cast<float>(load(input.dtype, from + i * step));
       }
       std::vector<std::uint8_t> row(static_cast<std::size_t>(format::format_info(format).row_bytes(head_size)));
       std::uint8_t unused_meta[16];
@@ -391,8 +393,7 @@ void store_rows(format::FormatId format, const ConstTensor& input, const ConstTe
       });
       if (input.dtype == cache.dtype) {  // a copy: every bit, fp8 NaNs included
         for (int i = 0; i < head_size; ++i) {
-          std::memcpy(row.data() + static_cast<std::size_t>(i) * element_bytes, address(input, token, head, i),
-                      element_bytes);
+          std::memcpy(row.data() + static_cast<std::size_t>(i) * element_bytes, from + i * step, element_bytes);
         }
       }
       if (!head_major) {

@@ -64,12 +64,11 @@ double AttentionCase::tolerance() const { return lse_tolerance() + (weight_unit 
 ::testing::AssertionResult AttentionCase::matches() const {
   // Norm of the largest value row: quantizing moves a row by less than half its norm in every format.
   double largest_value = 0.0;
-  for (std::int64_t t = 0; t < value.view.shape[0]; ++t) {
-    for (std::int64_t h = 0; h < options.num_kv_heads; ++h) {
-      double squares = 0.0;
-      for (int i = 0; i < options.head_size_v; ++i) squares += std::pow(value.get(t, h, i), 2);
-      largest_value = std::max(largest_value, std::sqrt(squares));
-    }
+  const float* row = value.view.ptr<float>();
+  for (std::int64_t n = value.view.shape[0] * value.view.shape[1]; n > 0; --n, row += options.head_size_v) {
+    double squares = 0.0;
+    for (int i = 0; i < options.head_size_v; ++i) squares += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    largest_value = std::max(largest_value, std::sqrt(squares));
   }
   const double v_factor = options.v_scale == ScaleShape::kNone ? 1.0 : 0.4;
   const double bound = tolerance() * 1.5 * largest_value * v_factor;
@@ -80,8 +79,9 @@ double AttentionCase::tolerance() const { return lse_tolerance() + (weight_unit 
     for (std::int64_t h = 0; h < heads; ++h) {
       double error = 0.0;
       double norm = 0.0;
+      const float* oracle = expected_out.view.ptr<float>() + (t * heads + h) * options.head_size_v;
       for (int i = 0; i < options.head_size_v; ++i) {
-        const double expected = expected_out.get(t, h, i);
+        const double expected = oracle[i];
         double got = out.get(t, h, i);
         if (std::isnan(expected) || std::isnan(got)) {
           if (std::isnan(expected) != std::isnan(got)) {
@@ -126,19 +126,17 @@ double AttentionCase::tolerance() const { return lse_tolerance() + (weight_unit 
 
   // What is not output is as it was: the rows past the last query, and the gaps between rows.
   const auto untouched = [](const OwnedTensor& tensor, std::int64_t used_rows) {
-    std::vector<bool> written(tensor.bytes.size(), false);
+    std::vector<char> written(tensor.bytes.size(), 0);
     const std::int64_t size = static_cast<std::int64_t>(dtype_bytes(tensor.view.dtype));
-    const bool rows3 = tensor.view.ndim == 3;
+    const std::int64_t row_elements = tensor.view.ndim == 3 ? tensor.view.shape[2] : 1;
     for (std::int64_t t = 0; t < used_rows; ++t) {
       for (std::int64_t h = 0; h < tensor.view.shape[1]; ++h) {
-        for (std::int64_t i = 0; i < (rows3 ? tensor.view.shape[2] : 1); ++i) {
-          const std::int64_t at = (t * tensor.view.strides[0] + h * tensor.view.strides[1] + (rows3 ? i : 0)) * size;
-          for (std::int64_t n = 0; n < size; ++n) written[static_cast<std::size_t>(at + n)] = true;
-        }
+        const std::int64_t at = (t * tensor.view.strides[0] + h * tensor.view.strides[1]) * size;
+        std::fill_n(written.begin() + at, row_elements * size, char{1});
       }
     }
     for (std::size_t i = 0; i < written.size(); ++i) {
-      if (!written[i] && tensor.bytes[i] != 0xFF) return false;
+      if (written[i] == 0 && tensor.bytes[i] != 0xFF) return false;
     }
     return true;
   };

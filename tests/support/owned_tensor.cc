@@ -23,52 +23,60 @@ OwnedTensor::OwnedTensor(DType dtype, std::vector<std::int64_t> shape, std::int6
   view.data = bytes.data();
 }
 
-// Byte address of the n-th element in row-major order.
-std::uint8_t* OwnedTensor::at(std::int64_t n) {
+// Calls visit(address) of every element, in row-major order.
+template <class Visit>
+void OwnedTensor::for_each_element(const Visit& visit) {
+  if (view.numel() == 0) return;
+  const std::size_t element_bytes = dtype_bytes(view.dtype);
+  std::int64_t index[Tensor::kMaxDims] = {};
   std::int64_t offset = 0;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    offset += n % view.shape[i] * view.strides[i];
-    n /= view.shape[i];
+  for (int i = view.ndim; i >= 0;) {
+    visit(bytes.data() + static_cast<std::size_t>(offset) * element_bytes);
+    for (i = view.ndim - 1; i >= 0; --i) {
+      offset += view.strides[i];
+      if (++index[i] < view.shape[i]) break;
+      offset -= view.shape[i] * view.strides[i];
+      index[i] = 0;
+    }
   }
-  return bytes.data() + static_cast<std::size_t>(offset) * dtype_bytes(view.dtype);
 }
 
 void OwnedTensor::fill(const std::vector<float>& values) {
-  for (std::int64_t n = 0; n < view.numel(); ++n) {
-    const float x = values[static_cast<std::size_t>(n)];
+  const float* x = values.data();
+  for_each_element([&](std::uint8_t* element) {
     switch (view.dtype) {
       case DType::kFloat32:
-        format::store_as(at(n), x);
+        format::store_as(element, *x++);
         break;
       case DType::kFloat16:
-        format::store_as(at(n), format::float_to_half(x));
+        format::store_as(element, format::float_to_half(*x++));
         break;
       case DType::kBFloat16:
-        format::store_as(at(n), format::float_to_bfloat16(x));
+        format::store_as(element, format::float_to_bfloat16(*x++));
         break;
       case DType::kFloat8E4M3:
-        *at(n) = format::E4M3::encode(x);
+        *element = format::E4M3::encode(*x++);
         break;
       case DType::kFloat8E5M2:
-        *at(n) = format::E5M2::encode(x);
+        *element = format::E5M2::encode(*x++);
         break;
       default:
         std::abort();
     }
-  }
+  });
 }
 
 void OwnedTensor::fill_integers(const std::vector<std::int64_t>& values) {
-  for (std::int64_t n = 0; n < view.numel(); ++n) {
-    const std::int64_t x = values[static_cast<std::size_t>(n)];
+  const std::int64_t* x = values.data();
+  for_each_element([&](std::uint8_t* element) {
     if (view.dtype == DType::kInt64) {
-      format::store_as(at(n), x);
+      format::store_as(element, *x++);
     } else if (view.dtype == DType::kInt32) {
-      format::store_as(at(n), static_cast<std::int32_t>(x));
+      format::store_as(element, static_cast<std::int32_t>(*x++));
     } else {
-      *at(n) = static_cast<std::uint8_t>(x);
+      *element = static_cast<std::uint8_t>(*x++);
     }
-  }
+  });
 }
 
 float OwnedTensor::get(std::int64_t i, std::int64_t j, std::int64_t k) const {

@@ -30,7 +30,8 @@ class OwnedTensor {
   std::vector<std::uint8_t> bytes;
 
  private:
-  std::uint8_t* at(std::int64_t n);
+  template <class Visit>
+  void for_each_element(const Visit& visit);
 };
 
 // Calls edit(Tensor&) on each of some arguments, whether an op writes them or not.
