@@ -1,8 +1,16 @@
 // Which targets there are kernels for: of Highway's, and of AVX-512's (avx512-inl.h) those that this processor runs.
 #pragma once
 
-// Vectors of SVE have no size that the compiler knows, so there are no arrays of them.
-#define QUIRE_CPU_WITHOUT_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+// To be included before Highway's headers. A processor without any other target has SCALAR: EMU128, which Highway takes
+// in its place where the compiler is able to, makes finite numbers of fp16's infinities and NaNs in Highway 1.0.3. Newer
+// versions have more targets of x86, each of which would take a minute to compile. Vectors of SVE have no size that the
+// compiler knows, so there are no arrays of them.
+#define HWY_BROKEN_EMU128 1
+#if defined(__x86_64__)
+#define QUIRE_CPU_WITHOUT_TARGETS (~(HWY_AVX3 | HWY_AVX2 | HWY_SCALAR))
+#else
+#define QUIRE_CPU_WITHOUT_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#endif
 
 namespace quire::cpu {
 
